@@ -1,0 +1,64 @@
+"""Advantage estimators: pure functions of tensors.
+
+Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def group_relative(rewards: Tensor, group: Tensor, *, scale_by_std: bool) -> Tensor:
+    """Reward minus the mean of its group, over the group's standard deviation if asked; [B] -> [B].
+
+    Source: GRPO (arXiv:2402.03300, section 4.1.1); without the scale Dr.GRPO (arXiv:2503.20783).
+    A group whose rewards are all equal gets exactly zero.
+    """
+    assert rewards.dim() == group.dim() == 1 and rewards.is_floating_point()
+    num_groups = int(group.max()) + 1
+    size = torch.zeros(num_groups, dtype=rewards.dtype, device=rewards.device)
+    size.index_add_(0, group, torch.ones_like(rewards))
+    mean = torch.zeros_like(size).index_add_(0, group, rewards) / size
+    centred = rewards - mean[group]
+    if not scale_by_std:
+        return centred
+    variance = torch.zeros_like(size).index_add_(0, group, centred**2) / (size - 1).clamp(min=1)
+    return centred / (variance.sqrt()[group] + 1e-6)
+
+
+def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
+    """The reward of each rollout [B] placed on its last completion token, zero elsewhere; [B, T]."""
+    assert rewards.dim() == 1 and mask.dim() == 2 and mask.dtype == torch.bool
+    last = mask.sum(-1, keepdim=True) - 1
+    placed = torch.zeros_like(mask, dtype=rewards.dtype)
+    return placed.scatter(1, last.clamp(min=0), rewards[:, None]) * mask
+
+
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, gae_lambda: float
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv:1506.02438): advantages and returns, both [B, T].
+
+    The value after the last token is zero: a completion ends its episode. With gae_lambda = 1 the
+    advantage is the discounted return minus the value.
+    """
+    assert rewards.dim() == values.dim() == mask.dim() == 2 and mask.dtype == torch.bool
+    advantages = torch.zeros_like(rewards)
+    next_value = torch.zeros_like(rewards[:, 0])
+    next_advantage = torch.zeros_like(next_value)
+    for t in reversed(range(rewards.shape[1])):
+        alive = mask[:, t].to(rewards.dtype)
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * gae_lambda * next_advantage) * alive
+        next_value = values[:, t] * alive
+        advantages[:, t] = next_advantage
+    return advantages, (advantages + values) * mask
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Zero mean and unit variance over the tokens of `mask`, zero elsewhere; [B, T] -> [B, T]."""
+    assert values.shape == mask.shape and mask.dtype == torch.bool
+    chosen = values[mask]
+    centred = values - chosen.mean()
+    return centred / (chosen.var(correction=0).sqrt() + 1e-8) * mask

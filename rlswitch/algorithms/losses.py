@@ -1,0 +1,65 @@
+"""Losses per token and the weights that turn them into one number: pure functions of tensors.
+
+Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's pessimistic policy loss (arXiv:1707.06347, equation 7) with a clip for each side; [B, T]."""
+    assert logprobs.shape == old_logprobs.shape == advantages.shape and logprobs.dim() == 2
+    log_ratio = logprobs - old_logprobs
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    low = (ratio < 1 - clip_low) & (advantages < 0)
+    high = (ratio > 1 + clip_high) & (advantages > 0)
+    metrics = {
+        "actor/ratio_mean": ratio,
+        "actor/ppo_kl": -log_ratio,
+        "actor/clip_ratio": (low | high).to(loss.dtype),
+        "actor/clip_ratio_low": low.to(loss.dtype),
+        "actor/clip_ratio_high": high.to(loss.dtype),
+    }
+    return loss, metrics
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error of the critic, pessimistic about moves beyond `clip` (0: no clip); [B, T]."""
+    assert values.shape == old_values.shape == returns.shape and values.dim() == 2
+    loss = (values - returns) ** 2 / 2
+    clipped = torch.zeros_like(loss)
+    if clip > 0:
+        limited = old_values + (values - old_values).clamp(-clip, clip)
+        limited_loss = (limited - returns) ** 2 / 2
+        clipped = (limited_loss > loss).to(loss.dtype)
+        loss = torch.maximum(loss, limited_loss)
+    return loss, {"critic/vf_clip_ratio": clipped}
+
+
+def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
+    """Weight of each token in the loss of a minibatch, [B, T]; the loss is the sum of loss x weight.
+
+    Computed once for a whole minibatch, so it does not matter how that is cut into micro-batches.
+    token-mean: DAPO (arXiv:2503.14476); seq-mean-token-mean: GRPO; seq-mean-token-sum-norm: a constant
+    `max_length` instead of each completion's own length, Dr.GRPO (arXiv:2503.20783).
+    """
+    assert mask.dim() == 2 and mask.dtype == torch.bool
+    ones = mask.to(torch.float32)
+    rollouts, lengths = mask.shape[0], ones.sum(-1, keepdim=True).clamp(min=1)
+    if aggregation == "token-mean":
+        return ones / ones.sum().clamp(min=1)
+    if aggregation == "seq-mean-token-sum":
+        return ones / rollouts
+    if aggregation == "seq-mean-token-mean":
+        return ones / lengths / rollouts
+    assert aggregation == "seq-mean-token-sum-norm", aggregation
+    return ones / max_length / rollouts

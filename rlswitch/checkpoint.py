@@ -1,0 +1,213 @@
+"""Checkpoints: safetensors and JSON only, complete or not there at all.
+
+    checkpoints/step_000050/
+        policy/            loads with from_pretrained, tokenizer included
+        critic.safetensors optimizer.safetensors state.json
+        manifest.json      size and SHA-256 of every other file, written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch.config import CheckpointConfig, Run
+from rlswitch.trainer import Trainer
+from rlswitch.types import ConfigError
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class LoopState:
+    """What a run has to remember besides tensors. Everything random is derived from (seed, step)."""
+
+    step: int = 0
+    cursor: int = 0
+    """Training prompts handed out so far."""
+    wandb_id: str | None = None
+    model: str = ""
+    """model.path of the run: the checkpoint of another model is refused."""
+    schema: int = SCHEMA
+
+
+def is_due(config: CheckpointConfig, step: int, num_steps: int) -> bool:
+    return step == num_steps or (config.every > 0 and step % config.every == 0)
+
+
+def save(
+    directory: Path,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    state: LoopState,
+    keep: int,
+) -> Path:
+    """Writes `directory`/step_NNNNNN through a temporary name; a kill leaves the old or the new."""
+    directory.mkdir(parents=True, exist_ok=True)
+    final = directory / f"step_{state.step:06d}"
+    draft = directory / f".{final.name}.tmp"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    policy = trainer.accelerator.unwrap_model(trainer.policy)
+    policy.save_pretrained(draft / "policy")
+    tokenizer.save_pretrained(draft / "policy")
+    if trainer.critic is not None:
+        critic = trainer.accelerator.unwrap_model(trainer.critic)
+        save_file(critic.state_dict(), draft / "critic.safetensors")
+    tensors, scalars = _split(trainer.optimizer.state_dict())
+    save_file(tensors, draft / "optimizer.safetensors")
+    details = asdict(state) | {
+        "optimizer": scalars,
+        "schedule": trainer.schedule.state_dict(),
+    }
+    (draft / "state.json").write_text(json.dumps(details, indent=1))
+    (draft / MANIFEST).write_text(json.dumps(_manifest(draft), indent=1))
+    _make_durable(draft)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    _sync(directory)
+    for old in _steps(directory)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are all as the manifest says; broken ones are named."""
+    for path in reversed(_steps(directory)):
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        say(f"checkpoint {path} is passed over: {fault}")
+    return None
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read ({error})"
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
+        if _digest(file) != expected["sha256"]:
+            return f"{name} is corrupt (its SHA-256 differs from the manifest's)"
+    return None
+
+
+def resume_from(run: Run, output_dir: Path, say: Callable[[str], None]) -> Path | None:
+    """The checkpoint that `run.resume` means, or None to start afresh. Raises ConfigError."""
+    if run.resume == "never":
+        return None
+    if run.resume == "auto":
+        return newest(output_dir / "checkpoints", say)
+    path = Path(run.resume)
+    fault = find_fault(path) if path.is_dir() else "there is no such directory"
+    if fault:
+        raise ConfigError(f"resume = {run.resume}: {fault}; set resume=auto or another checkpoint")
+    return path
+
+
+def read_state(path: Path, run: Run) -> LoopState:
+    """The loop's part of a checkpoint. Raises ConfigError for another model or a newer format."""
+    details = json.loads((path / "state.json").read_text())
+    state = LoopState(**{name: details[name] for name in LoopState.__slots__})
+    if state.schema > SCHEMA:
+        raise ConfigError(f"resume = {path}: checkpoint format {state.schema}, this reads {SCHEMA}")
+    if state.model != run.model.path:
+        raise ConfigError(
+            f"resume = {path}: it is of model.path {state.model}, the run says {run.model.path};"
+            " set resume=never or another output_dir"
+        )
+    return state
+
+
+def restore(path: Path, trainer: Trainer) -> None:
+    """Puts the checkpoint's tensors into a freshly built trainer."""
+    details = json.loads((path / "state.json").read_text())
+    policy = trainer.accelerator.unwrap_model(trainer.policy)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted((path / "policy").glob("*.safetensors")):
+        tensors |= load_file(file)
+    _load_all(policy, tensors, tied=set(policy.all_tied_weights_keys), path=path)
+    if trainer.critic is not None:
+        critic = trainer.accelerator.unwrap_model(trainer.critic)
+        _load_all(critic, load_file(path / "critic.safetensors"), tied=set(), path=path)
+    trainer.optimizer.load_state_dict(
+        _join(load_file(path / "optimizer.safetensors"), details["optimizer"])
+    )
+    trainer.schedule.load_state_dict(details["schedule"])
+    trainer.version = details["step"]
+
+
+def _load_all(model: Any, tensors: dict[str, Tensor], tied: set[str], path: Path) -> None:
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    lost = [name for name in missing if name not in tied]
+    if lost or unexpected:
+        raise ConfigError(
+            f"resume = {path}: it does not fit the model (missing {lost[:2]}, unknown {unexpected[:2]})"
+        )
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and JSON."""
+    tensors = {
+        f"{index}.{name}": value.contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+    return tensors, {"param_groups": state["param_groups"]}
+
+
+def _join(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": scalars["param_groups"]}
+
+
+def _manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {
+        str(file.relative_to(directory)): {"bytes": file.stat().st_size, "sha256": _digest(file)}
+        for file in files
+    }
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _make_durable(directory: Path) -> None:
+    for path in [*directory.rglob("*"), directory]:
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _steps(directory: Path) -> list[Path]:
+    return sorted(directory.glob("step_*"))

@@ -1,0 +1,235 @@
+"""Every setting of a run on one page: the name, the type, the default and what it means.
+
+YAML under conf/ holds choices and deltas only. The algorithms' settings stand in their own files
+(rlswitch/algorithms/); OPTIONS is the one table of what can be chosen by name. Nothing here imports
+torch or vLLM: a typing mistake is answered before either could have been loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from rlswitch.algorithms.base import Algorithm
+from rlswitch.algorithms.grpo import GRPO
+from rlswitch.algorithms.ppo import PPO
+from rlswitch.options import Leaf, choice, field_problems, leaves_of, number
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    path: str = "???"
+    """A Hugging Face directory or hub id, or `builtin:addition`, made on the spot."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: str = choice("auto", "float32", "bfloat16", "float16")
+    """What the engine computes in: auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16, float16."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for models whose authors you trust."""
+    warm_start_seed: int = number(0, at_least=0)
+    """Seed of the built-in model: apart from `seed`, so that a sweep over seeds starts from one model."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    path: str = "???"
+    """A hub id, a JSONL or parquet file, a saved dataset directory, or `builtin:addition`."""
+    name: str | None = None
+    """Configuration (subset) of a hub dataset."""
+    split: str = "train"
+    eval_path: str | None = None
+    """Where the held-out rows come from; null: `eval_split` of `path`, or `eval_rows` cut off `split`."""
+    eval_split: str | None = None
+    eval_rows: int = number(256, at_least=1)
+    """How many held-out rows to evaluate on."""
+    prompt_key: str = "prompt"
+    """The column with the prompt: a string, or a list of chat messages."""
+    max_prompt_tokens: int = number(512, at_least=1)
+    overlong: str = choice("error", "drop")
+    """What to do with a longer prompt: stop with an error, or drop the row and say how many."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    functions: list[str] = field(default_factory=lambda: ["exact_match"])
+    """Built-in names, `package.module:function`, or `file.py:function`, with TRL's signature."""
+    weights: list[float] = field(default_factory=list)
+    """One weight per function; empty: all 1."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutConfig:
+    num_prompts: int = number(64, at_least=1)
+    """Prompts in one step."""
+    group_size: int = number(8, at_least=1)
+    """Completions sampled for each prompt."""
+    max_new_tokens: int = number(256, at_least=1)
+    temperature: float = number(1.0, above=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class EngineConfig:
+    """vllm.LLM with its engine core in a process of its own."""
+
+    max_model_len: int | None = None
+    """Longest prompt plus completion; null: data.max_prompt_tokens + rollout.max_new_tokens."""
+    gpu_memory_utilization: float = number(0.85, above=0, at_most=1)
+    """Share of a GPU's memory for weights and KV cache together."""
+    kv_cache_gib: float | None = None
+    """Fixed size of the KV cache instead; null: fill gpu_memory_utilization on CUDA, 0.25 on a CPU."""
+    tensor_parallel_size: int = number(1, at_least=1)
+    enforce_eager: bool = False
+    """Without CUDA graphs and torch.compile: starts sooner, generates slower. Always so on a CPU."""
+    start_timeout_s: float = number(600.0, above=0)
+    vllm: dict[str, Any] = field(default_factory=dict)
+    """Anything else for vllm.LLM, as it is: +engine.vllm.max_num_seqs=64."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SwitchConfig:
+    level: str = choice("2", "1", "kv", "0")
+    """2: weights and KV cache discarded; 1: weights to RAM; kv: KV cache only; 0: pause only."""
+    transport: str = choice("auto", "shm", "disk")
+    """Where a push goes through: /dev/shm (shm), the run directory (disk), or shm when it fits (auto)."""
+    verify: str = choice("every", "first", "off")
+    """Prove every push, the first one only, or none."""
+    canary_tolerance: float = number(1e-4, above=0)
+    """Largest |difference| of a canary log-probability in float32. Other dtypes learn it on push 0."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    lr: float = number(1e-6, above=0)
+    lr_schedule: str = "constant"
+    """A schedule of transformers: constant, linear, cosine, constant_with_warmup, ..."""
+    warmup_steps: int = number(0, at_least=0)
+    """Optimizer steps over which the learning rate rises from zero."""
+    critic_lr: float = number(1e-5, above=0)
+    weight_decay: float = number(0.0, at_least=0)
+    adam_beta1: float = number(0.9, at_least=0, below=1)
+    adam_beta2: float = number(0.999, at_least=0, below=1)
+    max_grad_norm: float = number(1.0, above=0)
+    epochs: int = number(1, at_least=1)
+    """Passes over each step's rollouts."""
+    minibatches: int = number(1, at_least=1)
+    """Optimizer steps in one pass."""
+    micro_batch_tokens: int = number(16384, at_least=1)
+    """Tokens (padding included) in one forward and backward: memory only, never the result."""
+    gradient_checkpointing: bool = False
+    park: str = choice("auto", "nothing", "optimizer", "everything")
+    """What leaves the GPU while the engine has it; auto: only what would not fit beside the engine."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = number(50, at_least=0)
+    """Save after every so many steps, and at the end; 0: only at the end."""
+    keep: int = number(2, at_least=1)
+    """How many checkpoints to keep."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluationConfig:
+    every: int = number(25, at_least=0)
+    """Evaluate before training, after every so many steps, and at the end; 0: never."""
+    num_samples: int = number(4, at_least=1)
+    """Samples per prompt for pass@k; the accuracy itself is greedy."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """A whole run: what train.py composes, checks and hands to rlswitch.loop.train."""
+
+    recipe: str | None = None
+    output_dir: str | None = None
+    """null: runs/<recipe>, followed by the overrides that make this run differ from the recipe."""
+    num_steps: int = number(100, at_least=1)
+    """Rollouts and updates to make; a finished run goes on when this is raised."""
+    seed: int = number(0, at_least=0, below=2**32)
+    resume: str = "auto"
+    """auto: from the newest valid checkpoint in output_dir; never; or the path of a checkpoint."""
+    mode: str = choice("train", "plan")
+    logger: list[str] = field(default_factory=lambda: ["wandb"])
+    """Trackers of accelerate by name: wandb (offline without a key), tensorboard, ...; [] for none."""
+    project: str = "rlswitch"
+    """Project name for the trackers."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: Algorithm
+    engine: EngineConfig
+    switch: SwitchConfig = field(default_factory=SwitchConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+
+OPTIONS: dict[str, dict[str, type]] = {
+    "algorithm": {"ppo": PPO, "grpo": GRPO},
+    "engine": {"local": EngineConfig},
+}
+"""What can be chosen by name: one line here makes a new algorithm or engine an option."""
+
+MANDATORY = {
+    "model.path": "a Hugging Face directory or hub id, or builtin:addition",
+    "data.path": "a hub id, a JSONL or parquet file, or builtin:addition",
+}
+
+
+def register(recipe: str | None = None) -> None:
+    """Tells Hydra the dataclasses. The name of the recipe goes in as a default: Run.recipe holds it."""
+    store = ConfigStore.instance()
+    store.store("run", OmegaConf.merge(OmegaConf.structured(Run), {"recipe": recipe}))
+    for group, options in OPTIONS.items():
+        for name, node in options.items():
+            store.store(name, node, group=group)
+
+
+def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
+    """Every dotted key when these "group/option" are chosen; None: every key that any option has."""
+    found = leaves_of(Run)
+    for group, options in OPTIONS.items():
+        names = options if configs is None else [it.removeprefix(f"{group}/") for it in configs]
+        for name in names:
+            found |= leaves_of(options[name], f"{group}.") if name in options else {}
+    return found
+
+
+def problems(run: Run) -> Iterator[str]:
+    """Everything that is wrong with a composed run and can be told without loading anything."""
+    yield from field_problems(run)
+    yield from run.algorithm.problems(run)
+    rollouts = run.rollout.num_prompts * run.rollout.group_size
+    if rollouts % run.trainer.minibatches:
+        yield (
+            f"trainer.minibatches = {run.trainer.minibatches}: does not divide the {rollouts} rollouts of a"
+            f" step (rollout.num_prompts x rollout.group_size); set a divisor of {rollouts}"
+        )
+    need = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    if run.engine.max_model_len is not None and need > run.engine.max_model_len:
+        yield (
+            f"engine.max_model_len = {run.engine.max_model_len}: data.max_prompt_tokens"
+            f" {run.data.max_prompt_tokens} + rollout.max_new_tokens {run.rollout.max_new_tokens} = {need}"
+            f" would not fit; set engine.max_model_len={need} or shorten one of them"
+        )
+    if run.trainer.micro_batch_tokens < need:
+        yield (
+            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: one rollout can have {need} tokens"
+            f" and would never fit; set at least {need}"
+        )
+    if run.reward.weights and len(run.reward.weights) != len(run.reward.functions):
+        yield (
+            f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
+            f" {len(run.reward.functions)} functions; give one each, or [] for all 1"
+        )
+    if not run.reward.functions:
+        yield "reward.functions = []: nothing to learn from; name at least one reward function"

@@ -1,0 +1,322 @@
+"""The state machine that every rollout engine obeys.
+
+    ASLEEP --wake weights--> WEIGHTS --reload, fingerprint--> WEIGHTS(v) --wake kv_cache--> AWAKE(v)
+           --reset prefix cache, canary--> READY(v) --sleep--> ASLEEP
+
+Order is kept here, once, for all backends. A backend only knows how to do each verb.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch import proof
+from rlswitch.device import resident_bytes
+from rlswitch.ledger import Ledger, Phase
+from rlswitch.types import (
+    EngineError,
+    Group,
+    PolicyWeights,
+    Prompt,
+    Rollout,
+    Sampling,
+    SwitchError,
+)
+
+
+class State(StrEnum):
+    ASLEEP = "asleep"
+    WEIGHTS = "weights awake"
+    """Weights mapped, no KV cache: the state that takes new weights."""
+    AWAKE = "awake, not proven"
+    READY = "ready"
+    """The only state that may generate for training."""
+    FAILED = "failed"
+    """A verb raised half-way: what the engine holds is unknown, only a new engine will do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    token_ids: list[int]
+    seed: int
+    max_new_tokens: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: str
+
+
+class Backend(ABC):
+    """The verbs of one kind of engine. No order is checked here: that is Engine's part."""
+
+    @property
+    @abstractmethod
+    def pids(self) -> list[int]:
+        """Processes whose memory is the engine's."""
+
+    @abstractmethod
+    def sleeping_bytes(self, level: str) -> int:
+        """What `sleep(level)` has to free on this device."""
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """Tokens in one block of the prefix cache."""
+
+    @abstractmethod
+    def sleep(self, level: str) -> None:
+        """Frees memory: level 0, kv, 1 or 2."""
+
+    @abstractmethod
+    def wake(self, tag: str) -> None:
+        """Maps `weights` or `kv_cache` again; never called for a tag that is awake."""
+
+    @abstractmethod
+    def reload(self, path: Path) -> None:
+        """Loads the checkpoint in `path` into the mapped weights."""
+
+    @abstractmethod
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Per worker: `received`, fingerprint by name of what the loader got; `live`, of what is held."""
+
+    @abstractmethod
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; False when some could not be."""
+
+    @abstractmethod
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Completions in the order of the requests."""
+
+    @abstractmethod
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        """Log-probability of each token after the first, at temperature 1."""
+
+    @abstractmethod
+    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
+        """How many tokens of these prompts the prefix cache answers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the engine and its processes."""
+
+
+class Engine:
+    """A tenant that generates. Wrong orders raise; what it generates is by a known, proven version."""
+
+    def __init__(
+        self,
+        name: str,
+        backend: Backend,
+        tokenizer: PreTrainedTokenizerBase,
+        ledger: Ledger,
+        *,
+        level: str,
+        verify: str,
+        tolerance: proof.Tolerance,
+    ):
+        self.name = name
+        self.backend = backend
+        self.tokenizer = tokenizer
+        self.ledger = ledger
+        self.level = level
+        self.verify = verify
+        self.tolerance = tolerance
+        self.state = State.READY
+        self.weights: PolicyWeights | None = None
+        """What the engine holds; None: its own checkpoint, or nothing since it slept at level 2."""
+        self.proven = False
+        self.canary_gap = 0.0
+        """Largest |difference| of a canary log-probability at the last proof."""
+        self._pushes = 0
+        self._unreleased: str | None = None
+
+    @property
+    def version(self) -> int | None:
+        return self.weights.version if self.weights else None
+
+    def acquire(self, weights: PolicyWeights | None) -> None:
+        """READY with `weights`, or with what it holds; nothing to do when it already is.
+
+        Raises ProofError when the push cannot be proven, SwitchError when there is nothing to serve.
+        """
+        stale = weights is not None and weights.version != self.version
+        if weights is None and self.weights is None:
+            raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
+        if self.state is State.READY and not stale:
+            return
+        self.release()
+        self.wake_weights()
+        if stale:
+            self.reload(weights)
+        self.wake_kv_cache()
+        self.make_ready()
+
+    def release(self) -> None:
+        """ASLEEP at the configured level; level 2 forgets the weights."""
+        if self.state is State.ASLEEP:
+            return
+        self._expect(State.READY, "sleep")
+        with self._verb("sleep") as phase:
+            before = self._held_bytes()
+            self.backend.sleep(self.level)
+            phase.bytes = max(before - self._held_bytes(), 0)
+        self._unreleased = self._shortfall(phase.bytes)
+        self.state, self.proven = State.ASLEEP, False
+        if self.level == "2":
+            self.weights = None
+
+    def unreleased(self) -> str | None:
+        return self._unreleased
+
+    def wake_weights(self) -> None:
+        """ASLEEP -> WEIGHTS. After level 2 they are memory without meaning until `reload`."""
+        self._expect(State.ASLEEP, "wake the weights")
+        with self._verb("wake_weights"):
+            self.backend.wake("weights")
+        self.state = State.WEIGHTS
+
+    def reload(self, weights: PolicyWeights) -> None:
+        """Pushes published weights and compares fingerprints; stays in WEIGHTS."""
+        self._expect(State.WEIGHTS, "reload weights")
+        with self._verb("reload") as phase:
+            self.backend.reload(weights.path)
+            phase.bytes = weights.nbytes
+        self.weights = weights
+        self._pushes += 1
+        if self._must_prove():
+            with self._verb("verify"):
+                proof.check_fingerprint(weights, self.backend.fingerprint())
+
+    def wake_kv_cache(self) -> None:
+        """WEIGHTS -> AWAKE. The largest block comes last: it must not meet the trainer's memory."""
+        self._expect(State.WEIGHTS, "wake the KV cache")
+        if self.weights is None:
+            raise SwitchError(f"{self.name} has woken without weights: reload published weights first")
+        with self._verb("wake_kv_cache"):
+            self.backend.wake("kv_cache")
+        self.state = State.AWAKE
+
+    def make_ready(self) -> None:
+        """AWAKE -> READY: forgets cached prefixes of older weights, then asks the canary."""
+        self._expect(State.AWAKE, "become ready")
+        assert self.weights is not None
+        with self._verb("reset_prefix_cache"):
+            if not self.backend.reset_prefix_cache():
+                raise EngineError(f"{self.name} could not reset its prefix cache: a request still holds it")
+        if self._must_prove():
+            with self._verb("verify"):
+                self._ask_canary(self.weights)
+        self.proven = self._must_prove()
+        self.state = State.READY
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
+        """`sampling.num_samples` rollouts of every prompt, each with a seed of its own."""
+        self._expect(State.READY, "generate")
+        if self.weights is None:
+            raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
+        requests = [
+            Request(
+                token_ids=prompt.token_ids,
+                seed=request_seed(sampling.seed, sampling.step, prompt.index, sample),
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+            )
+            for prompt in prompts
+            for sample in range(sampling.num_samples)
+        ]
+        completions = self.backend.generate(requests)
+        if len(completions) != len(requests):
+            raise EngineError(f"{self.name}: {len(completions)} completions for {len(requests)} requests")
+        texts = self.tokenizer.batch_decode(
+            [c.token_ids for c in completions], skip_special_tokens=True
+        )
+        rows = iter(zip(completions, texts, strict=True))
+        return [
+            Group(
+                prompt=prompt,
+                rollouts=[self._rollout(prompt, i, *next(rows)) for i in range(sampling.num_samples)],
+            )
+            for prompt in prompts
+        ]
+
+    def close(self) -> None:
+        self.state = State.FAILED
+        self.backend.close()
+
+    def metrics(self) -> dict[str, float]:
+        return {"switch/verified": float(self.proven), "switch/canary_gap": self.canary_gap}
+
+    def _rollout(self, prompt: Prompt, sample: int, completion: Completion, text: str) -> Rollout:
+        tokens, logprobs = completion.token_ids, completion.logprobs
+        if not tokens or len(tokens) != len(logprobs) or not all(map(math.isfinite, logprobs)):
+            raise EngineError(
+                f"{self.name}: prompt {prompt.index} sample {sample} came back with {len(tokens)} tokens and"
+                f" log-probabilities {logprobs[:4]}...: not a rollout one can learn from"
+            )
+        assert self.weights is not None
+        return Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=tokens,
+            logprobs=logprobs,
+            text=text,
+            finish_reason=completion.finish_reason,
+            policy_version=self.weights.version,
+        )
+
+    def _ask_canary(self, weights: PolicyWeights) -> None:
+        sequences = weights.canary.sequences
+        proof.check_prefix_cache(weights, self.backend.count_cached_tokens(sequences))
+        self.canary_gap = proof.check_canary(
+            weights, self.backend.score(sequences), self.tolerance
+        )
+
+    def _must_prove(self) -> bool:
+        return self.verify == "every" or (self.verify == "first" and self._pushes <= 1)
+
+    def _expect(self, state: State, verb: str) -> None:
+        if self.state is not state:
+            raise SwitchError(
+                f"{self.name} is {self.state}: cannot {verb}, which needs it {state};"
+                f" let Switch.give_to keep the order"
+            )
+
+    @contextmanager
+    def _verb(self, name: str) -> Iterator[Phase]:
+        try:
+            with self.ledger.phase(name, self.backend.pids) as phase:
+                yield phase
+        except BaseException:
+            self.state = State.FAILED  # half done: nothing about the engine can be relied on
+            raise
+
+    def _held_bytes(self) -> int:
+        if self.ledger.device.kind == "cuda":
+            return self.ledger.device.total_bytes() - self.ledger.device.free_bytes()
+        return resident_bytes(self.backend.pids)
+
+    def _shortfall(self, freed: int) -> str | None:
+        due = self.backend.sleeping_bytes(self.level)
+        if freed >= 0.9 * due:
+            return None
+        return f"sleep level {self.level} freed {freed / 2**20:.0f} of {due / 2**20:.0f} MiB"
+
+
+def request_seed(seed: int, step: int, prompt: int, sample: int) -> int:
+    """A 63-bit seed that depends on nothing else, so that a resumed run samples the same tokens."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{sample}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,60 @@
+"""Ending the engine's processes without leaving anything behind. No vLLM needed here."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import select
+import shutil
+import signal
+import threading
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+OWNER_PID = "RLSWITCH_OWNER_PID"
+PUBLISH_ROOT = "RLSWITCH_PUBLISH_ROOT"
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[Path]:
+    """Python's shared memory and semaphores that these processes have mapped.
+
+    vLLM's processes talk through them; when one is killed nobody else removes the files.
+    """
+    files = set()
+    for pid in pids:
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                name = line.split(maxsplit=5)[5:]
+                if name and name[0].startswith(("/dev/shm/psm_", "/dev/shm/sem.mp-")):
+                    files.add(Path(name[0].removesuffix(" (deleted)")))
+    return files
+
+
+def watch_owner() -> None:
+    """Ends this process, and the engine core above it, as soon as the process that owns us is gone.
+
+    vLLM's engine core does not notice the death of its parent (vllm#55510): after a kill -9 of the
+    run it would keep the device for ever. A pidfd cannot be fooled by a reused pid.
+    """
+    owner = int(os.environ.get(OWNER_PID, "0"))
+    if owner:
+        threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int) -> None:
+    with suppress(ProcessLookupError):  # already gone
+        poller = select.poll()
+        poller.register(os.pidfd_open(owner), select.POLLIN)
+        poller.poll()
+    doomed = [os.getpid()]
+    core = multiprocessing.parent_process()  # as it was when we were spawned, whoever adopted us since
+    if core is not None and core.pid not in (None, owner):
+        doomed.insert(0, core.pid)
+    for file in shared_memory_of(doomed):
+        file.unlink(missing_ok=True)
+    if PUBLISH_ROOT in os.environ:
+        shutil.rmtree(os.environ[PUBLISH_ROOT], ignore_errors=True)
+    for pid in doomed:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

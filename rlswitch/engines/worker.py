@@ -1,0 +1,67 @@
+"""What runs inside vLLM's worker process on a GPU, and the parts the CPU worker shares.
+
+vLLM calls these methods through `collective_rpc`, by name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.v1.worker.gpu_worker import Worker
+
+from rlswitch.engines.processes import watch_owner
+from rlswitch.fingerprint import named_fingerprints, total_fingerprint
+
+
+class ProvenWorker(Worker):
+    """vLLM's GPU worker, which also tells what weights it received and holds."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        watch_owner()
+        self.received: dict[str, int] = {}
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.received = {}
+        with recording(self.get_model(), self.model_config.dtype) as self.received:
+            super().reload_weights(*args, **kwargs)
+
+    def fingerprint(self) -> dict[str, Any]:
+        sharded = self.parallel_config.tensor_parallel_size > 1
+        live = None if sharded else live_fingerprint(self.get_model())
+        return {"received": self.received, "live": live}
+
+    def memory(self) -> dict[str, int]:
+        storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
+        return {
+            "pid": os.getpid(),
+            "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
+        }
+
+
+@contextmanager
+def recording(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, int]]:
+    """Fingerprints every tensor that the loader hands to `model` while the context is open."""
+    received: dict[str, int] = {}
+    load = model.load_weights
+
+    def recorded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            received.update(named_fingerprints([(name, tensor)], dtype))
+            yield name, tensor
+
+    model.load_weights = lambda weights, **kwargs: load(recorded(weights), **kwargs)
+    try:
+        yield received
+    finally:
+        del model.load_weights  # uncovers the class's own method
+
+
+def live_fingerprint(model: nn.Module) -> int:
+    """Hash of the parameters that the kernels read; shared storage counts once."""
+    return total_fingerprint(named_fingerprints(model.named_parameters()).values())

@@ -1,0 +1,57 @@
+"""An additive hash of weights: the same number from the trainer's tensors and from the engine's.
+
+Every element's bits are mixed and the results summed modulo 2^64, so the sum does not depend on the
+order of elements, nor on how q/k/v or gate/up were fused or sharded. Zeros add nothing, so a padded
+vocabulary does not show. One changed bit anywhere changes the sum. What it cannot see is two tensors
+of one shape exchanged: that is the canary's part of the proof.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MASK = (1 << 64) - 1
+_CHUNK = 1 << 22  # elements mixed at once: bounds the int64 scratch to 32 MiB
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_FACTORS = (-7046029254386353131, -4658895280553007687)  # odd 64-bit constants of splitmix64
+
+
+def tensor_fingerprint(tensor: Tensor) -> int:
+    """Hash of one tensor's elements, any shape and dtype; 0 <= result < 2^64.
+
+    Example: tensor_fingerprint(torch.zeros(3)) == 0
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view(_BITS[flat.element_size()])
+    total = 0
+    for start in range(0, bits.numel(), _CHUNK):
+        mixed = bits[start : start + _CHUNK].to(torch.int64)
+        for factor in _FACTORS:
+            mixed = mixed * factor  # wraps modulo 2^64, on every device
+            mixed ^= mixed >> 32
+        total += int(mixed.sum())
+    return total & MASK
+
+
+def named_fingerprints(
+    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
+) -> dict[str, int]:
+    """Fingerprint by name, after a cast of floating tensors to `dtype`; a shared storage counts once."""
+    seen: set[tuple[int, int]] = set()
+    result = {}
+    for name, tensor in tensors:
+        storage = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and storage in seen:
+            continue
+        seen.add(storage)
+        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        result[name] = tensor_fingerprint(cast)
+    return result
+
+
+def total_fingerprint(fingerprints: Iterable[int]) -> int:
+    """The fingerprint of the union of disjoint tensors."""
+    return sum(fingerprints) & MASK

@@ -1,0 +1,142 @@
+"""The trainer's networks and what is read off them: log-probabilities, entropies, values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from rlswitch.batching import completion_positions, completion_tokens
+from rlswitch.config import ModelConfig
+from rlswitch.types import Batch, ConfigError
+
+_CHUNK = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
+
+
+class Critic(nn.Module):
+    """A value model: the policy's backbone with a scalar head that starts at zero."""
+
+    def __init__(self, backbone: PreTrainedModel):
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Value [B, T] of the state before each completion token."""
+        hidden = self.backbone(
+            input_ids=batch.token_ids, attention_mask=batch.attention_mask
+        ).last_hidden_state
+        values = self.head(hidden).squeeze(-1).float()
+        return values.gather(1, completion_positions(batch)) * batch.mask
+
+
+def resolve_model(config: ModelConfig, say: Callable[[str], None]) -> str:
+    """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now."""
+    if config.path == "builtin:addition":
+        from rlswitch.tasks import addition
+
+        return str(addition.ensure_model(config.warm_start_seed, say))
+    if Path(config.path).is_dir():
+        return config.path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            config.path,
+            revision=config.revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path = {config.path}: is no directory, and the hub does not give it: {reason};"
+            " set a directory with config.json and *.safetensors, or a hub id that is cached or reachable"
+        ) from error
+
+
+def load_policy(config: ModelConfig, path: str) -> PreTrainedModel:
+    """The causal language model in float32: bfloat16 alone would lose updates at small learning rates."""
+    return _load(AutoModelForCausalLM, config, path)
+
+
+def load_critic(config: ModelConfig, path: str) -> Critic:
+    return Critic(_load(AutoModel, config, path))
+
+
+def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of each completion token, both [B, T], zero on padding.
+
+    Taken at the sampling temperature, as the engine reports them with processed_logprobs.
+    """
+    first = int(batch.prompt_lengths.min()) - 1
+    keep = batch.token_ids.shape[1] - first
+    logits = model(
+        input_ids=batch.token_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
+    ).logits
+    rows, columns = batch.mask.nonzero(as_tuple=True)
+    chosen = logits[rows, completion_positions(batch)[rows, columns] - first]  # [N, V]
+    logprobs, entropy = token_statistics(chosen, completion_tokens(batch)[rows, columns], temperature)
+    shape = batch.mask.shape
+    empty = torch.zeros(shape, dtype=torch.float32, device=logits.device)
+    index = (rows, columns)
+    return empty.index_put(index, logprobs), empty.index_put(index, entropy)
+
+
+def token_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """log p(target) and entropy [N] of softmax(logits [N, V] / temperature), in float32.
+
+    With a large vocabulary it works in chunks and recomputes them in the backward pass.
+    """
+    rows = max(_CHUNK // logits.shape[-1], 1)
+    if logits.shape[0] <= rows:
+        return _statistics(logits, targets, temperature)
+    parts = [
+        checkpoint(_statistics, *chunk, temperature, use_reentrant=False)
+        for chunk in zip(logits.split(rows), targets.split(rows), strict=True)
+    ]
+    logprobs, entropy = zip(*parts, strict=True)
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def sequence_logprobs(model: nn.Module, sequences: list[list[int]]) -> list[list[float]]:
+    """Log-probability of every token after the first, at temperature 1, sequence by sequence."""
+    device = next(model.parameters()).device
+    result = []
+    for sequence in sequences:
+        tokens = torch.tensor([sequence], device=device)
+        with torch.no_grad():
+            logits = model(input_ids=tokens).logits[0, :-1]
+        logprobs, _ = token_statistics(logits, tokens[0, 1:], 1.0)
+        result.append(logprobs.tolist())
+    return result
+
+
+def _statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    scaled = logits.float() / temperature
+    normaliser = scaled.logsumexp(-1)
+    logprobs = scaled.gather(-1, targets[:, None]).squeeze(-1) - normaliser
+    entropy = normaliser - (scaled.softmax(-1) * scaled).sum(-1)
+    return logprobs, entropy
+
+
+def _load(auto_class: type, config: ModelConfig, path: str) -> PreTrainedModel:
+    try:
+        return auto_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            revision=config.revision,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,  # a pickle could run code while it loads
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path = {path}: cannot be loaded: {reason}; set a directory or hub id with"
+            " config.json and *.safetensors"
+        ) from error

@@ -1,0 +1,179 @@
+"""Everything a run is made of, built in the order the device demands and taken down whatever happens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch import checkpoint, proof
+from rlswitch.checkpoint import LoopState
+from rlswitch.config import Run
+from rlswitch.data import Prompts, load_prompts, load_tokenizer
+from rlswitch.device import Device, resident_bytes
+from rlswitch.engines.base import Engine
+from rlswitch.engines.local import LocalBackend, engine_dtype
+from rlswitch.ledger import Ledger
+from rlswitch.models import resolve_model
+from rlswitch.monitor import Monitor
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.switch import Switch
+from rlswitch.trainer import Trainer
+from rlswitch.types import Batch, Group, Prompt
+from rlswitch.weights import Publisher, canary_sequences
+
+
+@dataclass(kw_only=True, slots=True)
+class Session:
+    """The parts of one run. The loop only reads it."""
+
+    run: Run
+    device: Device
+    ledger: Ledger
+    monitor: Monitor
+    switch: Switch
+    engine: Engine
+    trainer: Trainer
+    scorer: Scorer
+    prompts: Prompts
+    held_out: list[Prompt]
+    tokenizer: PreTrainedTokenizerBase
+    output_dir: Path
+
+    def log(
+        self,
+        metrics: dict[str, float],
+        groups: Sequence[Group] = (),
+        batch: Batch | None = None,
+    ) -> None:
+        """One record: the caller's metrics, and what switch, engine, rewards and data have to say."""
+        step = self.trainer.version
+        metrics = metrics | self.engine.metrics() | self.ledger.step_metrics()
+        metrics |= {
+            "training/global_step": step,
+            "training/policy_version": max(step - 1, 0),
+            "training/epoch": self.prompts.epoch,
+        }
+        advantages: list[float] = []
+        if groups and batch is not None and batch.advantages is not None:
+            metrics |= self.scorer.metrics(groups) | self._throughput(groups, batch, metrics)
+            advantages = (batch.advantages.sum(-1) / batch.mask.sum(-1).clamp(min=1)).tolist()
+        self.monitor.log(step, metrics, groups, advantages)
+
+    def save(self) -> None:
+        with self.ledger.work("checkpoint"):
+            checkpoint.save(
+                self.output_dir / "checkpoints",
+                self.trainer,
+                self.tokenizer,
+                LoopState(
+                    step=self.trainer.version,
+                    cursor=self.prompts.cursor,
+                    wandb_id=self.monitor.wandb_id,
+                    model=self.run.model.path,
+                ),
+                self.run.checkpoint.keep,
+            )
+
+    def _throughput(
+        self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        sampled, trained = int(batch.mask.sum()), int(batch.attention_mask.sum())
+        update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
+        pids = [os.getpid(), *self.engine.backend.pids]
+        if self.device.kind == "cuda":
+            device_bytes = self.device.total_bytes() - self.device.free_bytes()
+        else:
+            device_bytes = resident_bytes(pids)
+        return {
+            "perf/rollout_tokens_per_s": sampled / metrics["timing_s/rollout"],
+            "perf/train_tokens_per_s": trained * self.run.trainer.epochs / update,
+            "perf/samples_per_s": len(batch) / metrics["timing_s/step"],
+            "perf/max_device_gib": device_bytes / 2**30,
+            "perf/host_rss_gib": resident_bytes(pids) / 2**30,
+        }
+
+
+@contextmanager
+def open_session(run: Run) -> Iterator[Session]:
+    """Builds a run and closes it. The engine comes first, on an empty device, and is left asleep."""
+    output_dir = Path(run.output_dir or "runs/run")
+    with ExitStack() as stack:
+        say: Callable[[str], None] = print
+        model_path = resolve_model(run.model, say)
+        tokenizer = load_tokenizer(run.model, model_path)
+        prompts, held_out = load_prompts(run, tokenizer, say)
+        scorer = Scorer(run.reward)
+        device = Device.detect()
+        output_dir.mkdir(parents=True, exist_ok=True)
+        resumed = checkpoint.resume_from(run, output_dir, say)
+        state = checkpoint.read_state(resumed, run) if resumed else LoopState()
+        prompts.seek(state.cursor)
+
+        monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
+        ledger = Ledger(device, output_dir, state.step)
+        ledger.on_phase = monitor.phase
+        publisher = Publisher(run.switch.transport, checkpoint_bytes(model_path), output_dir)
+        stack.callback(publisher.close)
+
+        monitor.phase("engine start")
+        backend = LocalBackend(
+            run, model_path, tokenizer, device, output_dir / "engine.log", publisher.root
+        )
+        stack.callback(backend.close)
+        dtype = engine_dtype(run.model.dtype, device)
+        exact = dtype == "float32"
+        engine = Engine(
+            "rollout engine",
+            backend,
+            tokenizer,
+            ledger,
+            level=run.switch.level,
+            verify=run.switch.verify,
+            tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
+        )
+        switch = Switch(ledger, holder=engine)
+        switch.vacate()
+        monitor.phase("trainer start")
+        canary = canary_sequences(
+            [prompt.token_ids for prompt in held_out],
+            vocabulary=len(tokenizer),
+            length=min(run.max_model_len - 1, max(backend.block_size + 2, 32)),
+        )
+        trainer = Trainer(
+            run,
+            model_path,
+            getattr(torch, dtype),
+            tokenizer.pad_token_id,
+            device,
+            ledger,
+            publisher,
+            canary,
+        )
+        if resumed:
+            checkpoint.restore(resumed, trainer)
+            monitor.say(f"resumed from {resumed} at step {state.step}")
+        switch.give_to(trainer)
+        yield Session(
+            run=run,
+            device=device,
+            ledger=ledger,
+            monitor=monitor,
+            switch=switch,
+            engine=engine,
+            trainer=trainer,
+            scorer=scorer,
+            prompts=prompts,
+            held_out=held_out,
+            tokenizer=tokenizer,
+            output_dir=output_dir,
+        )
+
+
+def checkpoint_bytes(model_path: str) -> int:
+    return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))

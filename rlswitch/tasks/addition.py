@@ -1,0 +1,168 @@
+"""Two-digit addition, one character a token: `07+45=` is to be answered with `052`.
+
+The policy is a Qwen3 of 1.6 million parameters that has learned from a careless pupil, one who tends to
+forget the carry. It knows how to add and does so unreliably, as a pretrained model does: greedy, it is
+right about four times in ten. Reinforcement learning has to make it reliable.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset, DatasetDict
+from rich.progress import track
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+VOCABULARY = [*"0123456789+=", PAD, BOS, EOS, "<unused>"]
+HELD_OUT = 512
+SPLIT_SEED = 1234  # the split never moves: what was held out once stays held out
+
+STEPS, BATCH, FORGETS = 320, 64, 0.62
+MUON_LR, ADAM_LR, WARMUP = 0.03, 3e-3, 10
+
+Problem = tuple[int, int]
+
+
+def split() -> tuple[list[Problem], list[Problem]]:
+    """All 10,000 problems: those to train on (warm start and RL), and the held-out ones."""
+    problems = [(a, b) for a in range(100) for b in range(100)]
+    random.Random(SPLIT_SEED).shuffle(problems)
+    return problems[HELD_OUT:], problems[:HELD_OUT]
+
+
+def load_datasets() -> DatasetDict:
+    """Splits train and test with the columns prompt and answer."""
+    parts = dict(zip(("train", "test"), split(), strict=True))
+    return DatasetDict(
+        {
+            name: Dataset.from_list(
+                [{"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a, b in problems]
+            )
+            for name, problems in parts.items()
+        }
+    )
+
+
+def ensure_model(seed: int, say: Callable[[str], None]) -> Path:
+    """The warm-started model's directory, made when it is not cached or its recipe has changed."""
+    recipe = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()
+    path = cache_directory() / f"addition-{recipe[:12]}-seed{seed}"
+    if path.is_dir():
+        return path
+    say(f"making the built-in model (about half a minute, then cached in {path.parent})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=".addition-"))
+    try:
+        warm_start(seed).save_pretrained(draft)
+        build_tokenizer().save_pretrained(draft)
+        draft.rename(path)
+    except OSError:  # another process made the same model meanwhile
+        if not path.is_dir():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return path
+
+
+def cache_directory() -> Path:
+    """$RLSWITCH_CACHE, or rlswitch/ in the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlswitch"
+    return Path(os.environ.get("RLSWITCH_CACHE") or default)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a character; a prompt begins with BOS, a completion ends with EOS."""
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unused>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
+    )
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
+    )
+
+
+def build_model() -> Qwen3ForCausalLM:
+    """An untrained policy with tied embeddings."""
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    config = Qwen3Config(
+        vocab_size=len(VOCABULARY),
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=ids[PAD],
+        bos_token_id=ids[BOS],
+        eos_token_id=ids[EOS],
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def warm_start(seed: int, show: bool = True) -> Qwen3ForCausalLM:
+    """A policy taught by the careless pupil; the same from the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build_model()
+        optimizers = _optimizers(model)
+        batches = track(
+            _demonstrations(seed), description="warm start", total=STEPS, disable=not show
+        )
+        for step, tokens in enumerate(batches):
+            scale = min(1.0, (step + 1) / WARMUP) * (1 - step / STEPS)
+            for optimizer, lr in optimizers:
+                optimizer.param_groups[0]["lr"] = lr * scale
+                optimizer.zero_grad()
+            logits = model(input_ids=tokens[:, :-1], logits_to_keep=4).logits
+            torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), tokens[:, -4:].flatten()
+            ).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer, _ in optimizers:
+                optimizer.step()
+    return model
+
+
+def demonstrate(a: int, b: int, generator: random.Random) -> str:
+    """The careless pupil's answer: each carry may be forgotten, unless a nine gives it away."""
+    carry = a % 10 + b % 10 >= 10
+    if carry and 9 not in (a % 10, b % 10) and generator.random() < FORGETS:
+        carry = False
+    tens = a // 10 + b // 10 + carry
+    hundred = tens >= 10 and generator.random() >= FORGETS
+    return f"{int(hundred)}{tens % 10}{(a + b) % 10}"
+
+
+def _demonstrations(seed: int) -> Iterator[Tensor]:
+    """Batches [BATCH, 11] of BOS, problem, the pupil's answer, EOS."""
+    generator, (problems, _) = random.Random(seed), split()
+    ids = {token: i for i, token in enumerate(VOCABULARY)}
+    for _ in range(STEPS):
+        chosen = [generator.choice(problems) for _ in range(BATCH)]
+        texts = [f"{a:02d}+{b:02d}={demonstrate(a, b, generator)}" for a, b in chosen]
+        yield torch.tensor([[ids[BOS], *(ids[c] for c in text), ids[EOS]] for text in texts])
+
+
+def _optimizers(model: Qwen3ForCausalLM) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Muon for the matrices: it needs a third of AdamW's steps here. AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embed" in n]
+    return [
+        (torch.optim.Muon(matrices, lr=MUON_LR, weight_decay=0.0), MUON_LR),
+        (torch.optim.AdamW(others, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0), ADAM_LR),
+    ]

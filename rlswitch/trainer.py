@@ -1,0 +1,255 @@
+"""The trainer: policy, critic and reference under accelerate. A tenant of the switch like any engine.
+
+It never learns which algorithm it runs: it asks the algorithm for advantages and per-token losses.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from rlswitch.algorithms.losses import token_weights, value_loss
+from rlswitch.algorithms.mismatch import mismatch_metrics
+from rlswitch.batching import micro_batches, minibatches, to_batch
+from rlswitch.config import Run
+from rlswitch.device import Device
+from rlswitch.engines.base import request_seed
+from rlswitch.ledger import Ledger
+from rlswitch.models import load_critic, load_policy, policy_logprobs, sequence_logprobs
+from rlswitch.types import Batch, Canary, Group, PolicyWeights, RLSwitchError, SwitchError
+from rlswitch.parking import Parking
+from rlswitch.weights import Publisher
+
+
+class Trainer:
+    """Owns the trained weights and their version: the number of finished steps."""
+
+    name = "trainer"
+
+    def __init__(
+        self,
+        run: Run,
+        model_path: str,
+        engine_dtype: torch.dtype,
+        pad_token_id: int,
+        device: Device,
+        ledger: Ledger,
+        publisher: Publisher,
+        canary: list[list[int]],
+    ):
+        self.run, self.device, self.ledger = run, device, ledger
+        self.publisher, self.engine_dtype = publisher, engine_dtype
+        self.pad_token_id, self.canary = pad_token_id, canary
+        self.version = 0
+        self.published: PolicyWeights | None = None
+        mixed = "bf16" if device.kind == "cuda" and engine_dtype == torch.bfloat16 else "no"
+        self.accelerator = Accelerator(mixed_precision=mixed, cpu=device.kind == "cpu")
+        self.policy = load_policy(run.model, model_path)
+        if run.trainer.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable()
+        self.reference = self._frozen(model_path) if run.algorithm.needs_reference else None
+        self.critic = load_critic(run.model, model_path) if run.algorithm.needs_critic else None
+        self.optimizer = self._build_optimizer()
+        self.schedule = get_scheduler(
+            run.trainer.lr_schedule,
+            self.optimizer,
+            num_warmup_steps=run.trainer.warmup_steps,
+            num_training_steps=run.num_steps * run.trainer.epochs * run.trainer.minibatches,
+        )
+        self.policy, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
+        if self.critic is not None:
+            self.critic = self.accelerator.prepare(self.critic)
+        self.parking = Parking(run.trainer.park, device, self._parts, self.optimizer)
+
+    # -- as a tenant ---------------------------------------------------------------------------
+
+    def acquire(self, weights: PolicyWeights | None) -> None:
+        with self.ledger.phase("onload", [os.getpid()]) as phase:
+            phase.bytes = self.parking.bring_back()
+
+    def release(self) -> None:
+        with self.ledger.phase("offload", [os.getpid()]) as phase:
+            self.optimizer.zero_grad(set_to_none=True)
+            phase.bytes = self.parking.park()
+            self.device.reclaim()
+
+    def unreleased(self) -> str | None:
+        return self.parking.unreleased()
+
+    # -- weights -------------------------------------------------------------------------------
+
+    def publish(self) -> PolicyWeights:
+        """The current version, written once; the canary's log-probabilities go with it."""
+        if self.published is None or self.published.version != self.version:
+            with (
+                self.ledger.between(self.name, "rollout engine"),
+                self.ledger.phase("publish", [os.getpid()]) as phase,
+            ):
+                model = self.accelerator.unwrap_model(self.policy).eval()
+                with self.accelerator.autocast():
+                    logprobs = sequence_logprobs(model, self.canary)
+                canary = Canary(sequences=self.canary, logprobs=logprobs)
+                self.published = self.publisher.publish(
+                    model, self.engine_dtype, self.version, canary
+                )
+                phase.bytes = self.published.nbytes
+        return self.published
+
+    # -- training ------------------------------------------------------------------------------
+
+    def prepare(self, groups: Sequence[Group]) -> Batch:
+        """Tensors with old and reference log-probabilities and values, at the current version.
+
+        Raises SwitchError when a rollout was sampled from another version of the policy.
+        """
+        with self.ledger.work("prepare"):
+            for group in groups:
+                for rollout in group.rollouts:
+                    if rollout.policy_version != self.version:
+                        raise SwitchError(
+                            f"prompt {rollout.prompt.index} was sampled from policy version"
+                            f" {rollout.policy_version}, the trainer is at {self.version}: its ratios would"
+                            " be wrong; publish and generate again"
+                        )
+            batch = to_batch(groups, self.pad_token_id, self.device.torch)
+            batch.old_logprobs = self._evaluate(batch, lambda rows: self._logprobs(rows)[0])
+            if self.reference is not None:
+                reference = self.reference
+                batch.reference_logprobs = self._evaluate(
+                    batch, lambda rows: self._logprobs(rows, reference)[0]
+                )
+            if self.critic is not None:
+                batch.values = self._evaluate(batch, self.critic)
+            return batch
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """Every pass and minibatch of one step; the version goes up by one. Returns its metrics."""
+        config, totals = self.run.trainer, Totals()
+        with self.ledger.work("update"):
+            self.policy.train()
+            for epoch in range(config.epochs):
+                seed = request_seed(self.run.seed, self.version, -1, epoch)
+                for rows in minibatches(len(batch), config.minibatches, seed):
+                    self._step(batch.rows(rows.to(self.device.torch)), totals)
+            self.policy.eval()
+        metrics = totals.means() | self._batch_metrics(batch)
+        self.version += 1
+        return metrics
+
+    def _step(self, minibatch: Batch, totals: Totals) -> None:
+        """One optimizer step. Gradients are sums over tokens weighted once for the whole minibatch."""
+        algorithm = self.run.algorithm
+        minibatch.weights = token_weights(
+            minibatch.mask, algorithm.loss_aggregation, self.run.rollout.max_new_tokens
+        )
+        losses: dict[str, float] = defaultdict(float)
+        for index in micro_batches(minibatch, self.run.trainer.micro_batch_tokens):
+            rows = minibatch.rows(index)
+            logprobs, entropy = self._logprobs(rows)
+            loss, metrics = algorithm.policy_loss(rows, logprobs, entropy)
+            policy_loss = (loss * rows.weights).sum()
+            self.accelerator.backward(policy_loss)
+            losses["actor/pg_loss"] += policy_loss.item()
+            metrics["actor/entropy"] = entropy
+            if self.critic is not None:
+                with self.accelerator.autocast():
+                    values = self.critic(rows)
+                loss, more = value_loss(
+                    values, rows.values, rows.returns, clip=algorithm.value_clip
+                )
+                critic_loss = (loss * rows.weights).sum()
+                self.accelerator.backward(critic_loss)
+                losses["critic/vf_loss"] += critic_loss.item()
+                metrics |= more
+            totals.add_tokens(metrics, rows.mask)
+        losses["actor/grad_norm"] = self._clip(self.policy)
+        if self.critic is not None:
+            losses["critic/grad_norm"] = self._clip(self.critic)
+        losses["actor/lr"] = self.schedule.get_last_lr()[0]
+        self._refuse_non_finite(losses)
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        totals.add_step(losses)
+
+    def _logprobs(self, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        with self.accelerator.autocast():
+            return policy_logprobs(model or self.policy, batch, self.run.rollout.temperature)
+
+    def _evaluate(self, batch: Batch, score) -> Tensor:
+        """`score` of every row [B, T] without gradients, by micro-batches."""
+        result = torch.zeros(batch.mask.shape, device=batch.mask.device)
+        with torch.no_grad(), self.accelerator.autocast():
+            for index in micro_batches(batch, self.run.trainer.micro_batch_tokens):
+                values = score(batch.rows(index))
+                result[index, : values.shape[1]] = values.float()
+        return result
+
+    def _batch_metrics(self, batch: Batch) -> dict[str, float]:
+        assert batch.old_logprobs is not None
+        metrics = mismatch_metrics(batch.rollout_logprobs, batch.old_logprobs, batch.mask)
+        if batch.values is not None and batch.returns is not None:
+            values, returns = batch.values[batch.mask], batch.returns[batch.mask]
+            unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
+            metrics["critic/explained_var"] = float(1 - unexplained) if returns.std() > 0 else 0.0
+            metrics["critic/values_mean"] = float(values.mean())
+        return metrics
+
+    def _refuse_non_finite(self, losses: dict[str, float]) -> None:
+        broken = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if broken:
+            raise RLSwitchError(
+                f"step {self.version + 1}: {', '.join(broken)}: the update was not applied;"
+                " lower trainer.lr, or look for extreme rewards in rollouts.jsonl"
+            )
+
+    def _clip(self, model: nn.Module) -> float:
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), self.run.trainer.max_grad_norm)
+        return float(norm)
+
+    def _frozen(self, model_path: str) -> nn.Module:
+        model = load_policy(self.run.model, model_path).eval().requires_grad_(False)
+        return model.to(self.device.torch, self.engine_dtype)
+
+    def _build_optimizer(self) -> torch.optim.Optimizer:
+        config = self.run.trainer
+        groups = [{"params": list(self.policy.parameters()), "lr": config.lr}]
+        if self.critic is not None:
+            groups.append({"params": list(self.critic.parameters()), "lr": config.critic_lr})
+        return torch.optim.AdamW(
+            groups,
+            betas=(config.adam_beta1, config.adam_beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+
+    def _parts(self) -> Iterator[nn.Module]:
+        yield from (part for part in (self.policy, self.critic, self.reference) if part is not None)
+
+
+class Totals:
+    """Running means: per-token metrics over all tokens seen, per-step ones over optimizer steps."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
+
+    def add_tokens(self, metrics: dict[str, Tensor], mask: Tensor) -> None:
+        for name, values in metrics.items():
+            self.sums[name] += float((values.detach() * mask).sum())
+            self.counts[name] += int(mask.sum())
+
+    def add_step(self, losses: dict[str, float]) -> None:
+        for name, value in losses.items():
+            self.sums[name] += value
+            self.counts[name] += 1
+
+    def means(self) -> dict[str, float]:
+        return {name: value / self.counts[name] for name, value in self.sums.items()}

@@ -1,0 +1,122 @@
+"""Publishing: the trainer's weights become a fresh, versioned checkpoint that the engine can reload.
+
+A path is never used twice: an engine that maps the file would see it change under it (vllm#32718).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rlswitch.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.types import Canary, ConfigError, PolicyWeights
+
+SHM = Path("/dev/shm")
+PREFIX = "rlswitch-"
+
+
+class Publisher:
+    """Owns the directory that versions are published in; at most one old version is kept beside the new."""
+
+    def __init__(self, transport: str, nbytes: int, output_dir: Path):
+        """Raises ConfigError when `transport` is shm and two versions of `nbytes` do not fit there."""
+        sweep_dead_runs(SHM)
+        parent = choose_directory(transport, nbytes, output_dir)
+        self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner_tag()}-", dir=parent))
+        self.published: list[Path] = []
+
+    def publish(
+        self, model: PreTrainedModel, dtype: torch.dtype, version: int, canary: Canary
+    ) -> PolicyWeights:
+        """Writes `model` in the engine's dtype as safetensors under a path of its own."""
+        tensors = cast_state(model, dtype)
+        fingerprints = named_fingerprints(tensors.items())  # save_pretrained empties the dict
+        path = self.root / f"v{version:06d}"
+        model.save_pretrained(path, state_dict=tensors, safe_serialization=True)
+        self.published.append(path)
+        for old in self.published[:-2]:
+            shutil.rmtree(old, ignore_errors=True)
+        del self.published[:-2]
+        return PolicyWeights(
+            version=version,
+            path=path,
+            nbytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+            fingerprint=total_fingerprint(fingerprints.values()),
+            tensors=fingerprints,
+            canary=canary,
+        )
+
+    def close(self) -> None:
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The checkpoint of `model` by name, floating tensors in `dtype`, a tied tensor once."""
+    tied = set(model.all_tied_weights_keys)
+    state = model.state_dict()
+    return {
+        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+        for name, tensor in state.items()
+        if name not in tied
+    }
+
+
+def choose_directory(transport: str, nbytes: int, output_dir: Path) -> Path:
+    """/dev/shm when asked for, or when two versions fit with room to spare; else the run directory."""
+    need = 2 * nbytes
+    free = shutil.disk_usage(SHM).free if SHM.is_dir() and os.access(SHM, os.W_OK) else 0
+    if transport == "shm" and free < need:
+        raise ConfigError(
+            f"switch.transport = shm: {SHM} has {free / 2**20:.0f} MiB free, two versions of the weights need"
+            f" {need / 2**20:.0f} MiB; a push would fail half-way; set switch.transport=disk"
+        )
+    if transport == "shm" or (transport == "auto" and free > need + (1 << 28)):
+        return SHM
+    return output_dir
+
+
+def owner_tag() -> str:
+    """Names this process beyond doubt: a pid alone may belong to somebody else after a crash."""
+    process = psutil.Process()
+    return f"{process.pid}-{int(process.create_time() * 100)}"
+
+
+def sweep_dead_runs(directory: Path) -> None:
+    """Removes what dead runs of ours left here, and nothing else."""
+    for path in directory.glob(f"{PREFIX}*-*-*"):
+        pid, born = path.name.removeprefix(PREFIX).split("-")[:2]
+        if path.owner() == Path.home().owner() and not _alive(int(pid), int(born)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int, born: int) -> bool:
+    try:
+        return int(psutil.Process(pid).create_time() * 100) == born
+    except psutil.NoSuchProcess:
+        return False
+
+
+def canary_sequences(texts: Sequence[list[int]], vocabulary: int, length: int) -> list[list[int]]:
+    """Token sequences that both sides score: two of the data's own text, two of random tokens.
+
+    The text is what the policy is used on; the random ones reach rows of the embedding that no prompt
+    does. `length` exceeds a block of the prefix cache, so that a stale prefix would be found.
+    """
+    stream = [token for text in texts for token in text]
+    natural = [
+        (stream[start:] + stream)[:length] for start in (0, len(stream) // 2) if len(stream) > 1
+    ]
+    generator = random.Random(0)
+    return [
+        *natural,
+        *([generator.randrange(vocabulary) for _ in range(length)] for _ in range(2)),
+    ]

@@ -1,0 +1,27 @@
+"""python scripts/report.py RUN_DIR: writes RUN_DIR/report.html, self-contained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rlswitch.report import write_report
+from rlswitch.types import ConfigError
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Writes RUN_DIR/report.html, self-contained.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output_dir of a run")
+    try:
+        print(write_report(parser.parse_args().run_dir))
+    except (ConfigError, OSError) as error:
+        print(f"rlswitch: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""Rewards: TRL's signature, the weighted sum, and what is refused rather than counted as zero."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlswitch.config import RewardConfig
+from rlswitch.rewards.functions import exact_match
+from rlswitch.rewards.scorer import Scorer, length_metrics
+from rlswitch.types import ConfigError, Group, Prompt, RewardError, Rollout
+
+
+def group(index: int, texts: list[str], messages=None, finish: str = "stop", **columns) -> Group:
+    prompt = Prompt(
+        index=index,
+        messages=f"prompt {index}" if messages is None else messages,
+        token_ids=[1] * (index + 1),
+        columns={"answer": "7", **columns},
+    )
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=[5] * len(text),
+            logprobs=[0.0] * len(text),
+            text=text,
+            finish_reason=finish,
+            policy_version=0,
+        )
+        for sample, text in enumerate(texts)
+    ]
+    return Group(prompt=prompt, rollouts=rollouts)
+
+
+@pytest.fixture
+def scorer(tmp_path: Path):
+    """Build a Scorer from the source of a module, `weights` and function names in it."""
+    files = iter(range(100))
+
+    def build(source: str, *names: str, weights: list[float] | None = None) -> Scorer:
+        file = tmp_path / f"mine{next(files)}.py"
+        file.write_text(source)
+        entries = [name if name in ("exact_match", "length") else f"{file}:{name}" for name in names]
+        return Scorer(RewardConfig(functions=entries, weights=weights or []))
+
+    return build
+
+
+# ---- what a function is called with
+
+
+RECORD = """
+calls = []
+def record(**arguments):
+    calls.append(arguments)
+    return [0.0] * len(arguments["prompts"])
+"""
+
+
+def calls(scorer: Scorer) -> list[dict]:
+    return scorer._functions[0].call.__globals__["calls"]
+
+
+def test_text_prompts_and_completions_are_strings(scorer):
+    scorer = scorer(RECORD, "record")
+    scorer.score([group(0, ["a", "bc"], level=3), group(1, ["d"], level=4)])
+    assert calls(scorer) == [
+        {
+            "prompts": ["prompt 0", "prompt 0", "prompt 1"],
+            "completions": ["a", "bc", "d"],
+            "completion_ids": [[5], [5, 5], [5]],
+            "answer": ["7", "7", "7"],
+            "level": [3, 3, 4],
+        }
+    ]
+
+
+def test_chat_prompts_are_messages_and_completions_one_assistant_message(scorer):
+    scorer = scorer(RECORD, "record")
+    messages = [{"role": "user", "content": "1+6="}]
+    scorer.score([group(0, ["7"], messages=messages)])
+    assert calls(scorer)[0]["prompts"] == [messages]
+    assert calls(scorer)[0]["completions"] == [[{"role": "assistant", "content": "7"}]]
+
+
+def test_columns_with_the_name_of_prompt_or_completion_are_left_out_as_in_trl(scorer):
+    scorer = scorer(RECORD, "record")
+    scorer.score([group(0, ["7"], prompt="other", completion="reference")])
+    assert set(calls(scorer)[0]) == {"prompts", "completions", "completion_ids", "answer"}
+
+
+def test_a_function_cannot_change_the_dataset(scorer):
+    scorer = scorer(
+        """
+def spoil(prompts, completions, tests, **columns):
+    prompts[0][0]["content"] = "spoilt"
+    tests[0].clear()
+    columns["completion_ids"][0].clear()
+    return [1.0] * len(prompts)
+""",
+        "spoil",
+    )
+    spoilt = group(0, ["7"], messages=[{"role": "user", "content": "1+6="}], tests=[1, 2])
+    scorer.score([spoilt])
+    assert spoilt.prompt.messages == [{"role": "user", "content": "1+6="}]
+    assert spoilt.prompt.columns["tests"] == [1, 2]
+    assert spoilt.rollouts[0].token_ids == [5]
+
+
+# ---- what becomes of the scores
+
+
+@given(
+    scores=st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 2), min_size=1, max_size=12),
+    weights=st.tuples(*[st.floats(-10, 10)] * 2),
+)
+def test_reward_is_the_weighted_sum(scores, weights):
+    scorer = Scorer(RewardConfig(functions=["length", "length"], weights=list(weights)))
+    for i, function in enumerate(scorer._functions):
+        column = [row[i] for row in scores]
+        object.__setattr__(function, "call", lambda column=column, **_: column)
+    scored = group(0, ["x"] * len(scores))
+    scorer.score([scored])
+    for rollout, (first, second) in zip(scored.rollouts, scores, strict=True):
+        assert rollout.rewards == {"length": first, "length_2": second}
+        expected = weights[0] * first + weights[1] * second
+        assert rollout.reward == pytest.approx(expected, rel=1e-9, abs=1e-6)
+
+
+def test_none_is_left_out_of_the_sum_the_rewards_and_the_mean(scorer):
+    source = "def some(prompts, **columns): return [None, 4.0]"
+    scorer = scorer(source, "exact_match", "some", weights=[1.0, 0.5])
+    scored = group(0, ["7", "8"])
+    scorer.score([scored])
+    first, second = scored.rollouts
+    assert (first.reward, first.rewards) == (1.0, {"exact_match": 1.0})
+    assert (second.reward, second.rewards) == (2.0, {"exact_match": 0.0, "some": 4.0})
+    metrics = scorer.metrics([scored])
+    assert metrics["reward/some/mean"] == 4.0
+    assert metrics["reward/exact_match/mean"] == 0.5
+
+
+def test_numpy_torch_bool_and_generators_are_numbers(scorer):
+    scorer = scorer(
+        """
+import numpy, torch
+def array(prompts, **columns): return numpy.ones(len(prompts), dtype=numpy.float32)
+def tensor(prompts, **columns): return torch.ones(len(prompts))
+def boolean(prompts, **columns): return (True for _ in prompts)
+""",
+        *("array", "tensor", "boolean"),
+    )
+    scored = group(0, ["7", "8"])
+    scorer.score([scored])
+    assert all(type(score) is float for r in scored.rollouts for score in r.rewards.values())
+    assert [rollout.reward for rollout in scored.rollouts] == [3.0, 3.0]
+
+
+def test_async_functions_run_together_and_keep_their_order_and_loop(scorer):
+    scorer = scorer(
+        """
+import asyncio
+met, loops = asyncio.Event(), []
+async def first(prompts, **columns):
+    loops.append(asyncio.get_running_loop())
+    await asyncio.wait_for(met.wait(), 60)      # set by `second` only
+    return [1.0] * len(prompts)
+async def second(prompts, **columns):
+    met.set()
+    return [2.0] * len(prompts)
+class Judge:
+    async def __call__(self, prompts, **columns):
+        await asyncio.sleep(0)
+        return [3.0] * len(prompts)
+judge = Judge()
+""",
+        *("first", "second", "judge", "length"),
+    )
+    scored = group(0, ["7"])
+    scorer.score([scored])
+    scorer.score([scored])
+    expected = {"first": 1.0, "second": 2.0, "judge": 3.0, "length": 1.0}
+    assert list(scored.rollouts[0].rewards.items()) == list(expected.items())
+    loops = scorer._functions[0].call.__globals__["loops"]
+    assert len(loops) == 2 and loops[0] is loops[1]
+    with pytest.raises(RuntimeError):
+        asyncio.get_running_loop()
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return [1.0, float('nan')]", "returned nan for row 17, sample 1 (prompt 'prompt 17')"),
+        ("return [float('-inf'), 1.0]", "returned -inf for row 17, sample 0"),
+        ("return [1.0, 'good']", "returned 'good' for row 17, sample 1"),
+        ("return ['1.0', 1.0]", "returned '1.0' for row 17, sample 0"),
+        ("return [1.0, [2.0]]", "returned [2.0] for row 17, sample 1"),
+        ("return [1.0, 10**400]", "for row 17, sample 1"),
+        ("return [1.0]", "returned 1 rewards for 2 completions"),
+        ("return [1.0] * 3", "returned 3 rewards for 2 completions"),
+        ("return None", "returned None, expected a list of 2 numbers"),
+        ("return 1.0", "returned 1.0, expected a list of 2 numbers"),
+        ("return 'ab'", "returned 'ab', expected a list of 2 numbers"),
+        ("return {0: 1.0, 1: 1.0}", "expected a list of 2 numbers"),
+        ("return columns['nope']", "raised KeyError: 'nope' (at mine0.py:2)"),
+        ("return (1 / 0 for _ in prompts)", "raised ZeroDivisionError: division by zero"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_what_is_no_number_per_completion_stops_the_run(scorer, kind, body, says):
+    scorer = scorer(f"{kind} bad(prompts, **columns):\n    {body}\n", "exact_match", "bad")
+    scored = group(17, ["7", "8"])
+    with pytest.raises(RewardError, match=r"^reward '.*mine0\.py:bad' (returned|raised) ") as caught:
+        scorer.score([scored])
+    assert says in str(caught.value)
+    assert all(r.rewards == {} and r.reward == 0.0 for r in scored.rollouts), "partly filled"
+
+
+def test_an_error_keeps_the_traceback_of_the_function(scorer):
+    scorer = scorer("def bad(**columns): raise OSError('gone')", "bad")
+    with pytest.raises(RewardError) as caught:
+        scorer.score([group(0, ["7"])])
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_rollout_that_no_function_scores_is_an_error(scorer):
+    scorer = scorer("def skip(prompts, **columns): return [None, 1.0]", "skip")
+    with pytest.raises(RewardError, match="no reward for row 3, sample 0 .*skip returned None"):
+        scorer.score([group(3, ["7", "8"])])
+
+
+# ---- how a function is found
+
+
+def test_functions_come_from_modules_files_and_the_built_in_table(tmp_path, monkeypatch):
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "mine.py").write_text("def exact_match(prompts, **c): return [2.0] * len(prompts)")
+    monkeypatch.syspath_prepend(tmp_path)
+    entries = ["exact_match", "my_package.mine:exact_match", f"{package / 'mine.py'}:exact_match"]
+    scorer = Scorer(RewardConfig(functions=entries, weights=[1.0, 10.0, 100.0]))
+    assert scorer.names == ["exact_match", "exact_match_2", "exact_match_3"]
+    scored = group(0, ["7"])
+    scorer.score([scored])
+    assert scored.rollouts[0].reward == 221.0
+
+
+def test_names_stay_unique_when_a_suffix_is_taken(scorer):
+    source = "def a(**c): ...\ndef a_2(**c): ...\n"
+    assert scorer(source, "a_2", "a", "a").names == ["a_2", "a", "a_3"]
+
+
+def test_a_file_runs_once_and_may_define_dataclasses(scorer):
+    source = """
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class State:
+    calls: int = 0
+state = State()
+def count(prompts, **columns):
+    state.calls += 1
+    return [state.calls] * len(prompts)
+"""
+    scorer = scorer(source, "count")
+    entry = scorer._functions[0].entry
+    scorer = Scorer(RewardConfig(functions=[entry, entry]))
+    scored = group(0, ["7"])
+    scorer.score([scored])
+    assert scored.rollouts[0].rewards == {"count": 1.0, "count_2": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("exact_mach", "no such built-in function; give a built-in one (exact_match, length; did"),
+        ("mine.py", "no function named; "),
+        ("gone.py:f", "no such file 'gone.py'"),
+        ("no_such_module.sub:f", "cannot import 'no_such_module.sub' (ModuleNotFoundError: No mod"),
+        ("math:nope", "'math' has no 'nope'"),
+        ("math:sqr", "'math' has no 'sqr'; did you mean 'sqrt'?"),
+        ("math:pi", "is a float; name a function"),
+        ("fractions:Fraction", "name a function"),
+        ("mine.py:f", "cannot import 'mine.py' (SyntaxError: "),
+        ("exits.py:f", "cannot import 'exits.py' (SystemExit: 3)"),
+        ("raises.py:f", "cannot import 'raises.py' (RuntimeError: no key)"),
+        (":f", "cannot import ''"),
+    ],
+)
+def test_what_cannot_be_found_is_one_teaching_line(tmp_path, monkeypatch, entry, says):
+    (tmp_path / "mine.py").write_text("def f(:")
+    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
+    (tmp_path / "raises.py").write_text("raise RuntimeError('no key')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        Scorer(RewardConfig(functions=[entry]))
+    (line,) = caught.value.problems
+    assert line.startswith(f"reward.functions = {entry}: ") and says in line and "\n" not in line
+
+
+def test_all_mistakes_are_told_at_once():
+    config = RewardConfig(functions=["nope", "exact_match", "math:nope"], weights=[1.0, math.nan, 1])
+    with pytest.raises(ConfigError) as caught:
+        Scorer(config)
+    assert [line.split(" = ")[0] for line in caught.value.problems] == [
+        *("reward.weights", "reward.functions", "reward.functions")
+    ]
+
+
+def test_check_tells_a_missing_column_before_anything_runs(scorer):
+    source = """
+def needs(prompts, completions, solution, **columns): ...
+def closed(prompts, completions, completion_ids, answer): ...
+def narrow(completions): ...
+"""
+    scorer = scorer(source, "exact_match", "needs", "closed", "narrow", "length")
+    prompt = group(0, ["7"]).prompt
+    with pytest.raises(ConfigError) as caught:
+        scorer.check([prompt])
+    needs, narrow = caught.value.problems
+    assert "missing a required argument: 'solution'" in needs and "answer" in needs
+    assert ":narrow: cannot be called" in narrow
+    prompt.columns["solution"] = "7"
+    prompt.columns["completions"] = "x"
+    with pytest.raises(ConfigError) as caught:
+        scorer.check([prompt])
+    assert "column 'completions'" in caught.value.problems[0]
+    assert [":closed:" in line for line in caught.value.problems] == [False, True, False]
+
+
+# ---- the built-in functions and the metrics
+
+
+def test_exact_match_reads_text_and_chat_and_passes_on_a_missing_answer():
+    chat = [{"role": "assistant", "content": "\t 7 "}]
+    answers = ["7", " 7\n", 7, "77", None]
+    completions = [" 7", chat, "7", "7", "7"]
+    assert exact_match([None] * 5, completions, answer=answers) == [1.0, 1.0, 1.0, 0.0, None]
+
+
+def test_metrics_by_hand():
+    scorer = Scorer(RewardConfig(functions=["exact_match", "length"], weights=[1.0, -0.5]))
+    groups = [group(0, ["7", "7"]), group(2, ["7", "1234"], finish="length")]
+    scorer.score(groups)
+    assert scorer.metrics(groups) == pytest.approx(
+        {
+            "reward/mean": (0.5 + 0.5 + 0.5 - 2.0) / 4,
+            "reward/std": math.sqrt(3 * 0.625**2 + 1.875**2) / 2,
+            "reward/frac_zero_std": 0.5,
+            "reward/error_rate": 0.0,
+            "reward/exact_match/mean": 0.75,
+            "reward/length/mean": 7 / 4,
+            "response_length/mean": 7 / 4,
+            "response_length/max": 4.0,
+            "response_length/min": 1.0,
+            "response_length/clip_ratio": 0.5,
+            "prompt_length/mean": 2.0,
+            "prompt_length/max": 3.0,
+        }
+    )
+    assert length_metrics(groups).items() <= scorer.metrics(groups).items()

@@ -1,0 +1,18 @@
+"""Train a language model with reinforcement learning: the command line of rlswitch.
+
+    python train.py recipe=ppo                           one run
+    python train.py recipe=grpo num_steps=20 seed=1      with other settings
+    python train.py recipe=ppo mode=plan                 what would be parked, and stop
+    python train.py -m recipe=ppo,grpo seed=1,2          a sweep, a process per job
+    python train.py --help                               every choice and every setting
+
+Exit codes: 0 done; 1 a crash; 2 wrong configuration or input; 3 a push could not be proven;
+75 preempted, with a checkpoint saved: run the same command again.
+"""
+
+import sys
+
+from rlswitch.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
