@@ -44,14 +44,20 @@ class Axes:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, note: str = "", x_name: str = "step", log: bool = False
+    title: str,
+    series: Sequence[Series],
+    *,
+    note: str = "",
+    x_name: str = "step",
+    log: bool = False,
+    zero: bool = False,
 ) -> str:
     """Lines over steps; with `log`, values that are not positive are left out."""
     series = [s for s in (_drawable(s, log) for s in series) if s.points]
     if not series:
         return ""
     xs = [x for s in series for x, _ in s.points]
-    ys = [y for s in series for _, y in s.points]
+    ys = [y for s in series for _, y in s.points] + ([0.0] if zero else [])
     axes = Axes((min(xs), max(xs)), _padded(min(ys), max(ys), log), log)
     body = _grid(axes) + "".join(_line(s, axes) for s in series) + _tooltips(series, axes, x_name)
     legend = [(s.name, s.css) for s in series if not s.faint]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,7 +96,7 @@ class Arguments:
 
 def parse(words: Sequence[str]) -> Arguments:
     parser = get_args_parser()
-    parser.error = _refuse  # argparse would print its usage, which lists none of our settings
+    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage, which lists none of our settings
     given = parser.parse_intermixed_args(list(words))
     if given.config_path or given.experimental_rerun:
         raise ConfigError(
@@ -205,6 +206,7 @@ def sweep(arguments: Arguments, command: Command = job_command) -> int:
         code = stopped = stop.args[0] if stop.args else INTERRUPTED
     jobs = [Job(**json.loads(note.read_text())) for note in notes.glob("*.json")]
     jobs.sort(key=lambda job: job.number)
+    shutil.rmtree(notes)
     _summarise(jobs, root)
     if stopped:
         print(f"rlswitch: stopped; add output_dir={root} to go on", file=sys.stderr)
@@ -239,6 +241,7 @@ def _values(item: Setting) -> list[str]:
         return [item.word]
     interval = item.parsed.value()
     if isinstance(interval, IntervalSweep):
+        assert interval.start is not None and interval.end is not None  # the grammar has both
         middle = (interval.start + interval.end) / 2
         values = [str(int(middle) if isinstance(interval.start, int) else middle)]
     else:
@@ -347,7 +350,8 @@ def _summarise(jobs: list[Job], root: Path) -> None:
             os.path.relpath(job.directory, root),
         )
     # Without a terminal rich assumes 80 columns and would break the overrides apart.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
+    console.print(table)
 
 
 def _decimal(value: float | None) -> str:

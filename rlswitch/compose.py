@@ -157,7 +157,7 @@ def compose_run(words: Iterable[str], source: Source) -> Run:
         except COMPOSE_ERRORS as error:
             raise ConfigError(*unique([*wrong, _one_line(error)])) from error
     missing, unusable = _fill_unusable(config, plan.leaves)
-    run = OmegaConf.to_object(config)
+    run: Any = OmegaConf.to_object(config)
     if plan.choices_known:
         wrong += [*missing, *unusable, *problems(run)]
     else:
@@ -272,7 +272,7 @@ def _read_files(
     for default in chosen:
         file = source.file(default.config_path)
         if file and not default.config_path.startswith("hydra/"):
-            tree = OmegaConf.to_container(OmegaConf.load(file))
+            tree: Any = OmegaConf.to_container(OmegaConf.load(file))
             if not isinstance(tree, dict) or default.package == "recipe":
                 advice = "must start with '# @package _global_' and map keys to values"
                 wrong.append(f"{_shown(file)}: {advice}")
@@ -362,7 +362,7 @@ def _fill_unusable(config: DictConfig, leaves: dict[str, Leaf]) -> tuple[list[st
     missing, unusable = [], []
     for key, leaf in leaves.items():
         section = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-        raw = OmegaConf.to_container(section)[leaf.name]
+        raw: Any = OmegaConf.to_container(section)
         try:
             value = section[leaf.name]
             if OmegaConf.is_config(value):
@@ -373,9 +373,9 @@ def _fill_unusable(config: DictConfig, leaves: dict[str, Leaf]) -> tuple[list[st
         except MissingMandatoryValue:
             missing.append(f"{key}: not set; set {key}=<{MANDATORY[key]}>")
         except OmegaConfBaseException as error:
-            unusable.append(f"{key} = {raw}: {_why_unresolved(error, leaf)}")
-        default = OmegaConf.to_container(OmegaConf.structured(leaf.owner))[leaf.name]
-        section[leaf.name] = "stand-in" if default == "???" else default
+            unusable.append(f"{key} = {raw[leaf.name]}: {_why_unresolved(error, leaf)}")
+        defaults: Any = OmegaConf.to_container(OmegaConf.structured(leaf.owner))
+        section[leaf.name] = "stand-in" if key in MANDATORY else defaults[leaf.name]
     return missing, unusable
 
 

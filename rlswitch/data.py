@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # datasets and transformers take seconds to import
     from rlswitch.config import ModelConfig, Run
 
 TASKS = {"addition": "rlswitch.tasks.addition"}
-"""Built-in tasks: `data.path = builtin:NAME` is load_datasets(seed) of the module."""
+"""Built-in tasks: `data.path = builtin:NAME` is load_datasets() of the module."""
 
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -111,14 +111,14 @@ def load_prompts(
 ) -> tuple[Prompts, list[Prompt]]:
     """The stream of training prompts, and the held-out ones in the order of their rows.
 
-    Nothing is held out when evaluation.every = 0. `say` gets a line for every set of rows left out.
-    Raises ConfigError with everything that is wrong with all the sources.
+    With evaluation.every = 0 no rows are cut off the training split; rows named as held out stay
+    so. `say` gets a line for every set of rows left out. Raises ConfigError with everything that is
+    wrong with all the sources.
     """
     parts, problems = [], []
     for source in _sources(run):
         try:
-            table = _read(source, run.model.warm_start_seed)
-            parts.append(_tokenize(table, run, tokenizer, say))
+            parts.append(_tokenize(_read(source), run, tokenizer, say))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -176,7 +176,7 @@ def _sources(run: Run) -> Iterator[_Source]:
     key = "data.eval_path" if data.eval_path else "data.path"
     path = data.eval_path or data.path
     split = data.eval_split or ("test" if path.startswith("builtin:") else None)
-    if run.evaluation.every and (data.eval_path or split):
+    if data.eval_path or split:
         name = data.name if path == data.path else None
         yield _Source(key, path, "data.eval_split", split, name)
 
@@ -212,7 +212,7 @@ def _without(training: list[Prompt], held_out: list[Prompt], say: Say) -> list[P
 # ---- reading
 
 
-def _read(source: _Source, seed: int) -> _Table:
+def _read(source: _Source) -> _Table:
     file = Path(source.path).expanduser()
     if (file.is_file() or (file / "state.json").exists()) and source.split not in (None, "train"):
         raise ConfigError(
@@ -225,14 +225,14 @@ def _read(source: _Source, seed: int) -> _Table:
         table = _read_csv(source, file)
     else:
         builtin = source.path.startswith("builtin:")
-        loaded = _builtin(source, seed) if builtin else _load(source, file)
+        loaded = _builtin(source) if builtin else _load(source, file)
         table = _Table(source, _rows(loaded, source))
     if not table.rows:
         raise source.problem("has 0 rows; give at least one")
     return table
 
 
-def _builtin(source: _Source, seed: int) -> Any:
+def _builtin(source: _Source) -> Any:
     name = source.path.removeprefix("builtin:")
     if name not in TASKS:
         hint = did_you_mean(name, TASKS)

@@ -260,9 +260,8 @@ class TrackerThread:
     def _start(self) -> None:
         self._tracker.start()
         self._tracker.store_init_configuration(self._config)
-        url = getattr(self._tracker.tracker, "url", None)  # W&B's, when it is online
-        if isinstance(url, str):
-            self._say(f"{self.name}: {url}")
+        if self.name == "wandb" and not wandb_is_offline():
+            self._say(f"wandb: {self._tracker.tracker.url}")
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None and not self._lost:

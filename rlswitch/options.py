@@ -95,10 +95,11 @@ TYPES = {
 
 def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
     """The fields under `owner` by dotted key; nested dataclasses are walked into."""
-    found, annotations = {}, get_type_hints(owner)
+    found: dict[str, Leaf] = {}
+    annotations = get_type_hints(owner)
     for item in fields(owner):
         key, annotation = f"{prefix}{item.name}", annotations[item.name]
-        if is_dataclass(annotation):
+        if isinstance(annotation, type) and is_dataclass(annotation):
             found |= leaves_of(annotation, f"{key}.")
         else:
             found[key] = Leaf(owner=owner, name=item.name, annotation=annotation)

@@ -85,6 +85,12 @@ def check_canary(
     return worst
 
 
+def reload_failed(weights: PolicyWeights, error: Exception) -> ProofError:
+    """The engine could not load what was published: half of it may be in place."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ProofError(f"{_push(weights)}: reload: the engine refused it ({reason}); {_files(weights)}")
+
+
 def _push(weights: PolicyWeights) -> str:
     return f"push of version {weights.version} is not proven"
 

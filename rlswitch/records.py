@@ -89,9 +89,9 @@ class Summary:
     last: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     """By part of the step, summed over the run."""
-    pushes: int = 0
-    """Steps whose record says how the proof of their push went."""
-    proven: int = 0
+    versions: dict[float, bool] = field(default_factory=dict)
+    """Policy version -> whether its push was proven. An evaluation and the rollouts after it share
+    one push, so records cannot be counted."""
 
     def add(self, record: Mapping[str, float]) -> None:
         self.last_step = max(self.last_step, int(record.get("step", 0)))
@@ -102,8 +102,17 @@ class Summary:
         for part, value in time_by_part(record).items():
             self.seconds[part] = self.seconds.get(part, 0.0) + value
         if "switch/verified" in record:
-            self.pushes += 1
-            self.proven += record["switch/verified"] > 0
+            version = record.get("training/policy_version", record.get("step", 0))
+            proven = record["switch/verified"] > 0
+            self.versions[version] = proven or self.versions.get(version, False)
+
+    @property
+    def pushes(self) -> int:
+        return len(self.versions)
+
+    @property
+    def proven(self) -> int:
+        return sum(self.versions.values())
 
     @property
     def wall_seconds(self) -> float:

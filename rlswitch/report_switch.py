@@ -13,6 +13,8 @@ from rlswitch.wording import printable
 GIB = 2**30
 LEAVING = ("offload", "publish", "sleep")
 """Phases of the tenant that lets go of the device; the others belong to the one that takes it."""
+RELEASING = ("offload", "sleep")
+"""Of these, the ones that give memory back."""
 SAWTOOTH_STEPS = 6
 
 
@@ -29,7 +31,7 @@ def _phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
     total = sum(_number(row, "seconds") for row in rows) or 1.0
     head = (
         "<tr><th>hand-over</th><th>phase</th><th>times</th><th>median s</th><th>max s</th>"
-        "<th>share</th><th>MiB moved</th><th>GB/s</th><th>device free, GiB</th>"
+        "<th>share of switching</th><th>MiB moved</th><th>GB/s</th><th>device free, GiB</th>"
         "<th>resident, GiB</th></tr>"
     )
     lines, last, each = [], "", _median_seconds(rows)
@@ -57,7 +59,8 @@ def _phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _way(row: Mapping[str, Any]) -> str:
-    return f"{row.get('from') or 'nobody'} to {row.get('to') or 'nobody'}"
+    source, target = row.get("from"), row.get("to")
+    return f"{source or 'nobody'} to {target or 'nobody'}" if source or target else "in between"
 
 
 def _median_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -94,9 +97,15 @@ def _memory_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     span = f"GiB, phase by phase, steps {steps[0]} to {steps[-1]}"
     title = "Resident memory after letting go"
     return [
-        line_chart("Resident memory of each tenant", _named(resident), note=span, x_name="phase"),
-        line_chart("Free on the device", [Series("free", free)], note=span, x_name="phase"),
-        line_chart(title, _named(_left_behind(rows)), note="GiB; a line that climbs is a leak"),
+        line_chart(
+            "Resident memory of each tenant", _named(resident), note=span, x_name="phase", zero=True
+        ),
+        line_chart(
+            "Free on the device", [Series("free", free)], note=span, x_name="phase", zero=True
+        ),
+        line_chart(
+            title, _named(_left_behind(rows)), note="GiB; a line that climbs is a leak", zero=True
+        ),
     ]
 
 
@@ -104,7 +113,7 @@ def _left_behind(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[floa
     """By tenant and step: what its processes still held when it had given the device away."""
     held: dict[str, dict[float, float]] = {}
     for row in rows:
-        if row["phase"] in LEAVING and row.get("from") and _number(row, "resident_after"):
+        if row["phase"] in RELEASING and row.get("from") and _number(row, "resident_after"):
             by_step = held.setdefault(str(row["from"]), {})
             by_step[row["step"]] = _number(row, "resident_after") / GIB
     return {tenant: sorted(by_step.items()) for tenant, by_step in held.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from rlswitch import checkpoint, proof
 from rlswitch.checkpoint import LoopState
@@ -103,6 +105,7 @@ class Session:
 def open_session(run: Run) -> Iterator[Session]:
     """Builds a run and closes it. The engine comes first, on an empty device, and is left asleep."""
     output_dir = Path(run.output_dir or "runs/run")
+    disable_progress_bar()
     with ExitStack() as stack:
         say: Callable[[str], None] = print
         model_path = resolve_model(run.model, say)
@@ -159,6 +162,8 @@ def open_session(run: Run) -> Iterator[Session]:
             checkpoint.restore(resumed, trainer)
             monitor.say(f"resumed from {resumed} at step {state.step}")
         switch.give_to(trainer)
+        gc.collect()
+        gc.freeze()  # a million objects of imported libraries: not worth a look at every hand-over
         yield Session(
             run=run,
             device=device,

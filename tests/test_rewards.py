@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlswitch.config import RewardConfig
@@ -46,7 +46,9 @@ def scorer(tmp_path: Path):
     def build(source: str, *names: str, weights: list[float] | None = None) -> Scorer:
         file = tmp_path / f"mine{next(files)}.py"
         file.write_text(source)
-        entries = [name if name in ("exact_match", "length") else f"{file}:{name}" for name in names]
+        entries = [
+            name if name in ("exact_match", "length") else f"{file}:{name}" for name in names
+        ]
         return Scorer(RewardConfig(functions=entries, weights=weights or []))
 
     return build
@@ -116,6 +118,7 @@ def spoil(prompts, completions, tests, **columns):
 # ---- what becomes of the scores
 
 
+@settings(deadline=None)
 @given(
     scores=st.lists(st.tuples(*[st.floats(-1e6, 1e6)] * 2), min_size=1, max_size=12),
     weights=st.tuples(*[st.floats(-10, 10)] * 2),
@@ -216,7 +219,9 @@ judge = Judge()
 def test_what_is_no_number_per_completion_stops_the_run(scorer, kind, body, says):
     scorer = scorer(f"{kind} bad(prompts, **columns):\n    {body}\n", "exact_match", "bad")
     scored = group(17, ["7", "8"])
-    with pytest.raises(RewardError, match=r"^reward '.*mine0\.py:bad' (returned|raised) ") as caught:
+    with pytest.raises(
+        RewardError, match=r"^reward '.*mine0\.py:bad' (returned|raised) "
+    ) as caught:
         scorer.score([scored])
     assert says in str(caught.value)
     assert all(r.rewards == {} and r.reward == 0.0 for r in scored.rollouts), "partly filled"
@@ -231,7 +236,7 @@ def test_an_error_keeps_the_traceback_of_the_function(scorer):
 
 def test_a_rollout_that_no_function_scores_is_an_error(scorer):
     scorer = scorer("def skip(prompts, **columns): return [None, 1.0]", "skip")
-    with pytest.raises(RewardError, match="no reward for row 3, sample 0 .*skip returned None"):
+    with pytest.raises(RewardError, match=r"no reward for row 3, sample 0 .*skip returned None"):
         scorer.score([group(3, ["7", "8"])])
 
 
@@ -306,7 +311,9 @@ def test_what_cannot_be_found_is_one_teaching_line(tmp_path, monkeypatch, entry,
 
 
 def test_all_mistakes_are_told_at_once():
-    config = RewardConfig(functions=["nope", "exact_match", "math:nope"], weights=[1.0, math.nan, 1])
+    config = RewardConfig(
+        functions=["nope", "exact_match", "math:nope"], weights=[1.0, math.nan, 1]
+    )
     with pytest.raises(ConfigError) as caught:
         Scorer(config)
     assert [line.split(" = ")[0] for line in caught.value.problems] == [

@@ -17,14 +17,15 @@ def group_relative(rewards: Tensor, group: Tensor, *, scale_by_std: bool) -> Ten
     """
     assert rewards.dim() == group.dim() == 1 and rewards.is_floating_point()
     num_groups = int(group.max()) + 1
-    size = torch.zeros(num_groups, dtype=rewards.dtype, device=rewards.device)
-    size.index_add_(0, group, torch.ones_like(rewards))
-    mean = torch.zeros_like(size).index_add_(0, group, rewards) / size
-    centred = rewards - mean[group]
+    wide = rewards.double()  # the sum of equal float32 rewards is exact, so is their mean
+    size = torch.zeros(num_groups, dtype=wide.dtype, device=wide.device)
+    size.index_add_(0, group, torch.ones_like(wide))
+    mean = torch.zeros_like(size).index_add_(0, group, wide) / size
+    centred = wide - mean[group]
     if not scale_by_std:
-        return centred
+        return centred.to(rewards.dtype)
     variance = torch.zeros_like(size).index_add_(0, group, centred**2) / (size - 1).clamp(min=1)
-    return centred / (variance.sqrt()[group] + 1e-6)
+    return (centred / (variance.sqrt()[group] + 1e-6)).to(rewards.dtype)
 
 
 def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:

@@ -17,4 +17,4 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) 
     if estimator == "k2":
         return log_ratio**2 / 2
     assert estimator == "k3", estimator
-    return (-log_ratio).exp() - 1 + log_ratio
+    return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x would round to below zero

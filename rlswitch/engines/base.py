@@ -139,6 +139,7 @@ class Engine:
         self.weights: PolicyWeights | None = None
         """What the engine holds; None: its own checkpoint, or nothing since it slept at level 2."""
         self.proven = False
+        """Whether the last weights it became ready with were proven."""
         self.canary_gap = 0.0
         """Largest |difference| of a canary log-probability at the last proof."""
         self._pushes = 0
@@ -175,7 +176,7 @@ class Engine:
             self.backend.sleep(self.level)
             phase.bytes = max(before - self._held_bytes(), 0)
         self._unreleased = self._shortfall(phase.bytes)
-        self.state, self.proven = State.ASLEEP, False
+        self.state = State.ASLEEP
         if self.level == "2":
             self.weights = None
 
@@ -193,7 +194,10 @@ class Engine:
         """Pushes published weights and compares fingerprints; stays in WEIGHTS."""
         self._expect(State.WEIGHTS, "reload weights")
         with self._verb("reload") as phase:
-            self.backend.reload(weights.path)
+            try:
+                self.backend.reload(weights.path)
+            except Exception as error:
+                raise proof.reload_failed(weights, error) from error
             phase.bytes = weights.nbytes
         self.weights = weights
         self._pushes += 1

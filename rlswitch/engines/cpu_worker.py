@@ -7,7 +7,6 @@ level 1 frees the KV cache (the weights already are in host memory), level 2 the
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Iterator
 from typing import Any, NoReturn
@@ -42,7 +41,6 @@ class SleepingCPUWorker(CPUWorker):
             self._drop_kv_cache()
         if "weights" in tags:
             self._drop_weights()
-        gc.collect()
         trim_heap()
 
     def wake_up(self, tags: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ class LocalBackend(Backend):
             raise EngineError(
                 f"vLLM did not start: {_last_cause(error)}; its log: {log_path}\n{_tail(log_path)}"
             ) from error
-        logging.getLogger("vllm").setLevel(logging.WARNING)
+        log_to_file(log_path)
         self.processes = [
             p for p in psutil.Process().children(recursive=True) if p.pid not in children
         ]
@@ -57,6 +57,9 @@ class LocalBackend(Backend):
         self.weight_bytes = sum(f.stat().st_size for f in Path(model_path).glob("*.safetensors"))
         self.asleep: set[str] = set()
         self.paused = False
+        # The first forward passes build kernels and caches: seconds that belong to the start.
+        self.score([self.stop_token_ids * 2])
+        self.generate([Request(self.stop_token_ids, seed=0, max_new_tokens=2, temperature=1.0)])
 
     @property
     def pids(self) -> list[int]:
@@ -86,7 +89,8 @@ class LocalBackend(Backend):
     def wake(self, tag: str) -> None:
         if tag in self.asleep:
             # One tag a call, and never a tag that is awake: vLLM 0.20-0.27 would map it twice.
-            self.device.reclaim()
+            if self.device.kind == "cuda":
+                self.device.reclaim()  # mapping cannot use what torch's allocator keeps cached
             self.llm.wake_up(tags=[tag])
             self.asleep.discard(tag)
         if tag == "kv_cache" and self.paused:
@@ -237,6 +241,14 @@ def redirected_output(path: Path) -> Iterator[None]:
             for target, source in zip((1, 2), saved, strict=True):
                 os.dup2(source, target)
                 os.close(source)
+
+
+def log_to_file(path: Path) -> None:
+    """vLLM's half in this process logs where its engine core does, not on the run's console."""
+    logger = logging.getLogger("vllm")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.addHandler(logging.FileHandler(path))
 
 
 def _prepare_environment(device: Device, publish_root: Path) -> None:

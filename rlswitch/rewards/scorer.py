@@ -84,7 +84,7 @@ class Scorer:
         columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
         passed = _passed(columns)
         problems = [
-            f"data.path: its column '{name}' has the name of an argument of reward functions; rename it"
+            f"data.path: column '{name}' has the name of an argument of reward functions; rename it"
             for name in columns
             if name in _GIVEN
         ]
@@ -96,12 +96,12 @@ class Scorer:
             except TypeError as error:
                 problems.append(
                     f"reward.functions = {function.entry}: cannot be called ({error}); it gets"
-                    f" {', '.join((*_GIVEN, *passed))}; let it take some by name and the rest as **columns"
+                    f" {', '.join((*_GIVEN, *passed))}; let it take the unnamed as **columns"
                 )
         if problems:
             raise ConfigError(*problems)
 
-    def score(self, groups: list[Group]) -> None:
+    def score(self, groups: Sequence[Group]) -> None:
         """Fill `rewards` and `reward` of every rollout, or raise RewardError and fill nothing."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         if not rollouts:
@@ -122,7 +122,7 @@ class Scorer:
             rollout.rewards = {function.name: score for function, score in given}
             rollout.reward = math.fsum(function.weight * score for function, score in given)
 
-    def metrics(self, groups: list[Group]) -> dict[str, float]:
+    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """What the scored groups say: rewards, and lengths in tokens."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         assert rollouts, "no rollouts to describe"
@@ -141,7 +141,7 @@ class Scorer:
                 result[f"reward/{name}/mean"] = fmean(given)
         return result | length_metrics(groups)
 
-    def _call_all(self, rollouts: list[Rollout]) -> list[Any]:
+    def _call_all(self, rollouts: Sequence[Rollout]) -> list[Any]:
         """What each function returns, in their order; the async ones run together."""
         results: dict[str, Any] = {}
         for function in self._functions:
@@ -161,7 +161,7 @@ class Scorer:
         return [results[name] for name in self.names]
 
 
-def length_metrics(groups: list[Group]) -> dict[str, float]:
+def length_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Lengths in tokens of completions and prompts, and the share of completions cut off."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     responses = [len(rollout.token_ids) for rollout in rollouts]

@@ -1,0 +1,112 @@
+"""The whole loop as a user runs it, on the real vLLM: small, but nothing left out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.engine
+
+GROUPS = (
+    "reward/mean reward/std reward/exact_match/mean reward/frac_zero_std reward/error_rate"
+    " actor/pg_loss actor/clip_ratio actor/clip_ratio_low actor/clip_ratio_high actor/ppo_kl"
+    " actor/entropy actor/grad_norm actor/lr actor/ratio_mean"
+    " response_length/mean response_length/max response_length/min response_length/clip_ratio"
+    " prompt_length/mean prompt_length/max"
+    " mismatch/logp_abs_diff_mean mismatch/logp_abs_diff_max mismatch/kl mismatch/is_mean"
+    " mismatch/is_max mismatch/is_ess"
+    " switch/offload_s switch/publish_s switch/wake_weights_s switch/reload_s switch/verify_s"
+    " switch/wake_kv_cache_s switch/reset_prefix_cache_s switch/sleep_s switch/onload_s"
+    " switch/total_s switch/share switch/bytes switch/verified"
+    " timing_s/rollout timing_s/reward timing_s/prepare timing_s/update timing_s/switch"
+    " timing_s/evaluation timing_s/checkpoint timing_s/step"
+    " perf/rollout_tokens_per_s perf/train_tokens_per_s perf/samples_per_s perf/max_device_gib"
+    " perf/host_rss_gib training/global_step training/policy_version training/epoch"
+).split()
+CRITIC = "critic/vf_loss critic/vf_clip_ratio critic/explained_var critic/values_mean".split()
+SMALL = ("rollout.num_prompts=16", "evaluation.every=2", "evaluation.num_samples=2")
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(record: dict) -> dict:
+    """A record without what differs between two runs of the same program."""
+    clocks = ("timing_s/", "perf/", "switch/")
+    return {key: value for key, value in record.items() if not key.startswith(clocks)}
+
+
+def test_ppo_learns_and_writes_down_every_step(run_train, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    finished = run_train("recipe=ppo", "num_steps=8", f"output_dir={out}", "evaluation.every=8")
+    steps = records(out / "metrics.jsonl")
+    assert [record["step"] for record in steps] == list(range(9))
+    for record in steps[1:]:
+        missing = [name for name in (*GROUPS, *CRITIC, "actor/kl_ref") if name not in record]
+        assert not missing
+        assert record["switch/verified"] == 1
+        assert record["mismatch/logp_abs_diff_max"] <= 1e-3
+    first, last = steps[0]["val/addition/acc"], steps[-1]["val/addition/acc"]
+    assert 0.25 <= first <= 0.45 and last >= first + 0.3
+    assert "pass@4" in " ".join(steps[-1])
+    assert "step 8/8" in finished.stdout and "proven" in finished.stdout
+
+    phases = records(out / "switch.jsonl")
+    kv_cache, weights = 0.25 * 2**30, 6e6
+    sleeps = [row for row in phases if row["phase"] == "sleep"]
+    assert len(sleeps) >= 8
+    for row in sleeps:
+        assert row["resident_before"] - row["resident_after"] >= 0.9 * (kv_cache + weights)
+    for row in phases:
+        if row["phase"] == "wake_kv_cache":
+            assert row["resident_after"] - row["resident_before"] >= 0.9 * kv_cache
+
+    rollouts = records(out / "rollouts.jsonl")
+    assert len(rollouts) == 8 * 512
+    assert all(row["policy_version"] == row["step"] - 1 for row in rollouts)
+    assert json.loads((out / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    assert (out / "config.yaml").is_file()
+
+    saved = out / "checkpoints" / "step_000008"
+    AutoModelForCausalLM.from_pretrained(saved / "policy")
+    kinds = {file.suffix for file in saved.rglob("*") if file.is_file()}
+    assert kinds <= {".safetensors", ".json", ".jinja"}
+
+
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(run_train, tmp_path: Path) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    common = ("recipe=grpo", *SMALL, "checkpoint.every=2", "trainer.lr_schedule=constant")
+    run_train(*common, "num_steps=4", f"output_dir={straight}")
+    run_train(*common, "num_steps=2", f"output_dir={stopped}")
+    resumed = run_train(*common, "num_steps=4", f"output_dir={stopped}")
+    assert "at step 2" in resumed.stdout
+    ours, theirs = (records(path / "metrics.jsonl") for path in (stopped, straight))
+    assert [timeless(record) for record in ours] == [timeless(record) for record in theirs]
+    files = [
+        path / "checkpoints/step_000004/policy/model.safetensors" for path in (stopped, straight)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_finished_run_says_so(run_train, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("recipe=grpo", *SMALL, "num_steps=1", "evaluation.every=0", f"output_dir={out}")
+    run_train(*words)
+    before = (out / "metrics.jsonl").read_bytes()
+    again = run_train(*words)
+    assert "complete" in again.stdout and "num_steps" in again.stdout
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3(run_train, tmp_path: Path) -> None:
+    finished = run_train(
+        "recipe=grpo", *SMALL, "num_steps=1", f"output_dir={tmp_path / 'run'}",
+        "switch.canary_tolerance=1e-12",
+        check=False,
+    )  # fmt: skip
+    assert finished.returncode == 3
+    errors = [line for line in finished.stderr.splitlines() if line.startswith("rlswitch: error:")]
+    assert len(errors) == 1 and "canary" in errors[0] and "limit 1e-12" in errors[0]
+    assert "Traceback" not in finished.stderr

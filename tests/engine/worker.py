@@ -1,0 +1,16 @@
+"""A worker that can be told to make the mistakes that a proof has to catch."""
+
+from rlswitch.engines.cpu_worker import SleepingCPUWorker
+
+
+class SaboteurWorker(SleepingCPUWorker):
+    """Behaves like its base until `sabotage` is called, by name, through collective_rpc."""
+
+    keep_stale_head = False
+
+    def sabotage(self, keep_stale_head: bool) -> None:
+        self.keep_stale_head = keep_stale_head
+
+    def _repack_shared_weights(self) -> None:
+        if not self.keep_stale_head:
+            super()._repack_shared_weights()

@@ -1,0 +1,520 @@
+"""Prompts: the stream, where rows come from, what is held out, and every mistake in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlswitch.config import DataConfig, EvaluationConfig, ModelConfig, RolloutConfig
+from rlswitch.data import Prompts, load_prompts, load_tokenizer
+from rlswitch.types import ConfigError, Prompt
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}"
+    "{% if m.tool_calls is defined %}{{ raise_exception('null tool_calls') }}{% endif %}"
+    "{% if m.content == 'boom' %}{{ raise_exception('cannot boom') }}{% endif %}"
+    "{{ m.role[0] }}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
+)
+
+
+def make_tokenizer(ends_text: bool = False, **special: str) -> PreTrainedTokenizerFast:
+    """One token a character; with `ends_text` it ends every text with eos, as T5's does."""
+    characters = ["<eos>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789+= "]
+    words = {character: i for i, character in enumerate(characters)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if ends_text:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{"eos_token": "<eos>", **special})
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    made = make_tokenizer()
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def run(
+    path: str, *, num_prompts: int = 1, seed: int = 0, every: int = 1, **data
+) -> SimpleNamespace:
+    """What load_prompts reads of a Run."""
+    return SimpleNamespace(
+        seed=seed,
+        model=ModelConfig(path="some/model"),
+        data=DataConfig(path=path, **{"eval_rows": 1, **data}),
+        rollout=RolloutConfig(num_prompts=num_prompts),
+        evaluation=EvaluationConfig(every=every),
+    )
+
+
+def jsonl(name: str, *rows) -> str:
+    """A file with one row per line; a string is a line as it is."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    Path(name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return name
+
+
+def numbered(name: str, start: int, stop: int) -> str:
+    return jsonl(name, *({"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(start, stop)))
+
+
+def load(config, tokenizer) -> tuple[list[Prompt], list[Prompt], list[str]]:
+    """Training prompts in the order of their rows, held-out ones, and what was said."""
+    said: list[str] = []
+    stream, held_out = load_prompts(config, tokenizer, said.append)
+    training = sorted(stream.take(len(stream)), key=lambda prompt: prompt.index)
+    return training, held_out, said
+
+
+def problems(config, tokenizer) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_prompts(config, tokenizer)
+    assert all("\n" not in line for line in caught.value.problems)
+    return caught.value.problems
+
+
+# ---- the stream
+
+
+def stream(size: int, seed: int = 0) -> Prompts:
+    return Prompts([Prompt(index=i, messages="", token_ids=[i]) for i in range(size)], seed)
+
+
+def indices(prompts: list[Prompt]) -> list[int]:
+    return [prompt.index for prompt in prompts]
+
+
+sizes = st.integers(1, 30)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@settings(deadline=None)
+@given(size=sizes, seed=seeds, takes=st.lists(st.integers(0, 40), max_size=8))
+def test_many_takes_are_one_big_take(size, seed, takes):
+    one, many = stream(size, seed), stream(size, seed)
+    parts = [index for n in takes for index in indices(many.take(n))]
+    assert parts == indices(one.take(sum(takes)))
+    assert many.cursor == one.cursor == sum(takes)
+    assert many.epoch == sum(takes) / size
+
+
+@settings(deadline=None)
+@given(size=sizes, seed=seeds)
+def test_each_epoch_is_a_permutation(size, seed):
+    prompts = stream(size, seed)
+    for _ in range(3):
+        assert sorted(indices(prompts.take(size))) == list(range(size))
+
+
+@settings(deadline=None)
+@given(size=sizes, seed=seeds, cursor=st.integers(0, 100), n=st.integers(0, 40))
+def test_seek_is_replay(size, seed, cursor, n):
+    replayed, sought = stream(size, seed), stream(size, seed)
+    replayed.take(cursor)
+    sought.take(7)
+    sought.seek(cursor)
+    assert indices(sought.take(n)) == indices(replayed.take(n))
+
+
+def test_epochs_and_seeds_differ():
+    prompts, other = stream(50, seed=1), stream(50, seed=2)
+    first, second = indices(prompts.take(50)), indices(prompts.take(50))
+    assert first != second and first != indices(other.take(50)) and first != list(range(50))
+
+
+def test_the_order_is_the_same_on_every_machine_and_in_every_version():
+    assert indices(stream(8, seed=3).take(12)) == [1, 4, 2, 0, 3, 5, 7, 6, 1, 3, 6, 0]
+
+
+# ---- sources
+
+
+def test_a_jsonl_file_keeps_every_value_as_it_is_written(tokenizer):
+    rows = [
+        {"prompt": "a", "answer": "007", "when": "2020-01-01 00:00:00"},
+        {"prompt": "b", "answer": "NA", "tests": [1, "x"]},
+        {"prompt": "c", "answer": 7},
+    ]
+    path = jsonl("rows.jsonl", "\ufeff" + json.dumps(rows[0]), "", *rows[1:])
+    training, held_out, _ = load(run(path, every=0), tokenizer)
+    assert held_out == []
+    assert [prompt.messages for prompt in training] == ["a", "b", "c"]
+    assert [prompt.index for prompt in training] == [0, 1, 2]
+    assert [prompt.columns for prompt in training] == [
+        {"answer": "007", "when": "2020-01-01 00:00:00", "tests": None},
+        {"answer": "NA", "when": None, "tests": [1, "x"]},
+        {"answer": 7, "when": None, "tests": None},
+    ]
+
+
+def save_as(kind: str, rows: list[dict]) -> str:
+    import datasets
+
+    dataset = datasets.Dataset.from_list(rows)
+    if kind == "json list":
+        Path("rows.json").write_text(json.dumps(rows, indent=1))
+        return "rows.json"
+    if kind == "json lines":
+        return jsonl("rows.json", *rows)
+    if kind == "csv":
+        dataset.to_csv("rows.csv")
+        return "rows.csv"
+    if kind == "parquet":
+        dataset.to_parquet("rows.parquet")
+        return str(Path("rows.parquet").absolute())
+    if kind == "saved dataset":
+        dataset.save_to_disk("saved")
+    elif kind == "saved splits":
+        datasets.DatasetDict(train=dataset).save_to_disk("saved")
+    else:
+        Path("saved").mkdir()
+        dataset.to_parquet("saved/train-00000-of-00001.parquet")
+    return "saved"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("json list", "json lines", "csv", "parquet"),
+        *("saved dataset", "saved splits", "data directory"),
+    ],
+)
+def test_every_kind_of_source_gives_the_same_prompts(tokenizer, kind):
+    rows = [{"prompt": f"{i}+1=", "answer": f"a{i}"} for i in range(4)]
+    training, _, said = load(run(save_as(kind, rows), every=0), tokenizer)
+    assert [{"prompt": p.messages, **p.columns} for p in training] == rows
+    assert said == []
+
+
+def test_csv_values_stay_strings(tokenizer):
+    Path("rows.csv").write_text('prompt,answer\n"1+\n1=",002\nb,NA\n')
+    training, _, _ = load(run("rows.csv", every=0), tokenizer)
+    assert [p.messages for p in training] == ["1+\n1=", "b"]
+    assert [p.columns["answer"] for p in training] == ["002", "NA"]
+
+
+def test_the_built_in_task_holds_out_its_own_test_split(tokenizer):
+    from rlswitch.tasks import addition
+
+    splits = addition.load_datasets()
+    config = run("builtin:addition", eval_rows=100)
+    training, held_out, said = load(config, tokenizer)
+    assert len(training) == len(splits["train"]) and len(held_out) == 100 and said == []
+    assert {p.messages for p in held_out} <= set(splits["test"]["prompt"])
+    assert {p.messages for p in training} == set(splits["train"]["prompt"])
+    assert list(training[0].columns) == ["answer"]
+
+
+# ---- tokens
+
+
+def test_text_is_tokenised_as_the_tokenizer_does_but_never_ends_with_eos():
+    path = jsonl("rows.jsonl", {"prompt": "ab"})
+    (plain,), _, _ = load(run(path, every=0), make_tokenizer())
+    (ended,), _, _ = load(run(path, every=0), make_tokenizer(ends_text=True))
+    assert make_tokenizer(ends_text=True)("ab")["input_ids"] == [2, 3, 0]
+    assert plain.token_ids == ended.token_ids == [2, 3]
+
+
+def test_chat_messages_go_through_the_template(tokenizer):
+    user = {"role": "user", "content": "hi"}
+    begun = {"role": "assistant", "content": "so"}
+    path = jsonl(
+        "rows.jsonl", {"prompt": [user]}, {"prompt": [user, {**begun, "tool_calls": None}]}
+    )
+    (asked, prefilled), _, _ = load(run(path, every=0), tokenizer)
+    assert tokenizer.decode(asked.token_ids).replace(" ", "") == "uhi="
+    assert tokenizer.decode(prefilled.token_ids).replace(" ", "") == "uhiaso"
+    assert prefilled.messages == [user, begun], "null fields, which Arrow adds, are no fields"
+
+
+# ---- what is held out
+
+
+def test_rows_cut_off_are_removed_and_do_not_depend_on_the_seed(tokenizer):
+    path = numbered("rows.jsonl", 0, 50)
+    training, held_out, said = load(run(path, eval_rows=10), tokenizer)
+    again = load(run(path, eval_rows=10, seed=5), tokenizer)
+    assert (training, held_out) == again[:2]
+    assert len(held_out) == 10 and len(training) == 40
+    assert sorted(indices(training) + indices(held_out)) == list(range(50))
+    assert indices(held_out) not in (list(range(10)), list(range(40, 50)))
+    assert said == ["data: held out 10 of the 50 prompts of rows.jsonl"]
+
+
+def test_held_out_rows_of_a_file_are_chosen_up_to_eval_rows(tokenizer):
+    train, test = numbered("train.jsonl", 0, 20), numbered("test.jsonl", 20, 60)
+    training, held_out, said = load(run(train, eval_path=test, eval_rows=10), tokenizer)
+    assert len(training) == 20 and len(held_out) == 10 and said == []
+    assert all(int(p.messages.split("+")[0]) == p.index + 20 for p in held_out)
+    _, everything, _ = load(run(train, eval_path=test, eval_rows=100), tokenizer)
+    assert indices(everything) == list(range(40))
+
+
+def test_a_training_prompt_that_is_held_out_is_removed_and_counted(tokenizer):
+    train, test = numbered("train.jsonl", 0, 20), numbered("test.jsonl", 15, 30)
+    training, held_out, said = load(run(train, eval_path=test, eval_rows=100), tokenizer)
+    assert not {p.messages for p in training} & {p.messages for p in held_out}
+    assert indices(training) == list(range(15))
+    assert said == ["data: removed 5 of 20 training rows: their prompt is held out"]
+
+
+def test_a_duplicate_of_a_row_cut_off_is_removed_too(tokenizer):
+    rows = [{"prompt": str(i // 2)} for i in range(20)]
+    training, held_out, said = load(run(jsonl("rows.jsonl", *rows), eval_rows=4), tokenizer)
+    assert not {p.messages for p in training} & {p.messages for p in held_out}
+    assert len(training) < 16 and f"removed {16 - len(training)} of 16" in said[1]
+
+
+def test_eval_split_of_the_same_path(tokenizer):
+    import datasets
+
+    parts = {
+        name: datasets.Dataset.from_list([{"prompt": f"{name}{i}"} for i in range(3)])
+        for name in ("train", "test")
+    }
+    datasets.DatasetDict(parts).save_to_disk("saved")
+    training, held_out, _ = load(run("saved", eval_split="test", eval_rows=9), tokenizer)
+    assert [p.messages for p in training] == ["train0", "train1", "train2"]
+    assert [p.messages for p in held_out] == ["test0", "test1", "test2"]
+    assert load(run("saved", eval_split="test", eval_rows=9, every=0), tokenizer)[1] == held_out
+    _, (cut,), _ = load(run("saved", eval_rows=1), tokenizer)
+    assert cut.messages.startswith("train"), "a test split is not taken unasked"
+    (line,) = problems(run("saved", eval_split="tset"), tokenizer)
+    assert line.startswith("data.eval_split = tset: saved has the splits train, test; did you mean")
+    (line,) = problems(run(numbered("x.jsonl", 0, 9), eval_path="saved"), tokenizer)
+    assert line.startswith("data.eval_split = null: saved has the splits train, test; set one")
+
+
+def test_overlong_prompts_are_dropped_and_counted_where_asked(tokenizer):
+    rows = [{"prompt": "a" * n} for n in (3, 9, 4, 7, 2)]
+    path = jsonl("rows.jsonl", *rows)
+    config = run(path, max_prompt_tokens=4, overlong="drop", every=0)
+    training, _, said = load(config, tokenizer)
+    assert indices(training) == [0, 2, 4]
+    assert said == [
+        "data: dropped, by data.max_prompt_tokens = 4: 2 of 5 prompts of rows.jsonl are longer"
+        " (the longest has 9 tokens: rows.jsonl:2)"
+    ]
+    config.data.overlong = "error"
+    (line,) = problems(config, tokenizer)
+    assert line == (
+        "data.max_prompt_tokens = 4: 2 of 5 prompts of rows.jsonl are longer (the longest has 9"
+        " tokens: rows.jsonl:2); set data.max_prompt_tokens=9 or data.overlong=drop"
+    )
+    config.data.max_prompt_tokens, config.data.overlong = 1, "drop"
+    (line,) = problems(config, tokenizer)
+    assert "5 of 5 prompts" in line and line.endswith("; set data.max_prompt_tokens=9")
+
+
+# ---- mistakes
+
+KEY = "data.prompt_key = prompt: "
+ROW = '{"prompt": "a"}'
+BAD_ROWS = [
+    ('{"prompt": null}', f"{KEY}rows.jsonl:2 is null; it must be a string or a list of chat"),
+    ('{"answer": "1"}', f"{KEY}rows.jsonl:2 is null; it must be a string"),
+    ('{"prompt": 17}', f"{KEY}rows.jsonl:2 is 17; it must be"),
+    ('{"prompt": ""}', f"{KEY}rows.jsonl:2 is empty: it has no tokens"),
+    ('{"prompt": []}', f"{KEY}rows.jsonl:2 is not a list of chat messages, "),
+    ('{"prompt": ["a"]}', f"{KEY}rows.jsonl:2 is not a list of chat messages, "),
+    ('{"prompt": [{"role": "user"}]}', f"{KEY}rows.jsonl:2 is not a list of chat messages, "),
+    ('{"prompt": [{"content": "a"}]}', f"{KEY}rows.jsonl:2 is not a list of chat messages, "),
+    ('{"prompt": "\\ud800"}', f"{KEY}rows.jsonl:2 is not valid Unicode"),
+    (
+        '{"prompt": [{"role": "user", "content": "boom"}]}',
+        f"{KEY}rows.jsonl:2 makes the chat template fail (TemplateError: cannot boom)",
+    ),
+    ("[1]", "data.path = rows.jsonl: rows.jsonl:2 is not an object but [1]"),
+    ("null", "data.path = rows.jsonl: rows.jsonl:2 is not an object but null"),
+    (
+        '{"prompt": b}',
+        "data.path = rows.jsonl: rows.jsonl:2 is not valid JSON (Expecting value, column 12)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("bad", "says"), BAD_ROWS, ids=[bad for bad, _ in BAD_ROWS])
+def test_a_bad_row_is_named_by_its_line(tokenizer, bad, says):
+    (line,) = problems(run(jsonl("rows.jsonl", ROW, bad, ROW)), tokenizer)
+    assert line.startswith(says)
+
+
+def test_bad_rows_are_named_by_number_where_there_are_no_lines(tokenizer):
+    Path("rows.json").write_text(json.dumps([{"prompt": "a"}, {"prompt": None}]))
+    (line,) = problems(run("rows.json"), tokenizer)
+    assert line.startswith(f"{KEY}row 1 of rows.json is null")
+    Path("rows.json").write_text('[\n{"prompt": "a"},\n{"prompt" "b"}]')
+    (line,) = problems(run("rows.json"), tokenizer)
+    assert line.startswith("data.path = rows.json: rows.json:3 is not valid JSON")
+
+
+def test_only_the_first_bad_rows_are_listed(tokenizer):
+    lines = problems(run(jsonl("rows.jsonl", *[{"prompt": None}] * 20, ROW)), tokenizer)
+    assert len(lines) == 6 and lines[-1] == f"{KEY}15 more rows are wrong too"
+
+
+def test_bytes_that_are_not_utf8_are_named_by_line(tokenizer):
+    Path("rows.jsonl").write_bytes(f"{ROW}\n{ROW}\n".encode() + b'{"prompt": "\xff"}\n')
+    (line,) = problems(run("rows.jsonl"), tokenizer)
+    assert line.startswith("data.path = rows.jsonl: rows.jsonl:3 is not UTF-8 (invalid start byte)")
+
+
+def test_a_bad_file_in_a_directory_is_named_by_line(tokenizer):
+    Path("parts").mkdir()
+    jsonl("parts/train.jsonl", ROW, "{")
+    (line,) = problems(run("parts"), tokenizer)
+    assert line.startswith("data.path = parts: train.jsonl:2 is not valid JSON")
+
+
+def test_csv_rows_that_do_not_fit_the_header_are_named(tokenizer):
+    Path("rows.csv").write_text("prompt,answer\na,1\nb,2,3\n")
+    (line,) = problems(run("rows.csv"), tokenizer)
+    assert line.startswith("data.path = rows.csv: rows.csv:3 is not valid UTF-8 CSV (more values")
+    Path("rows.csv").write_text("answer,prompt\n1,a\n2\n")
+    (line,) = problems(run("rows.csv"), tokenizer)
+    assert line.startswith(f"{KEY}rows.csv:3 is null")
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            {"path": "tran.jsonl"},
+            "data.path = tran.jsonl: no such file; did you mean 'train.jsonl'?",
+        ),
+        ({"path": "/no/such/place"}, "data.path = /no/such/place: no such file"),
+        ({"path": "~/no/such/file.csv"}, "data.path = ~/no/such/file.csv: no such file"),
+        (
+            {"path": "builtin:adition"},
+            "data.path = builtin:adition: no such built-in task (there is",
+        ),
+        ({"path": "notes.txt"}, "data.path = notes.txt: not a .jsonl .json .csv .parquet file, "),
+        ({"path": "empty.jsonl"}, "data.path = empty.jsonl: has 0 rows"),
+        ({"path": "header.csv"}, "data.path = header.csv: has 0 rows"),
+        ({"path": "empty"}, "data.path = empty: cannot load it (EmptyDatasetError: "),
+        ({"path": "bad.parquet"}, "data.path = bad.parquet: cannot load it (ArrowInvalid: "),
+        ({"split": "test"}, "data.split = test: train.jsonl has no splits; leave data.split out"),
+        ({"eval_split": "test"}, "data.eval_split = test: train.jsonl has no splits; leave"),
+        ({"eval_path": "nope.jsonl"}, "data.eval_path = nope.jsonl: no such file"),
+        (
+            {"prompt_key": "promt"},
+            "data.prompt_key = promt: train.jsonl has only prompt, answer; did",
+        ),
+        (
+            {"prompt_key": "zzz"},
+            "data.prompt_key = zzz: train.jsonl has only prompt, answer; set data",
+        ),
+        ({"num_prompts": 20}, "rollout.num_prompts = 20: train.jsonl leaves only 19 of 20 prompts"),
+        (
+            {"eval_path": "train.jsonl", "eval_rows": 20},
+            "rollout.num_prompts = 1: train.jsonl leaves",
+        ),
+        (
+            {"eval_rows": 20},
+            "data.eval_rows = 20: train.jsonl has 20 prompts, so none would be left",
+        ),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_teaching_line(tokenizer, config, says):
+    numbered("train.jsonl", 0, 20)
+    jsonl("empty.jsonl")
+    Path("header.csv").write_text("prompt,answer\n")
+    Path("notes.txt").write_text("prompt")
+    Path("bad.parquet").write_text("not parquet")
+    Path("empty").mkdir()
+    (line,) = problems(run(**{"path": "train.jsonl", **config}), tokenizer)
+    assert line.startswith(says)
+
+
+def test_mistakes_of_both_sources_are_told_at_once(tokenizer):
+    lines = problems(run("a.jsonl", eval_path=jsonl("b.jsonl", "{")), tokenizer)
+    assert [line.split(" = ")[0] for line in lines] == ["data.path", "data.eval_path"]
+
+
+def test_chat_messages_without_a_chat_template():
+    path = jsonl("rows.jsonl", {"prompt": [{"role": "user", "content": "a"}]})
+    (line,) = problems(run(path), make_tokenizer())
+    assert "the tokenizer of some/model has no chat template; set model.path" in line
+
+
+OFFLINE = """
+import sys
+from types import SimpleNamespace
+from rlswitch.config import DataConfig, EvaluationConfig, ModelConfig, RolloutConfig
+from rlswitch.data import load_prompts, load_tokenizer
+from rlswitch.types import ConfigError
+run = SimpleNamespace(seed=0, model=ModelConfig(path="no-such/model"), rollout=RolloutConfig(),
+    data=DataConfig(path="no-such/dataset", name="main"), evaluation=EvaluationConfig())
+for call in (lambda: load_prompts(run, None), lambda: load_tokenizer(run.model, run.model.path)):
+    try:
+        call()
+    except ConfigError as error:
+        print(*error.problems, sep="\\n")
+"""
+
+
+def test_offline_and_not_cached(tmp_path):
+    # In a process of its own: both libraries read HF_HUB_OFFLINE when they are imported.
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    command = [sys.executable, "-c", OFFLINE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    data, model = done.stdout.splitlines()
+    assert data.startswith("data.path = no-such/dataset: no such file, and not in the hub's local")
+    assert "HF_HUB_OFFLINE=1" in data
+    assert model.startswith("model.path = no-such/model: cannot load its tokenizer (")
+
+
+# ---- the tokenizer
+
+
+def test_a_missing_pad_token_becomes_eos_and_a_given_one_stays():
+    make_tokenizer().save_pretrained("bare")
+    make_tokenizer(pad_token="<pad>").save_pretrained("padded")
+    bare = load_tokenizer(ModelConfig(path="bare"), "bare")
+    padded = load_tokenizer(ModelConfig(path="padded"), "padded")
+    assert (bare.eos_token_id, bare.pad_token_id) == (0, 0)
+    assert (padded.eos_token_id, padded.pad_token_id) == (0, 1)
+
+
+def test_what_is_wrong_with_a_tokenizer_is_one_teaching_line():
+    make_tokenizer(eos_token=None).save_pretrained("endless")
+    Path("empty").mkdir()
+    Path("custom").mkdir()
+    Path("custom/config.json").write_text('{"model_type": "mine"}')
+    auto_map = {"AutoTokenizer": ["mine.MyTokenizer", None]}
+    Path("custom/tokenizer_config.json").write_text(
+        json.dumps({"auto_map": auto_map, "tokenizer_class": "MyTokenizer"})
+    )
+    for path, says in [
+        ("./no/such/model", "no such directory, and not a hub id"),
+        ("empty", "cannot load its tokenizer (ValueError: "),
+        ("custom", "its tokenizer is custom code; set model.trust_remote_code=true"),
+        ("endless", "its tokenizer has no end-of-sequence token"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            load_tokenizer(ModelConfig(path=path), path)
+        (line,) = caught.value.problems
+        assert line.startswith(f"model.path = {path}: {says}") and "\n" not in line
