@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from rlswitch.wording import printable
+
 WIDTH, HEIGHT = 560, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 8, 24
 MAX_POINTS, MAX_BARS = 240, 110
@@ -150,6 +152,10 @@ def _averaged(
     ]
 
 
+def _text(text: str) -> str:
+    return escape(printable(text, keep_newlines=True))
+
+
 def _log(value: float) -> float:
     return math.log10(value)
 
@@ -201,7 +207,7 @@ def _tooltips(series: Sequence[Series], axes: Axes, x_name: str) -> str:
     width = (WIDTH - LEFT - RIGHT) / max(len(texts), 1)
     return "".join(
         f'<rect class="hit" x="{axes.at_x(x) - width / 2:.1f}" y="{TOP}" width="{width:.1f}"'
-        f' height="{HEIGHT - TOP - BOTTOM}"><title>{escape(chr(10).join(lines))}</title></rect>'
+        f' height="{HEIGHT - TOP - BOTTOM}"><title>{_text(chr(10).join(lines))}</title></rect>'
         for x, lines in sorted(texts.items())
     )
 
@@ -224,10 +230,10 @@ def _bar(
 
 
 def _figure(title: str, body: str, legend: Sequence[tuple[str, str]], note: str) -> str:
-    keys = "".join(f'<span class="key {css}">{escape(name)}</span>' for name, css in legend)
-    noted = f'<span class="note">{escape(note)}</span>' if note else ""
+    keys = "".join(f'<span class="key {css}">{_text(name)}</span>' for name, css in legend)
+    noted = f'<span class="note">{_text(note)}</span>' if note else ""
     return (
-        f"<figure><figcaption><b>{escape(title)}</b>{noted}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
+        f"<figure><figcaption><b>{_text(title)}</b>{noted}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{_text(title)}">{body}</svg>'
         f'<div class="legend">{keys}</div></figure>'
     )

@@ -1,9 +1,9 @@
 """Checkpoints: safetensors and JSON only, complete or not there at all.
 
-    checkpoints/step_000050/
-        policy/            loads with from_pretrained, tokenizer included
-        critic.safetensors optimizer.safetensors state.json
-        manifest.json      size and SHA-256 of every other file, written last
+checkpoints/step_000050/
+    policy/            loads with from_pretrained, tokenizer included
+    critic.safetensors optimizer.safetensors state.json
+    manifest.json      size and SHA-256 of every other file, written last
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def save(
     shutil.rmtree(final, ignore_errors=True)
     os.replace(draft, final)
     _sync(directory)
-    for old in _steps(directory)[:-keep]:
+    steps = _steps(directory)
+    kept = [path for path in steps if path <= final][-keep:]  # later ones: of a run given up
+    for old in set(steps) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
@@ -103,11 +105,26 @@ def find_fault(path: Path) -> str | None:
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
+        if expected.keys() != {"bytes", "sha256"}:
+            return f"its manifest is corrupt (at {name})"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
         if _digest(file) != expected["sha256"]:
             return f"{name} is corrupt (its SHA-256 differs from the manifest's)"
     return None
+
+
+def finished(run: Run) -> str | None:
+    """What to tell somebody who starts a run again that has nothing left to do."""
+    if run.resume == "never" or run.output_dir is None:
+        return None
+    last = Path(run.output_dir) / "checkpoints" / f"step_{run.num_steps:06d}"
+    if find_fault(last):
+        return None
+    return (
+        f"run is complete: {run.output_dir} has step {run.num_steps} of {run.num_steps};"
+        " raise num_steps to go on, or set resume=never or another output_dir to start afresh"
+    )
 
 
 def resume_from(run: Run, output_dir: Path, say: Callable[[str], None]) -> Path | None:
@@ -126,9 +143,12 @@ def resume_from(run: Run, output_dir: Path, say: Callable[[str], None]) -> Path 
 def read_state(path: Path, run: Run) -> LoopState:
     """The loop's part of a checkpoint. Raises ConfigError for another model or a newer format."""
     details = json.loads((path / "state.json").read_text())
+    if details["schema"] > SCHEMA:
+        raise ConfigError(
+            f"resume = {path}: checkpoint format {details['schema']}, this reads {SCHEMA};"
+            " install the rlswitch that saved it, or set resume=never"
+        )
     state = LoopState(**{name: details[name] for name in LoopState.__slots__})
-    if state.schema > SCHEMA:
-        raise ConfigError(f"resume = {path}: checkpoint format {state.schema}, this reads {SCHEMA}")
     if state.model != run.model.path:
         raise ConfigError(
             f"resume = {path}: it is of model.path {state.model}, the run says {run.model.path};"

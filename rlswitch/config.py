@@ -75,11 +75,11 @@ class RolloutConfig:
 class EngineConfig:
     """vllm.LLM with its engine core in a process of its own."""
 
-    max_model_len: int | None = None
+    max_model_len: int | None = number(None, at_least=2)
     """Longest prompt plus completion; null: data.max_prompt_tokens + rollout.max_new_tokens."""
     gpu_memory_utilization: float = number(0.85, above=0, at_most=1)
     """Share of a GPU's memory for weights and KV cache together."""
-    kv_cache_gib: float | None = None
+    kv_cache_gib: float | None = number(None, above=0)
     """Fixed size of the KV cache instead; null: fill gpu_memory_utilization on CUDA, 0.25 on a CPU."""
     tensor_parallel_size: int = number(1, at_least=1)
     enforce_eager: bool = False
@@ -170,7 +170,9 @@ class Run:
 
     @property
     def max_model_len(self) -> int:
-        return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        return (
+            self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        )
 
 
 OPTIONS: dict[str, dict[str, type]] = {

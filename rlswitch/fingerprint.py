@@ -40,13 +40,13 @@ def named_fingerprints(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
 ) -> dict[str, int]:
     """Fingerprint by name, after a cast of floating tensors to `dtype`; a shared storage counts once."""
-    seen: set[tuple[int, int]] = set()
+    seen: dict[tuple[int, int], Tensor] = {}  # keeps them alive: no address is used twice
     result = {}
     for name, tensor in tensors:
         storage = (tensor.data_ptr(), tensor.numel())
         if tensor.numel() and storage in seen:
             continue
-        seen.add(storage)
+        seen[storage] = tensor
         cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         result[name] = tensor_fingerprint(cast)
     return result

@@ -59,9 +59,8 @@ class Ledger:
         self._bytes = 0
         self._step_began = self._origin = time.monotonic()
 
-    def begin_step(self, step: int) -> None:
-        """From here on everything is counted for `step`."""
-        self.step = step
+    def restart(self) -> None:
+        """Forgets what has been counted since the last record."""
         self._seconds.clear()
         self._bytes = 0
         self._step_began = time.monotonic()
@@ -69,6 +68,7 @@ class Ledger:
     @contextmanager
     def between(self, source: str, target: str) -> Iterator[None]:
         """Phases inside belong to a hand-over of the device from `source` to `target`."""
+        self.on_phase("switch")
         self.hand_over = (source, target)
         try:
             yield
@@ -115,17 +115,18 @@ class Ledger:
         self._trace_event(name, "work", began, seconds, {"step": self.step})
 
     def step_metrics(self) -> dict[str, float]:
-        """switch/* and timing_s/* of the step so far; phases that did not occur are 0."""
+        """switch/* and timing_s/* since the last record, which starts the next one; absent phases are 0.
+
+        A checkpoint is saved after its step's record, so its seconds are in the next one.
+        """
         step = time.monotonic() - self._step_began
         switch = sum(self._seconds[name] for name in SWITCH_PHASES)
         metrics = {f"switch/{name}_s": self._seconds[name] for name in SWITCH_PHASES}
         metrics |= {"switch/total_s": switch, "switch/bytes": self._bytes}
         metrics |= {"switch/share": switch / step if step > 0 else 0.0}
         metrics |= {f"timing_s/{name}": self._seconds[name] for name in WORK_PHASES}
+        self.restart()
         return metrics | {"timing_s/switch": switch, "timing_s/step": step}
-
-    def seconds(self, name: str) -> float:
-        return self._seconds[name]
 
     def _trace_event(
         self, name: str, lane: str, began: float, seconds: float, arguments: dict

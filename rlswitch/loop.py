@@ -1,7 +1,7 @@
 """Alternate one accelerator between rollouts and policy updates.
 
-    trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--> trainer
-       \\__________________ one accelerator, one holder at a time (the switch) _________________/
+trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--> trainer
+   \\__________________ one accelerator, one holder at a time (the switch) _________________/
 """
 
 from __future__ import annotations
@@ -9,21 +9,24 @@ from __future__ import annotations
 from rlswitch import checkpoint, evaluation
 from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
+from rlswitch.report import write_report
 from rlswitch.session import Session, open_session
 from rlswitch.types import Group, Sampling
 
 
 def train(run: Run) -> None:
     """Runs to `run.num_steps`, from the newest checkpoint when there is one."""
+    if finished := checkpoint.finished(run):
+        print(finished)
+        return
     with open_session(run) as session:
         trainer, engine, switch = session.trainer, session.engine, session.switch
         if trainer.version == 0 and evaluation.is_due(run.evaluation, 0, run.num_steps):
-            session.ledger.begin_step(0)
             switch.give_to(engine, trainer.publish())
             session.log(evaluate(engine, session.held_out, session.scorer, run, session.ledger))
 
         while trainer.version < run.num_steps:
-            session.ledger.begin_step(trainer.version + 1)
+            session.ledger.step = trainer.version + 1
             switch.give_to(engine, trainer.publish())  # wake, reload, prove, reset the prefix cache
             groups = collect(session)
 
@@ -34,12 +37,11 @@ def train(run: Run) -> None:
 
             if evaluation.is_due(run.evaluation, trainer.version, run.num_steps):
                 switch.give_to(engine, trainer.publish())  # stays awake for the next rollouts
-                metrics |= evaluate(
-                    engine, session.held_out, session.scorer, run, session.ledger
-                )
+                metrics |= evaluate(engine, session.held_out, session.scorer, run, session.ledger)
             session.log(metrics, groups, batch)
             if checkpoint.is_due(run.checkpoint, trainer.version, run.num_steps):
                 session.save()
+    write_report(session.output_dir)
 
 
 def collect(session: Session) -> list[Group]:

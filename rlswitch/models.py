@@ -81,7 +81,9 @@ def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> tuple
     ).logits
     rows, columns = batch.mask.nonzero(as_tuple=True)
     chosen = logits[rows, completion_positions(batch)[rows, columns] - first]  # [N, V]
-    logprobs, entropy = token_statistics(chosen, completion_tokens(batch)[rows, columns], temperature)
+    logprobs, entropy = token_statistics(
+        chosen, completion_tokens(batch)[rows, columns], temperature
+    )
     shape = batch.mask.shape
     empty = torch.zeros(shape, dtype=torch.float32, device=logits.device)
     index = (rows, columns)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 def number(
-    default: float,
+    default: float | None,
     *,
     above: float | None = None,
     below: float | None = None,

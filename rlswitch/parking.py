@@ -79,20 +79,20 @@ class Parking:
             for value in state.values()
             if isinstance(value, Tensor) and value.dim() > 0
         ]
-        return {
-            "nothing": [],
-            "optimizer": states,
-            "everything": parameters + states,
-            "auto": self._what_does_not_fit(parameters, states),
-        }[self.policy]
+        policy = self.policy
+        if policy == "auto" and self.device.kind == "cuda":
+            policy = parked_by_auto(
+                nbytes(parameters), nbytes(states), self.engine_bytes, self.device.total_bytes()
+            )
+        return {"optimizer": states, "everything": parameters + states}.get(policy, [])
 
-    def _what_does_not_fit(self, parameters: list[Tensor], states: list[Tensor]) -> list[Tensor]:
-        if self.device.kind != "cuda":
-            return []
-        room = (1 - SLACK) * self.device.total_bytes() - self.engine_bytes
-        if nbytes(parameters) + nbytes(states) <= room:
-            return []
-        return states if nbytes(parameters) <= room else parameters + states
+
+def parked_by_auto(parameters: int, states: int, engine: int, device: int) -> str:
+    """What `auto` parks on a GPU of `device` bytes beside an engine: nothing, optimizer, everything."""
+    room = (1 - SLACK) * device - engine
+    if parameters + states <= room:
+        return "nothing"
+    return "optimizer" if parameters <= room else "everything"
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:

@@ -88,7 +88,9 @@ def check_canary(
 def reload_failed(weights: PolicyWeights, error: Exception) -> ProofError:
     """The engine could not load what was published: half of it may be in place."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ProofError(f"{_push(weights)}: reload: the engine refused it ({reason}); {_files(weights)}")
+    return ProofError(
+        f"{_push(weights)}: reload: the engine refused it ({reason}); {_files(weights)}"
+    )
 
 
 def _push(weights: PolicyWeights) -> str:
@@ -104,7 +106,9 @@ def _culprits(weights: PolicyWeights, received: dict[str, int]) -> str:
         name for name, value in received.items() if weights.tensors.get(name, value) != value
     )
     if missing:
-        return f"tensors missing: {', '.join(missing[:3])} ({len(missing)} in all); {_files(weights)}"
+        return (
+            f"tensors missing: {', '.join(missing[:3])} ({len(missing)} in all); {_files(weights)}"
+        )
     if wrong:
         return f"tensors differ: {', '.join(wrong[:3])} ({len(wrong)} in all); {_files(weights)}"
     return f"extra tensors: {', '.join(sorted(received.keys() - weights.tensors.keys())[:3])}"
@@ -115,9 +119,13 @@ def _files(weights: PolicyWeights) -> str:
     try:
         for file in sorted(weights.path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as handle:
-                found |= named_fingerprints((name, handle.get_tensor(name)) for name in handle.keys())
+                found |= named_fingerprints(
+                    (name, handle.get_tensor(name)) for name in handle.keys()
+                )
     except Exception as error:
-        return f"the files in {weights.path} cannot be read back ({error}): try switch.transport=disk"
+        return (
+            f"the files in {weights.path} cannot be read back ({error}): try switch.transport=disk"
+        )
     if total_fingerprint(found.values()) == weights.fingerprint:
         return (
             f"the files in {weights.path} are as published, so the engine loaded something else:"

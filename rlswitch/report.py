@@ -250,13 +250,13 @@ def _sample_row(sample: Mapping[str, Any]) -> str:
     )
     rewards = sample.get("rewards")
     each = rewards.items() if isinstance(rewards, dict) and len(rewards) > 1 else ()
-    parts = "".join(f"<small>{escape(name)} {_value(v)}</small>" for name, v in each)
+    parts = "".join(f"<small>{escape(printable(name))} {_value(v)}</small>" for name, v in each)
     if isinstance(sample.get("advantage"), int | float):
         parts += f"<small>advantage {_value(sample['advantage'])}</small>"
     return (
         f"<tr><td>{sample['step']}</td><td><pre>{prompt}</pre></td><td><pre>{completion}</pre></td>"
         f"<td>{_value(sample.get('reward'))}{parts}</td>"
-        f"<td>{escape(str(sample.get('finish_reason', '')))}</td></tr>"
+        f"<td>{escape(printable(str(sample.get('finish_reason', ''))))}</td></tr>"
     )
 
 

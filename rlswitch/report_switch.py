@@ -100,9 +100,7 @@ def _memory_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         line_chart(
             "Resident memory of each tenant", _named(resident), note=span, x_name="phase", zero=True
         ),
-        line_chart(
-            "Free on the device", [Series("free", free)], note=span, x_name="phase", zero=True
-        ),
+        line_chart("Free on the device", [Series("free", free)], note=span, x_name="phase"),
         line_chart(
             title, _named(_left_behind(rows)), note="GiB; a line that climbs is a leak", zero=True
         ),

@@ -108,10 +108,12 @@ def open_session(run: Run) -> Iterator[Session]:
     disable_progress_bar()
     with ExitStack() as stack:
         say: Callable[[str], None] = print
+        scorer = Scorer(run.reward)
         model_path = resolve_model(run.model, say)
         tokenizer = load_tokenizer(run.model, model_path)
         prompts, held_out = load_prompts(run, tokenizer, say)
-        scorer = Scorer(run.reward)
+        first = prompts.take(1)
+        scorer.check([*first, *held_out])
         device = Device.detect()
         output_dir.mkdir(parents=True, exist_ok=True)
         resumed = checkpoint.resume_from(run, output_dir, say)
@@ -144,7 +146,7 @@ def open_session(run: Run) -> Iterator[Session]:
         switch.vacate()
         monitor.phase("trainer start")
         canary = canary_sequences(
-            [prompt.token_ids for prompt in held_out],
+            [prompt.token_ids for prompt in held_out or first],
             vocabulary=len(tokenizer),
             length=min(run.max_model_len - 1, max(backend.block_size + 2, 32)),
         )
@@ -164,6 +166,7 @@ def open_session(run: Run) -> Iterator[Session]:
         switch.give_to(trainer)
         gc.collect()
         gc.freeze()  # a million objects of imported libraries: not worth a look at every hand-over
+        ledger.restart()
         yield Session(
             run=run,
             device=device,

@@ -49,13 +49,14 @@ class Switch:
             self._empty("the next tenant")
 
     def _empty(self, successor: str) -> None:
-        holder, self.holder = self.holder, None
+        holder = self.holder
         if holder is None:
             return
         holder.release()
         held = holder.unreleased()
-        if held:
+        if held:  # it stays the holder: a second try must not pass it by
             raise SwitchError(
                 f"{holder.name} did not give the device back: {held}; {successor} was not started."
                 f" Holders now: {self.ledger.device.describe_holders()}"
             )
+        self.holder = None

@@ -159,7 +159,9 @@ class Batch:
         sequence = ("token_ids", "attention_mask")
         return Batch(
             **{
-                name: value[:, : width if name in sequence else depth] if value.dim() == 2 else value
+                name: value[:, : width if name in sequence else depth]
+                if value.dim() == 2
+                else value
                 for name, value in chosen.items()
             }
         )

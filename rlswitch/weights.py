@@ -10,6 +10,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -41,11 +42,13 @@ class Publisher:
         tensors = cast_state(model, dtype)
         fingerprints = named_fingerprints(tensors.items())  # save_pretrained empties the dict
         path = self.root / f"v{version:06d}"
+        for old in self.published[
+            :-1
+        ]:  # before writing: room was found for two versions, not three
+            shutil.rmtree(old, ignore_errors=True)
+        del self.published[:-1]
         model.save_pretrained(path, state_dict=tensors, safe_serialization=True)
         self.published.append(path)
-        for old in self.published[:-2]:
-            shutil.rmtree(old, ignore_errors=True)
-        del self.published[:-2]
         return PolicyWeights(
             version=version,
             path=path,
@@ -93,9 +96,10 @@ def owner_tag() -> str:
 def sweep_dead_runs(directory: Path) -> None:
     """Removes what dead runs of ours left here, and nothing else."""
     for path in directory.glob(f"{PREFIX}*-*-*"):
-        pid, born = path.name.removeprefix(PREFIX).split("-")[:2]
-        if path.owner() == Path.home().owner() and not _alive(int(pid), int(born)):
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError, ValueError):  # gone meanwhile, or not a name of ours
+            pid, born = map(int, path.name.removeprefix(PREFIX).split("-")[:2])
+            if path.stat().st_uid == os.getuid() and not _alive(pid, born):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int, born: int) -> bool:

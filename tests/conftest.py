@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import pytest
 
 from rlswitch.config import OPTIONS, DataConfig, EngineConfig, ModelConfig, RolloutConfig, Run
+from rlswitch.types import Group, Prompt, Rollout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PAD = 12  # of the character tokenizer
 
 
 class TinyModel(NamedTuple):
@@ -26,14 +29,14 @@ class TinyModel(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Sums in one order, and no fight over the cores; torch only where some test has imported it."""
+    """Sums in one order, no fight over the cores; torch only where some test has imported it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
-    """tiny_model(tie=True): a Qwen3 with random weights that also runs in vLLM. Not to be changed."""
+    """tiny_model(tie=True): a Qwen3 with random weights that vLLM runs too. Not to be changed."""
     made: dict[bool, TinyModel] = {}
 
     def make(tie: bool = True) -> TinyModel:
@@ -66,6 +69,65 @@ def make_run(tmp_path: Path, tiny_model: Callable[..., TinyModel]) -> Callable[.
             section = getattr(run, name)
             setattr(run, name, replace(section, **value) if isinstance(value, dict) else value)
         return run
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """make_trainer(run): a real Trainer on the CPU, publishing into the test's directory."""
+    import torch
+
+    from rlswitch.device import Device
+    from rlswitch.ledger import Ledger
+    from rlswitch.trainer import Trainer
+    from rlswitch.weights import Publisher
+
+    device, publishers = Device("cpu"), []
+
+    def make(run: Run, engine_dtype: torch.dtype = torch.float32) -> Trainer:
+        output_dir = Path(run.output_dir)
+        output_dir.mkdir(exist_ok=True)
+        publishers.append(Publisher("disk", 0, output_dir))
+        return Trainer(
+            run,
+            run.model.path,
+            engine_dtype,
+            PAD,
+            device,
+            Ledger(device, output_dir),
+            publishers[-1],
+            [[13, 1, 2, 10, 3, 4, 11], [9, 8, 0, 15, 12, 3]],
+        )
+
+    yield make
+    for publisher in publishers:
+        publisher.close()
+
+
+@pytest.fixture
+def make_groups() -> Callable[..., list[Group]]:
+    """make_groups(version=0): two prompts, three rollouts each, all different in length."""
+
+    def make(version: int = 0) -> list[Group]:
+        groups = []
+        for index, prompt_ids in enumerate([[13, 1, 2, 10, 3, 4, 11], [13, 5, 11]]):
+            prompt = Prompt(index=index, messages="", token_ids=prompt_ids)
+            rollouts = [
+                Rollout(
+                    prompt=prompt,
+                    sample=sample,
+                    token_ids=[(3 * index + 5 * sample + t + version) % 10 for t in range(length)],
+                    logprobs=[-2.0] * length,
+                    text="",
+                    finish_reason="stop",
+                    policy_version=version,
+                    reward=float((index + sample) % 3),
+                )
+                for sample, length in enumerate([(1, 6, 3), (4, 2, 5)][index])
+            ]
+            groups.append(Group(prompt=prompt, rollouts=rollouts))
+        return groups
 
     return make
 

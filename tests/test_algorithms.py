@@ -235,14 +235,16 @@ def test_kl_estimators_by_hand():
 def test_k2_and_k3_agree_to_second_order(step: float):
     logprobs, reference = torch.tensor([[step]], dtype=torch.float64), torch.zeros(1, 1).double()
     k2, k3 = (float(kl_divergence(logprobs, reference, k)) for k in ("k2", "k3"))
-    assert abs(k2 - k3) <= abs(step) ** 3 / 5 + 1e-16 * abs(step)
+    assert abs(k2 - k3) <= abs(step) ** 3 / 5 + 1e-15 * abs(step)
 
 
 def test_expectations_of_k1_and_k3_are_the_kl_divergence_and_of_k2_nearly():
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     q = torch.tensor([0.48, 0.31, 0.21], dtype=torch.float64)
     exact = float((p * (p / q).log()).sum())
-    expected = {k: float((p * kl_divergence(p.log(), q.log(), k)).sum()) for k in ("k1", "k2", "k3")}
+    expected = {
+        k: float((p * kl_divergence(p.log(), q.log(), k)).sum()) for k in ("k1", "k2", "k3")
+    }
     assert expected["k1"] == pytest.approx(exact, rel=1e-9)
     assert expected["k3"] == pytest.approx(exact, rel=1e-9)
     assert expected["k2"] == pytest.approx(exact, rel=0.05)
@@ -318,8 +320,7 @@ def test_padding_never_changes_a_value(name: str, lengths: list[int], columns: i
         logprobs = padded(noise((len(lengths), max(lengths)), 50) * mask_of(lengths), extra)
         loss, metrics = algorithm.policy_loss(batch, logprobs, logprobs.abs())
         sums = [
-            (loss * token_weights(batch.mask, aggregation, 8)).sum()
-            for aggregation in AGGREGATIONS
+            (loss * token_weights(batch.mask, aggregation, 8)).sum() for aggregation in AGGREGATIONS
         ]
         returns = [] if batch.returns is None else [batch.returns[batch.mask]]
         named = [metrics[key][batch.mask] for key in sorted(metrics)]

@@ -16,10 +16,32 @@ from rlswitch.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
-HARMLESS = set(
-    "lang charset name content class style title viewbox role aria-label text-anchor points colspan"
-    " x y x1 x2 y1 y2 cx cy r width height".split()
-)
+HARMLESS = {
+    "lang",
+    "charset",
+    "name",
+    "content",
+    "class",
+    "style",
+    "title",
+    "viewbox",
+    "role",
+    "aria-label",
+    "text-anchor",
+    "points",
+    "colspan",
+    "x",
+    "y",
+    "x1",
+    "x2",
+    "y1",
+    "y2",
+    "cx",
+    "cy",
+    "r",
+    "width",
+    "height",
+}
 """Attributes of the page: none of them loads or runs anything."""
 
 

@@ -209,7 +209,9 @@ class Engine:
         """WEIGHTS -> AWAKE. The largest block comes last: it must not meet the trainer's memory."""
         self._expect(State.WEIGHTS, "wake the KV cache")
         if self.weights is None:
-            raise SwitchError(f"{self.name} has woken without weights: reload published weights first")
+            raise SwitchError(
+                f"{self.name} has woken without weights: reload published weights first"
+            )
         with self._verb("wake_kv_cache"):
             self.backend.wake("kv_cache")
         self.state = State.AWAKE
@@ -220,7 +222,9 @@ class Engine:
         assert self.weights is not None
         with self._verb("reset_prefix_cache"):
             if not self.backend.reset_prefix_cache():
-                raise EngineError(f"{self.name} could not reset its prefix cache: a request still holds it")
+                raise EngineError(
+                    f"{self.name} could not reset its prefix cache: a request still holds it"
+                )
         if self._must_prove():
             with self._verb("verify"):
                 self._ask_canary(self.weights)
@@ -244,7 +248,9 @@ class Engine:
         ]
         completions = self.backend.generate(requests)
         if len(completions) != len(requests):
-            raise EngineError(f"{self.name}: {len(completions)} completions for {len(requests)} requests")
+            raise EngineError(
+                f"{self.name}: {len(completions)} completions for {len(requests)} requests"
+            )
         texts = self.tokenizer.batch_decode(
             [c.token_ids for c in completions], skip_special_tokens=True
         )
@@ -252,7 +258,9 @@ class Engine:
         return [
             Group(
                 prompt=prompt,
-                rollouts=[self._rollout(prompt, i, *next(rows)) for i in range(sampling.num_samples)],
+                rollouts=[
+                    self._rollout(prompt, i, *next(rows)) for i in range(sampling.num_samples)
+                ],
             )
             for prompt in prompts
         ]
@@ -285,9 +293,7 @@ class Engine:
     def _ask_canary(self, weights: PolicyWeights) -> None:
         sequences = weights.canary.sequences
         proof.check_prefix_cache(weights, self.backend.count_cached_tokens(sequences))
-        self.canary_gap = proof.check_canary(
-            weights, self.backend.score(sequences), self.tolerance
-        )
+        self.canary_gap = proof.check_canary(weights, self.backend.score(sequences), self.tolerance)
 
     def _must_prove(self) -> bool:
         return self.verify == "every" or (self.verify == "first" and self._pushes <= 1)

@@ -65,7 +65,9 @@ class SleepingCPUWorker(CPUWorker):
         return {"pid": os.getpid(), "kv_bytes": sum(sizes)}
 
     def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
-        return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}
+        return {
+            t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches
+        }
 
     def _drop_kv_cache(self) -> None:
         for key, storage in self._kv_storages().items():

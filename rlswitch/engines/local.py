@@ -97,7 +97,9 @@ class LocalBackend(Backend):
             self.llm.wake_up(tags=["scheduling"])
             self.paused = False
         if tag == "kv_cache" and self.llm.llm_engine.is_sleeping():
-            raise SwitchError("vLLM says it is still asleep after every tag was woken: generate would hang")
+            raise SwitchError(
+                "vLLM says it is still asleep after every tag was woken: generate would hang"
+            )
 
     def reload(self, path: Path) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
@@ -258,7 +260,9 @@ def _prepare_environment(device: Device, publish_root: Path) -> None:
     os.environ[OWNER_PID] = str(os.getpid())
     os.environ[PUBLISH_ROOT] = str(publish_root)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its control sockets never leave the machine
+    os.environ.setdefault(
+        "VLLM_HOST_IP", "127.0.0.1"
+    )  # its control sockets never leave the machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if device.kind == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

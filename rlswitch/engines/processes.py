@@ -48,7 +48,9 @@ def _end_with(owner: int) -> None:
         poller.register(os.pidfd_open(owner), select.POLLIN)
         poller.poll()
     doomed = [os.getpid()]
-    core = multiprocessing.parent_process()  # as it was when we were spawned, whoever adopted us since
+    core = (
+        multiprocessing.parent_process()
+    )  # as it was when we were spawned, whoever adopted us since
     if core is not None and core.pid not in (None, owner):
         doomed.insert(0, core.pid)
     for file in shared_memory_of(doomed):

@@ -296,9 +296,7 @@ def _load_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None, path
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = (
-        module  # before it runs: dataclasses and pickle look a module up by its name
-    )
+    sys.modules[name] = module  # before it runs: dataclasses look their module up by its name
     try:
         spec.loader.exec_module(module)
     except BaseException:

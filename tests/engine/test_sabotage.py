@@ -20,7 +20,9 @@ Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
 
 def refused(engine: Engine, weights: PolicyWeights, check: str) -> str:
     """The push fails in `check`, and the engine can never generate again."""
-    with pytest.raises(ProofError, match=f"version {weights.version} is not proven: {check}") as error:
+    with pytest.raises(
+        ProofError, match=f"version {weights.version} is not proven: {check}"
+    ) as error:
         engine.acquire(weights)
     assert engine.state is State.FAILED
     with pytest.raises(SwitchError):
@@ -117,8 +119,10 @@ def test_q_and_k_exchanged(bench: Bench) -> None:
 
 def test_tied_head_left_stale(bench: Bench) -> None:
     """What vLLM's CPU build 0.32 does by itself; the day this passes, the worker's repair can go."""
-    engine = asleep(bench)
+    engine = bench.engine()
+    engine.acquire(bench.publish())
     bench.rpc("sabotage", keep_stale_head=True)
+    engine.release()
     refused(engine, bench.publish(), "canary")
 
 

@@ -1,6 +1,7 @@
 """The whole loop as a user runs it, on the real vLLM: small, but nothing left out."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,25 @@ def timeless(record: dict) -> dict:
     return {key: value for key, value in record.items() if not key.startswith(clocks)}
 
 
-def test_ppo_learns_and_writes_down_every_step(run_train, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    finished = run_train("recipe=ppo", "num_steps=8", f"output_dir={out}", "evaluation.every=8")
+@pytest.fixture(scope="module")
+def ppo_run(run_train, tmp_path_factory) -> tuple[Path, str]:
+    """Eight steps of recipe=ppo: its directory and what it printed."""
+    out = tmp_path_factory.mktemp("ppo") / "run"
+    words = ("recipe=ppo", "num_steps=8", f"output_dir={out}", "evaluation.every=8")
+    return out, run_train(*words).stdout
+
+
+def test_ppo_learns(ppo_run) -> None:
+    out, printed = ppo_run
+    steps = records(out / "metrics.jsonl")
+    first, last = steps[0]["val/addition/acc"], steps[-1]["val/addition/acc"]
+    assert 0.25 <= first <= 0.45 and last >= first + 0.3
+    assert steps[-1]["val/addition/pass@4"] >= last
+    assert "step 8/8" in printed and "proven" in printed
+
+
+def test_every_step_is_written_down_and_proven(ppo_run) -> None:
+    out, _ = ppo_run
     steps = records(out / "metrics.jsonl")
     assert [record["step"] for record in steps] == list(range(9))
     for record in steps[1:]:
@@ -48,11 +65,15 @@ def test_ppo_learns_and_writes_down_every_step(run_train, tmp_path: Path) -> Non
         assert not missing
         assert record["switch/verified"] == 1
         assert record["mismatch/logp_abs_diff_max"] <= 1e-3
-    first, last = steps[0]["val/addition/acc"], steps[-1]["val/addition/acc"]
-    assert 0.25 <= first <= 0.45 and last >= first + 0.3
-    assert "pass@4" in " ".join(steps[-1])
-    assert "step 8/8" in finished.stdout and "proven" in finished.stdout
+    rollouts = records(out / "rollouts.jsonl")
+    assert len(rollouts) == 8 * 512
+    assert all(row["policy_version"] == row["step"] - 1 for row in rollouts)
+    assert json.loads((out / "trace.json").read_text().rstrip().rstrip(",") + "]")
+    assert (out / "config.yaml").is_file() and (out / "report.html").is_file()
 
+
+def test_the_engines_memory_falls_on_every_sleep_and_comes_back(ppo_run) -> None:
+    out, _ = ppo_run
     phases = records(out / "switch.jsonl")
     kv_cache, weights = 0.25 * 2**30, 6e6
     sleeps = [row for row in phases if row["phase"] == "sleep"]
@@ -63,49 +84,42 @@ def test_ppo_learns_and_writes_down_every_step(run_train, tmp_path: Path) -> Non
         if row["phase"] == "wake_kv_cache":
             assert row["resident_after"] - row["resident_before"] >= 0.9 * kv_cache
 
-    rollouts = records(out / "rollouts.jsonl")
-    assert len(rollouts) == 8 * 512
-    assert all(row["policy_version"] == row["step"] - 1 for row in rollouts)
-    assert json.loads((out / "trace.json").read_text().rstrip().rstrip(",") + "]")
-    assert (out / "config.yaml").is_file()
 
-    saved = out / "checkpoints" / "step_000008"
+def test_a_checkpoint_is_safe_to_load_anywhere(ppo_run) -> None:
+    saved = ppo_run[0] / "checkpoints" / "step_000008"
     AutoModelForCausalLM.from_pretrained(saved / "policy")
     kinds = {file.suffix for file in saved.rglob("*") if file.is_file()}
     assert kinds <= {".safetensors", ".json", ".jinja"}
 
 
-def test_a_resumed_run_continues_as_if_it_had_not_stopped(run_train, tmp_path: Path) -> None:
-    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    common = ("recipe=grpo", *SMALL, "checkpoint.every=2", "trainer.lr_schedule=constant")
-    run_train(*common, "num_steps=4", f"output_dir={straight}")
-    run_train(*common, "num_steps=2", f"output_dir={stopped}")
-    resumed = run_train(*common, "num_steps=4", f"output_dir={stopped}")
-    assert "at step 2" in resumed.stdout
-    ours, theirs = (records(path / "metrics.jsonl") for path in (stopped, straight))
-    assert [timeless(record) for record in ours] == [timeless(record) for record in theirs]
-    files = [
-        path / "checkpoints/step_000004/policy/model.safetensors" for path in (stopped, straight)
-    ]
-    assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_a_finished_run_says_so(run_train, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    words = ("recipe=grpo", *SMALL, "num_steps=1", "evaluation.every=0", f"output_dir={out}")
-    run_train(*words)
+def test_a_finished_run_says_so_and_changes_nothing(ppo_run, run_train) -> None:
+    out, _ = ppo_run
     before = (out / "metrics.jsonl").read_bytes()
-    again = run_train(*words)
+    again = run_train("recipe=ppo", "num_steps=8", f"output_dir={out}", "evaluation.every=8")
     assert "complete" in again.stdout and "num_steps" in again.stdout
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one(
+    run_train, tmp_path: Path
+) -> None:
+    out, kept = tmp_path / "run", tmp_path / "straight"
+    words = ("recipe=grpo", *SMALL, "checkpoint.every=2", "num_steps=4", f"output_dir={out}")
+    run_train(*words)
+    shutil.copytree(out, kept)
+    shutil.rmtree(out / "checkpoints" / "step_000004")  # as if killed on the way there
+    assert "at step 2" in run_train(*words).stdout
+    ours, theirs = (records(path / "metrics.jsonl") for path in (out, kept))
+    assert [timeless(record) for record in ours] == [timeless(record) for record in theirs]
+    policy = "checkpoints/step_000004/policy/model.safetensors"
+    assert (out / policy).read_bytes() == (kept / policy).read_bytes()
+    assert (out / "rollouts.jsonl").read_bytes() == (kept / "rollouts.jsonl").read_bytes()
+
+
 def test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3(run_train, tmp_path: Path) -> None:
-    finished = run_train(
-        "recipe=grpo", *SMALL, "num_steps=1", f"output_dir={tmp_path / 'run'}",
-        "switch.canary_tolerance=1e-12",
-        check=False,
-    )  # fmt: skip
+    out = tmp_path / "run"
+    words = ("recipe=grpo", *SMALL, "num_steps=1", "switch.canary_tolerance=1e-12")
+    finished = run_train(*words, f"output_dir={out}", check=False)
     assert finished.returncode == 3
     errors = [line for line in finished.stderr.splitlines() if line.startswith("rlswitch: error:")]
     assert len(errors) == 1 and "canary" in errors[0] and "limit 1e-12" in errors[0]

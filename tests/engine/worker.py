@@ -11,6 +11,15 @@ class SaboteurWorker(SleepingCPUWorker):
     def sabotage(self, keep_stale_head: bool) -> None:
         self.keep_stale_head = keep_stale_head
 
+    def _drop_weights(self) -> None:
+        kept = [
+            (layer, layer.cpu_linear) for layer in self._packed_linears() if layer.weight.numel()
+        ]
+        super()._drop_weights()
+        if self.keep_stale_head:
+            for layer, packed in kept:
+                layer.cpu_linear = packed
+
     def _repack_shared_weights(self) -> None:
         if not self.keep_stale_head:
             super()._repack_shared_weights()

@@ -1,0 +1,289 @@
+"""The residency plan: what each phase holds on the device, what is parked, what a switch will cost.
+
+No weights are loaded and nothing is written. Every number is a prediction: memory in bytes, shown
+as GiB; seconds from rates that are measured on the spot or named with their source (sizes.py).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+from rlswitch.config import Run
+from rlswitch.device import Device
+from rlswitch.engines.local import CPU_KV_CACHE_GIB, llm_arguments
+from rlswitch.parking import SLACK, parked_by_auto
+from rlswitch.sizes import DeviceFacts, ModelShape, switch_seconds
+from rlswitch.types import ConfigError
+from rlswitch.weights import SHM, choose_directory
+
+GIB = 2**30
+ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
+"""Awake, beside weights and KV cache: CUDA graphs and the profiled forward; libraries on a CPU."""
+ENGINE_ASLEEP = {"cuda": GIB, "cpu": int(0.66 * GIB)}
+"""CUDA context and graphs that stay, about 0.8 GB (NeMo-RL#223); libraries on a CPU."""
+TRAINER_OWN = {"cuda": 0, "cpu": int(0.6 * GIB)}
+"""On CUDA it lies within parking.SLACK."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One thing in memory: the bytes of the device that it takes in each phase."""
+
+    name: str
+    rollout: int
+    update: int
+    parked: int = 0
+    """Bytes in pinned host memory during the rollout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    what: str
+    needs: int
+    has: int
+
+    def __str__(self) -> str:
+        return f"{self.what} needs {_gib(self.needs)} GiB and has {_gib(self.has)} GiB"
+
+
+@dataclass(kw_only=True, slots=True)
+class Plan:
+    """Predicted memory and switch costs of a run on a device."""
+
+    parameters: int
+    device: DeviceFacts
+    rows: list[Row]
+    limit_bytes: int
+    """What the rows may sum up to in each phase."""
+    park: str
+    """What trainer.park comes to here: nothing, optimizer or everything."""
+    directory: str
+    """Where versions of the weights are published."""
+    published_bytes: int
+    freed_bytes: int
+    """What the engine gives back when it sleeps."""
+    kv_bytes_per_token: int
+    kv_tokens: int
+    seconds: dict[str, float]
+    """By phase of a switch there and back (sizes.switch_seconds)."""
+    shortfalls: list[Shortfall] = field(default_factory=list)
+    advice: dict[str, Any] = field(default_factory=dict)
+    """The fewest settings that would make it fit."""
+
+    def total(self, phase: str) -> int:
+        """Bytes on the device in `rollout` or `update`; `parked` of them in host memory."""
+        return sum(getattr(row, phase) for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, sums included."""
+        sums = {f"{phase}_bytes": self.total(phase) for phase in ("rollout", "update", "parked")}
+        return asdict(self) | sums | {"fits": not self.shortfalls}
+
+
+def show(run: Run) -> None:
+    """Prints the plan of `run` on this machine; raises ConfigError when nothing can make it fit."""
+    facts, shape = DeviceFacts.measure(), ModelShape.read(run.model)
+    plan = predict(run, shape, facts)
+    console = Console(highlight=False, markup=False)
+    for part in tables(plan, run):
+        console.print(part)
+    plan.advice = advise(plan, run, shape)
+    for line in verdict(plan):
+        console.print(line, soft_wrap=True)
+
+
+def make_plan(run: Run, facts: DeviceFacts) -> Plan:
+    """The plan of `run`, with advice where it does not fit; ConfigError when nothing helps."""
+    shape = ModelShape.read(run.model)
+    plan = predict(run, shape, facts)
+    plan.advice = advise(plan, run, shape)
+    return plan
+
+
+def advise(plan: Plan, run: Run, shape: ModelShape) -> dict[str, Any]:
+    """The fewest settings that would make it fit, {} when it does; ConfigError when nothing helps."""
+    leanest = plan
+    if not plan.shortfalls:
+        return {}
+    for settings in remedies(run, plan.device):
+        other = predict(_changed(run, settings), shape, plan.device)
+        if not other.shortfalls:
+            return settings
+        leanest = min(leanest, other, key=lambda it: sum(s.needs - s.has for s in it.shortfalls))
+    raise ConfigError(
+        f"model.path = {run.model.path}: cannot fit on {plan.device.name}: with the leanest settings"
+        f" {leanest.shortfalls[0]}; set a smaller model.path or use a larger device"
+    )
+
+
+def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
+    """The arithmetic, for any step after the first: gradients go before the rollout, Adam's stay."""
+    cuda, level = facts.kind == "cuda", run.switch.level
+    engine = llm_arguments(run, run.model.path, Device(facts.kind))
+    itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
+    published = shape.parameters * itemsize
+    weights, kv = published // ranks, engine.get("kv_cache_memory_bytes")
+    own = ENGINE_OWN[facts.kind]
+    if kv is None:
+        kv = max(int(engine["gpu_memory_utilization"] * facts.total_bytes) - weights - own, 0)
+    policy, algorithm = 4 * shape.parameters, run.algorithm
+    critic = 4 * (shape.backbone + shape.hidden + 1) if algorithm.needs_critic else 0
+    reference = published if algorithm.needs_reference else 0
+    park = run.trainer.park if cuda else "nothing"
+    if park == "auto":
+        held = policy + critic + reference
+        park = parked_by_auto(held, 2 * (policy + critic), weights + kv + own, facts.total_bytes)
+    keeps = {"0": weights + kv, "kv": weights, "1": 0 if cuda else weights, "2": 0}[level]
+
+    def trained(name: str, size: int, parkable: bool) -> Row:
+        return Row(name, 0, size, size) if parkable else Row(name, size, size)
+
+    rows = [
+        trained("policy parameters, float32", policy, park == "everything"),
+        Row("policy gradients, float32", 0, policy),
+        trained("policy Adam states, float32", 2 * policy, park != "nothing"),
+        trained("critic parameters, float32", critic, park == "everything"),
+        Row("critic gradients, float32", 0, critic),
+        trained("critic Adam states, float32", 2 * critic, park != "nothing"),
+        trained(f"reference, {engine['dtype']}", reference, park == "everything"),
+        Row(
+            "activations and logits (estimate)", 0, _activations(run, shape, facts, engine["dtype"])
+        ),
+        Row(f"engine weights, {engine['dtype']}", weights, min(keeps, weights)),
+        Row("KV cache", kv, max(keeps - weights, 0)),
+        Row("engine's own (estimate)", own, ENGINE_ASLEEP[facts.kind]),
+        Row("trainer's own (estimate)", TRAINER_OWN[facts.kind], TRAINER_OWN[facts.kind]),
+    ]
+    directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
+    in_memory = 2 * published if directory == SHM else 0
+    if not cuda:
+        rows.append(Row(f"two published versions in {SHM}", in_memory, in_memory))
+    plan = Plan(
+        parameters=shape.parameters,
+        device=facts,
+        rows=[row for row in rows if row.rollout or row.update],
+        limit_bytes=min(int((1 - SLACK) * facts.total_bytes), facts.free_bytes),
+        park=park,
+        directory=str(directory),
+        published_bytes=published,
+        freed_bytes=weights + kv - keeps,
+        kv_bytes_per_token=shape.kv_bytes_per_token(itemsize, ranks),
+        kv_tokens=kv // shape.kv_bytes_per_token(itemsize, ranks),
+        seconds={},
+    )
+    parked = plan.total("parked")
+    plan.seconds = switch_seconds(
+        facts, level, weights=weights, kv=kv, published=published, parked=parked
+    )
+    host = parked + in_memory + (weights if level == "1" else 0)
+    checks = [
+        Shortfall("the rollout", plan.total("rollout"), plan.limit_bytes),
+        Shortfall("the update", plan.total("update"), plan.limit_bytes),
+        Shortfall("one rollout's KV cache", run.max_model_len * plan.kv_bytes_per_token, kv),
+    ]
+    if cuda:
+        asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
+        checks.append(Shortfall("vLLM at its start", asked, facts.free_bytes))
+        checks.append(Shortfall("what leaves for host memory", host, facts.host_free_bytes))
+    plan.shortfalls = [check for check in checks if check.needs > check.has]
+    return plan
+
+
+def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
+    """Settings that change what fits: few before many, mild before drastic."""
+    engine, trainer = run.engine, run.trainer
+    budgets = [trainer.micro_batch_tokens >> n for n in range(1, 20)]
+    values: dict[str, list[Any]] = {"switch.level": ["2"] if run.switch.level != "2" else []}
+    if facts.kind == "cuda":
+        values["trainer.park"] = ["optimizer", "everything"] if trainer.park != "everything" else []
+    if facts.kind == "cuda" and engine.kv_cache_gib is None:
+        grid = [n / 20 for n in range(19, 0, -1)]
+        now = engine.gpu_memory_utilization
+        lower, higher = [x for x in grid if x < now], [x for x in grid[::-1] if x > now]
+        values["engine.gpu_memory_utilization"] = lower + higher
+    else:
+        now = engine.kv_cache_gib or CPU_KV_CACHE_GIB
+        values["engine.kv_cache_gib"] = [now * 2.0**n for n in (-1, -2, -3, -4, 1, 2, 3, 4, 5, 6)]
+    need = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    values["trainer.micro_batch_tokens"] = [tokens for tokens in budgets if tokens >= need]
+    values["trainer.gradient_checkpointing"] = [] if trainer.gradient_checkpointing else [True]
+    for count in range(1, len(values) + 1):
+        for keys in itertools.combinations(values, count):
+            for chosen in itertools.product(*(values[key] for key in keys)):
+                yield dict(zip(keys, chosen, strict=True))
+
+
+def tables(plan: Plan, run: Run) -> Iterator[RenderableType]:
+    """The plan for a console of 80 columns, without the verdict."""
+    facts = plan.device
+    yield f"{run.model.path}: {plan.parameters / 1e9:.3f} B parameters, on {facts.name}"
+    memory = Table("GiB, predicted", box=box.SIMPLE)
+    switch = Table("a switch there and back", box=box.SIMPLE)
+    for table, heading in ((memory, "rollout"), (memory, "update"), (switch, "seconds, predicted")):
+        table.add_column(heading, justify="right")
+    for row in plan.rows:
+        memory.add_row(row.name, "parked" if row.parked else _gib(row.rollout), _gib(row.update))
+    memory.add_section()
+    totals = [plan.total(phase) for phase in ("rollout", "update")]
+    memory.add_row("total", *map(_gib, totals), style="bold")
+    share = [f"{total / facts.total_bytes:.0%}" for total in totals]
+    memory.add_row(f"share of the device, {_gib(facts.total_bytes)} GiB", *share)
+    for name, seconds in (*plan.seconds.items(), ("total", sum(plan.seconds.values()))):
+        switch.add_row(name, f"{seconds:.3f}", style="bold" if name == "total" else None)
+    yield memory
+    yield switch
+    rollouts, whole = run.rollout.num_prompts * run.rollout.group_size, run.max_model_len
+    yield (
+        f"trainer.park = {run.trainer.park}: parks {plan.park}, {_gib(plan.total('parked'))} GiB\n"
+        f"switch.level = {run.switch.level}: sleeping frees {_gib(plan.freed_bytes)} GiB\n"
+        f"switch.transport = {run.switch.transport}: {_gib(plan.published_bytes)} GiB a push,"
+        f" through {plan.directory}\n"
+        f"KV cache: {plan.kv_tokens:,} tokens of {plan.kv_bytes_per_token / 1024:.3g} KiB;"
+        f" {min(plan.kv_tokens // whole, rollouts)} of {rollouts} rollouts of {whole} at once\n"
+        f"copies: to the device {facts.h2d_gbps:.1f} GB/s, from it {facts.d2h_gbps:.1f}, within"
+        f" host memory {facts.copy_gbps:.1f}"
+    )
+
+
+def verdict(plan: Plan) -> Iterator[str]:
+    if not plan.shortfalls:
+        yield f"fits: {_gib(plan.limit_bytes)} GiB can be used"
+    for shortfall in plan.shortfalls:
+        yield f"does not fit: {shortfall}"
+    if plan.advice:
+        yield "set " + " ".join(f"{key}={str(value).lower()}" for key, value in plan.advice.items())
+
+
+def _activations(run: Run, shape: ModelShape, facts: DeviceFacts, dtype: str) -> int:
+    """Of the largest micro-batch: a minibatch of rollouts at full length, or the token budget."""
+    rows = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
+    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    mixed = facts.kind == "cuda" and dtype == "bfloat16"  # as in trainer.py
+    return shape.activation_bytes(
+        min(run.trainer.micro_batch_tokens, rows * longest),
+        2 if mixed else 4,
+        run.trainer.gradient_checkpointing,
+    )
+
+
+def _changed(run: Run, settings: dict[str, Any]) -> Run:
+    run = copy.deepcopy(run)
+    for key, value in settings.items():
+        section, name = key.rsplit(".", 1)
+        setattr(attrgetter(section)(run), name, value)
+    return run
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f}" if size else "-"

@@ -1,0 +1,181 @@
+"""What a plan is computed from: the machine, the sizes of the model, and the time a switch takes.
+
+Memory is in bytes, rates in GB/s (1e9 bytes). Of the model only its configuration is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlswitch.config import ModelConfig
+from rlswitch.device import Device
+from rlswitch.models import _CHUNK
+from rlswitch.types import ConfigError
+
+PROBE_BYTES = 1 << 26
+PER_GB = 1e-9  # seconds for a byte at 1 GB/s
+MAP = 2.5e-3 * PER_GB  # CUDA maps or unmaps a GB in 2 to 3 ms: fitted to vLLM's sleep-mode article
+CALL_SECONDS = {"cuda": 0.01, "cpu": 0.02}  # a call to the engine: 5 to 20 ms
+PAGEABLE = PER_GB / 3  # GPU to unpinned host memory at 2.8 to 4.1 GB/s: sglang#32032
+RELOAD, RELOAD_SECONDS = PER_GB / 4, 0.2  # vLLM's loader, from page cache: vllm#48382
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceFacts:
+    """What a plan needs to know about the machine."""
+
+    kind: str
+    """`cuda` or `cpu`, where the device is the host's memory."""
+    name: str
+    total_bytes: int
+    free_bytes: int
+    host_free_bytes: int
+    h2d_gbps: float
+    """Pinned host memory to device; on a CPU a copy within memory."""
+    d2h_gbps: float
+    copy_gbps: float
+    """Within host memory, the target not touched before."""
+
+    @classmethod
+    def measure(cls) -> DeviceFacts:
+        """This machine's, its copy rates tried out in a fraction of a second."""
+        device = Device.detect()
+        free, source = device.free_bytes(), torch.ones(PROBE_BYTES, dtype=torch.uint8)
+        h2d = d2h = copied = _gbps(lambda: torch.empty_like(source).copy_(source))
+        if device.kind == "cuda":
+            pinned, there = source.pin_memory(), source.to(device.torch)
+            h2d = _gbps(lambda: there.copy_(pinned, non_blocking=True))
+            d2h = _gbps(lambda: pinned.copy_(there, non_blocking=True))
+        return cls(
+            kind=device.kind,
+            name=device.name,
+            total_bytes=device.total_bytes(),
+            free_bytes=free,
+            host_free_bytes=psutil.virtual_memory().available,
+            h2d_gbps=h2d,
+            d2h_gbps=d2h,
+            copy_gbps=copied,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelShape:
+    """Sizes of a causal language model, tied tensors counted once."""
+
+    parameters: int
+    backbone: int
+    """Parameters without the language-model head: what a critic is made of."""
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocabulary: int
+
+    @classmethod
+    def read(cls, config: ModelConfig) -> ModelShape:
+        """Builds the model on the meta device: names and shapes, no weights."""
+        model = _empty_model(config)
+        text = model.config.get_text_config()
+        heads = text.num_attention_heads
+        return cls(
+            parameters=_count(model),
+            backbone=_count(model.base_model),
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            heads=heads,
+            kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+            head_dim=getattr(text, "head_dim", None) or text.hidden_size // heads,
+            mlp=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            vocabulary=text.vocab_size,
+        )
+
+    def kv_bytes_per_token(self, itemsize: int, ranks: int = 1) -> int:
+        """Keys and values of a token on one of `ranks` GPUs; every layer counts as full attention."""
+        return 2 * self.layers * max(self.kv_heads // ranks, 1) * self.head_dim * itemsize
+
+    def activation_bytes(self, tokens: int, itemsize: int, checkpointing: bool) -> int:
+        """Estimate of what a forward and backward holds beside parameters and gradients.
+
+        Per token and layer 26 hidden + itemsize (6 heads head_dim + 3 kv_heads head_dim + 4 mlp),
+        fitted to what autograd saves in Qwen3; with checkpointing 4 hidden; one layer more is at
+        work in the backward pass. Logits of every token, in float32, twice; the statistics of one
+        chunk of them (models.token_statistics), four times. `itemsize` below 4 is autocast: its
+        casts of the parameters are kept too.
+        """
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        layer = 26 * self.hidden + itemsize * (6 * width + 3 * kv_width + 4 * self.mlp)
+        kept = self.layers * (4 * self.hidden if checkpointing else layer)
+        casts = itemsize * self.parameters if itemsize < 4 else 0
+        logits = tokens * self.vocabulary
+        return tokens * (kept + layer) + casts + 2 * 4 * logits + 4 * 4 * min(logits, _CHUNK)
+
+
+def switch_seconds(
+    facts: DeviceFacts, level: str, *, weights: int, kv: int, published: int, parked: int
+) -> dict[str, float]:
+    """Predicted seconds by phase of a switch there and back, from the bytes that each one moves.
+
+    `offload` and `onload` are the trainer's, `sleep` and what wakes the engine's.
+    """
+    cuda, call, copied = facts.kind == "cuda", CALL_SECONDS[facts.kind], PER_GB / facts.copy_gbps
+    backup = weights if cuda and level == "1" else 0
+    called = call if level in ("1", "2") else 0
+    remapped = weights * MAP if cuda and called else 0
+    kv_moved = 0 if level == "0" else kv * (MAP if cuda else copied)
+    return {
+        "offload": parked * PER_GB / facts.d2h_gbps,
+        "publish": published * ((PAGEABLE if cuda else copied) + copied),
+        "wake_weights": called + remapped + backup * PER_GB / facts.h2d_gbps,
+        "reload": weights * RELOAD + RELOAD_SECONDS if cuda else weights * copied + call,
+        "wake_kv_cache": (0 if level == "0" else call) + kv_moved,
+        "sleep": call + remapped + (kv_moved if cuda else 0) + backup * PER_GB / facts.d2h_gbps,
+        "onload": parked * PER_GB / facts.h2d_gbps,
+    }
+
+
+def _empty_model(config: ModelConfig) -> nn.Module:
+    with torch.device("meta"):
+        if config.path == "builtin:addition":
+            from rlswitch.tasks.addition import build_model
+
+            return build_model()
+        trust = config.trust_remote_code
+        try:
+            read = AutoConfig.from_pretrained(
+                config.path, revision=config.revision, trust_remote_code=trust
+            )
+            return AutoModelForCausalLM.from_config(read, trust_remote_code=trust)
+        except (
+            Exception
+        ) as error:  # whatever a config.json, the hub or a model's own code comes up with
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ConfigError(
+                f"model.path = {config.path}: its configuration cannot be read: {reason}; set a"
+                " directory with the config.json of a causal language model, or a hub id that is"
+                " cached or reachable"
+            ) from error
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _gbps(transfer: Callable[[], object]) -> float:
+    """Rate of moving PROBE_BYTES, the better of two tries after a warm-up."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        transfer()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return PROBE_BYTES / min(seconds[1:]) / 1e9

@@ -1,0 +1,290 @@
+"""Saving, choosing and restoring: an interrupted run continues as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlswitch import checkpoint
+from rlswitch.checkpoint import (
+    MANIFEST,
+    SCHEMA,
+    LoopState,
+    find_fault,
+    is_due,
+    newest,
+    read_state,
+    restore,
+    resume_from,
+    save,
+)
+from rlswitch.config import CheckpointConfig
+from rlswitch.trainer import Trainer
+from rlswitch.types import ConfigError
+
+LEARNING = {"lr": 1e-3, "lr_schedule": "linear", "warmup_steps": 1, "minibatches": 2}
+
+
+@pytest.fixture
+def build(make_run, make_trainer) -> Callable[..., Trainer]:
+    def make(algorithm: str = "grpo", **run_settings) -> Trainer:
+        run_settings.setdefault("trainer", LEARNING)
+        return make_trainer(make_run(algorithm, num_steps=4, **run_settings))
+
+    return make
+
+
+@pytest.fixture
+def keep_step(tmp_path: Path, build, tiny_model) -> Callable[..., Path]:
+    """keep_step(5, keep=2): saves a trainer as of step 5 under tmp_path/checkpoints."""
+    trainers: list[Trainer] = []
+
+    def make(step: int, keep: int = 9, **state) -> Path:
+        trainers.append(trainers[0] if trainers else build("ppo"))
+        details = LoopState(**({"step": step, "model": trainers[0].run.model.path} | state))
+        return save(
+            tmp_path / "checkpoints", trainers[0], tiny_model().tokenizer, details, keep=keep
+        )
+
+    return make
+
+
+def update(trainer: Trainer, make_groups) -> None:
+    batch = trainer.prepare(make_groups(version=trainer.version))
+    trainer.run.algorithm.estimate_advantages(batch)
+    trainer.update(batch)
+
+
+def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """All that a step changes: parameters and the optimizer's state."""
+    found = {
+        f"{part}.{name}": value
+        for part, model in (("policy", trainer.policy), ("critic", trainer.critic))
+        if model is not None
+        for name, value in model.state_dict().items()
+    }
+    for index, state in trainer.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{index}.{name}": value for name, value in state.items()}
+    return found
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# -- the round trip ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_restored_run_continues_to_the_last_bit(
+    build, make_groups, tiny_model, tmp_path, algorithm: str, tie: bool
+):
+    straight = build(algorithm, tie=tie)
+    update(straight, make_groups)
+    halfway = {name: value.clone() for name, value in everything(straight).items()}
+    state = LoopState(step=1, cursor=6, wandb_id="abc", model=straight.run.model.path)
+    path = save(tmp_path / "checkpoints", straight, tiny_model(tie).tokenizer, state, keep=1)
+    update(straight, make_groups)
+
+    torch.manual_seed(12345)
+    resumed = build(algorithm, tie=tie)
+    assert read_state(path, resumed.run) == state
+    restore(path, resumed)
+    assert resumed.version == 1
+    update(resumed, make_groups)
+
+    ours, theirs = everything(resumed), everything(straight)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert not torch.equal(halfway["policy.model.norm.weight"], theirs["policy.model.norm.weight"])
+    assert resumed.schedule.state_dict() == straight.schedule.state_dict()
+    assert resumed.publish().fingerprint == straight.publish().fingerprint
+
+
+def test_saving_does_not_disturb_the_run(build, make_groups, tiny_model, tmp_path):
+    plain, saved = build("ppo"), build("ppo")
+    for trainer in (plain, saved):
+        update(trainer, make_groups)
+    save(tmp_path / "c", saved, tiny_model().tokenizer, LoopState(step=1), keep=1)
+    for trainer in (plain, saved):
+        update(trainer, make_groups)
+    theirs = everything(plain)
+    assert all(torch.equal(value, theirs[name]) for name, value in everything(saved).items())
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_policy_loads_with_from_pretrained(build, tiny_model, tmp_path, tie: bool):
+    trainer = build(tie=tie)
+    path = save(tmp_path / "c", trainer, tiny_model(tie).tokenizer, LoopState(step=1), keep=1)
+    model = AutoModelForCausalLM.from_pretrained(path / "policy", dtype=torch.float32)
+    for name, value in trainer.policy.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    tokenizer = AutoTokenizer.from_pretrained(path / "policy")
+    assert tokenizer("07+45=").input_ids == tiny_model(tie).tokenizer("07+45=").input_ids
+
+
+def test_nothing_in_a_checkpoint_can_run_code(keep_step):
+    path = keep_step(1)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".jinja"}
+    listed = json.loads((path / MANIFEST).read_text())
+    assert sorted([*listed, MANIFEST]) == sorted(str(file.relative_to(path)) for file in files)
+
+
+# -- faults ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", [MANIFEST, "state.json", "optimizer.safetensors", "policy/model.safetensors"]
+)
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
+    keep_step, tmp_path, name: str, damage: str
+):
+    good, bad = keep_step(1), keep_step(2)
+    file = bad / name
+    content = file.read_bytes()
+    middle = len(content) // 2
+    if damage == "missing":
+        file.unlink()
+    elif damage == "truncated":
+        file.write_bytes(content[:middle])
+    else:
+        flipped = bytes([content[middle] ^ 1])
+        file.write_bytes(content[:middle] + flipped + content[middle + 1 :])
+    said: list[str] = []
+    assert newest(tmp_path / "checkpoints", said.append) == good
+    assert len(said) == 1 and said[0].startswith(f"checkpoint {bad} is passed over: ")
+    assert ("manifest" if name == MANIFEST else name) in said[0]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(data=st.data())
+def test_a_flipped_bit_in_any_byte_is_found(keep_step, tmp_path, data: st.DataObject):
+    path = tmp_path / "checkpoints" / "step_000001"
+    if not path.is_dir():
+        keep_step(1)
+        assert find_fault(path) is None
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    file = data.draw(st.sampled_from([path / MANIFEST, *files]))
+    content = file.read_bytes()
+    position = data.draw(st.integers(0, len(content) - 1))
+    flipped = content[position] ^ (1 << data.draw(st.integers(0, 7)))
+    try:
+        file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
+        assert find_fault(path) is not None
+    finally:
+        file.write_bytes(content)
+
+
+def test_without_a_valid_checkpoint_there_is_none(keep_step, tmp_path):
+    said: list[str] = []
+    assert newest(tmp_path / "checkpoints", said.append) is None
+    shutil.rmtree(keep_step(3) / "policy")
+    assert newest(tmp_path / "checkpoints", said.append) is None
+    assert len(said) == 1
+
+
+# -- which ones are there ----------------------------------------------------------------------
+
+
+def test_only_the_newest_ones_are_kept(keep_step, tmp_path):
+    for step in (1, 2, 10, 100):
+        keep_step(step, keep=2)
+    assert names(tmp_path / "checkpoints") == ["step_000010", "step_000100"]
+
+
+def test_a_step_saved_again_replaces_the_old_one(keep_step, tmp_path):
+    keep_step(1, cursor=1)
+    path = keep_step(1, cursor=2)
+    assert find_fault(path) is None
+    assert json.loads((path / "state.json").read_text())["cursor"] == 2
+    assert names(tmp_path / "checkpoints") == ["step_000001"]
+
+
+def test_what_was_just_saved_outlives_a_later_checkpoint_of_an_abandoned_run(keep_step, tmp_path):
+    keep_step(50), keep_step(100)
+    path = keep_step(20, keep=1)  # resume=never, or from a checkpoint before a broken one
+    assert newest(tmp_path / "checkpoints", print) == path
+    assert names(tmp_path / "checkpoints") == ["step_000020"]
+
+
+def test_a_leftover_draft_is_harmless(keep_step, tmp_path):
+    draft = tmp_path / "checkpoints" / ".step_000007.tmp"
+    (draft / "policy").mkdir(parents=True)
+    (draft / "junk.bin").write_text("half")
+    assert newest(tmp_path / "checkpoints", print) is None
+    path = keep_step(7)
+    assert newest(tmp_path / "checkpoints", print) == path
+    assert not (path / "junk.bin").exists() and not draft.exists()
+
+
+@pytest.mark.parametrize("step", ["_manifest", "_make_durable"])
+def test_a_save_that_breaks_off_leaves_the_one_before(
+    keep_step, tmp_path, monkeypatch: pytest.MonkeyPatch, step: str
+):
+    good = keep_step(1)
+
+    def full(*_) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, step, full)
+    with pytest.raises(OSError, match="No space"):
+        keep_step(2)
+    assert newest(tmp_path / "checkpoints", print) == good
+
+
+# -- what a run resumes from -------------------------------------------------------------------
+
+
+def test_resume_means_auto_never_or_a_path(keep_step, make_run, tmp_path):
+    first, second = keep_step(1), keep_step(2)
+    assert resume_from(make_run(resume="auto"), tmp_path, print) == second
+    assert resume_from(make_run(resume="never"), tmp_path, print) is None
+    assert resume_from(make_run(resume=str(first)), tmp_path, print) == first
+
+
+def test_a_resume_path_that_is_missing_or_broken_is_refused(keep_step, make_run, tmp_path):
+    with pytest.raises(ConfigError, match="resume = /nowhere: there is no such directory"):
+        resume_from(make_run(resume="/nowhere"), tmp_path, print)
+    path = keep_step(1)
+    (path / "state.json").unlink()
+    with pytest.raises(ConfigError, match=r"state\.json is missing"):
+        resume_from(make_run(resume=str(path)), tmp_path, print)
+
+
+def test_the_checkpoint_of_another_model_is_refused(keep_step, make_run):
+    path = keep_step(1, model="somebody/else")
+    with pytest.raises(ConfigError, match=r"is of model\.path somebody/else"):
+        read_state(path, make_run())
+
+
+def test_a_newer_format_is_refused_whatever_it_holds(keep_step, make_run):
+    path = keep_step(1)
+    for details in ({"schema": SCHEMA + 1}, json.loads((path / "state.json").read_text())):
+        (path / "state.json").write_text(json.dumps(details | {"schema": SCHEMA + 1}))
+        with pytest.raises(ConfigError, match=f"format {SCHEMA + 1}, this reads {SCHEMA}"):
+            read_state(path, make_run())
+
+
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused(keep_step, build):
+    path = keep_step(1)
+    with pytest.raises(ConfigError, match=r"does not fit the model \(missing \['lm_head.weight'\]"):
+        restore(path, build("ppo", tie=False))
+
+
+def test_checkpoints_are_due_every_so_many_steps_and_at_the_end():
+    every = CheckpointConfig(every=4)
+    assert [step for step in range(1, 11) if is_due(every, step, 10)] == [4, 8, 10]
+    last_only = CheckpointConfig(every=0)
+    assert [step for step in range(1, 11) if is_due(last_only, step, 10)] == [10]

@@ -1,0 +1,550 @@
+"""Who holds the device, and the engine's state machine: every wrong order raises."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlswitch.device import Device
+from rlswitch.engines.base import Backend, Completion, Engine, Request, State, request_seed
+from rlswitch.ledger import Ledger
+from rlswitch.proof import Tolerance
+from rlswitch.switch import Switch
+from rlswitch.tasks.addition import build_tokenizer
+from rlswitch.types import (
+    Canary,
+    EngineError,
+    PolicyWeights,
+    Prompt,
+    ProofError,
+    Sampling,
+    SwitchError,
+)
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Ledger:
+    return Ledger(Device("cpu"), tmp_path)
+
+
+# -- the switch --------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Recorder:
+    """A tenant that writes down what it is asked."""
+
+    name: str
+    log: list[str]
+    keeps: str | None = None
+    fails: str = ""
+
+    def acquire(self, weights: PolicyWeights | None) -> None:
+        self.log.append(f"{self.name} acquires {weights.version if weights else 'nothing'}")
+
+    def release(self) -> None:
+        self.log.append(f"{self.name} releases")
+        if self.fails:
+            raise OSError(self.fails)
+
+    def unreleased(self) -> str | None:
+        return self.keeps
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+def test_the_holder_lets_go_before_the_next_takes_over(ledger: Ledger, log: list[str]):
+    switch, a, b = Switch(ledger), Recorder("a", log), Recorder("b", log)
+    switch.give_to(a)
+    switch.give_to(b, pushed(3))
+    switch.give_to(a)
+    assert log == [
+        "a acquires nothing",
+        "a releases",
+        "b acquires 3",
+        "b releases",
+        "a acquires nothing",
+    ]
+    assert switch.holder is a
+
+
+def test_the_holder_itself_is_never_asked_to_let_go(ledger: Ledger, log: list[str]):
+    switch, a = Switch(ledger), Recorder("a", log)
+    switch.give_to(a)
+    switch.give_to(a, pushed(1))
+    assert log == ["a acquires nothing", "a acquires 1"]
+
+
+def test_a_device_that_is_not_given_back_stops_the_hand_over(ledger: Ledger, log: list[str]):
+    a, b = Recorder("a", log, keeps="2.00 GiB of weights"), Recorder("b", log)
+    switch = Switch(ledger, holder=a)
+    for _ in range(2):  # trying again does not get past it either
+        with pytest.raises(SwitchError) as caught:
+            switch.give_to(b)
+        assert "a did not give the device back: 2.00 GiB of weights; b was not started" in str(
+            caught.value
+        )
+        assert switch.holder is a
+    a.keeps = None
+    switch.give_to(b)
+    assert log == ["a releases", "a releases", "a releases", "b acquires nothing"]
+
+
+def test_a_release_that_fails_does_not_pass_the_device_on(ledger: Ledger, log: list[str]):
+    a, b = Recorder("a", log, fails="no memory"), Recorder("b", log)
+    switch = Switch(ledger, holder=a)
+    with pytest.raises(OSError, match="no memory"):
+        switch.give_to(b)
+    assert log == ["a releases"] and switch.holder is a
+
+
+def test_vacate_leaves_nobody(ledger: Ledger, log: list[str]):
+    a, b = Recorder("a", log), Recorder("b", log)
+    switch = Switch(ledger, holder=a)
+    switch.vacate()
+    switch.vacate()
+    assert switch.holder is None and log == ["a releases"]
+    switch.give_to(b)
+    assert log == ["a releases", "b acquires nothing"]
+
+
+def test_vacate_checks_that_the_device_came_back(ledger: Ledger, log: list[str]):
+    switch = Switch(ledger, holder=Recorder("a", log, keeps="everything"))
+    with pytest.raises(SwitchError, match="the next tenant was not started"):
+        switch.vacate()
+
+
+# -- the engine --------------------------------------------------------------------------------
+
+
+@dataclass
+class FakeBackend(Backend):
+    """Does nothing, writes down what it is told, and does wrong what it is set to do wrong."""
+
+    log: list[str] = field(default_factory=list)
+    broken: str = ""
+    frees: int = 0
+    owes: int = 0
+    cached: int = 0
+    resets: bool = True
+    stale: bool = False
+    """Ignores what it is given to load."""
+    gap: float = 0.0
+    completions: list[Completion] | None = None
+    loaded: PolicyWeights | None = None
+    shelf: dict[Path, PolicyWeights] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+
+    def _do(self, verb: str) -> None:
+        self.log.append(verb)
+        if verb == self.broken:
+            raise RuntimeError(f"{verb} broke")
+
+    @property
+    def pids(self) -> list[int]:
+        return []
+
+    @property
+    def block_size(self) -> int:
+        return 16
+
+    def sleeping_bytes(self, level: str) -> int:
+        return self.owes
+
+    def sleep(self, level: str) -> None:
+        self._do(f"sleep {level}")
+
+    def wake(self, tag: str) -> None:
+        self._do(f"wake {tag}")
+
+    def reload(self, path: Path) -> None:
+        self._do("reload")
+        if not self.stale or self.loaded is None:
+            self.loaded = self.shelf[path]
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        self._do("fingerprint")
+        assert self.loaded is not None
+        return [{"received": self.loaded.tensors, "live": self.loaded.fingerprint}]
+
+    def reset_prefix_cache(self) -> bool:
+        self._do("reset")
+        return self.resets
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        self._do("generate")
+        self.requests = list(requests)
+        if self.completions is not None:
+            return self.completions
+        return [Completion([7, 14], [-0.5, -0.25], "stop") for _ in requests]
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        self._do("score")
+        assert self.loaded is not None
+        return [[x + self.gap for x in row] for row in self.loaded.canary.logprobs]
+
+    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
+        self._do("count cached")
+        return self.cached
+
+    def close(self) -> None:
+        self._do("close")
+
+
+def pushed(version: int) -> PolicyWeights:
+    return PolicyWeights(
+        version=version,
+        path=Path(f"/nowhere/v{version}"),
+        nbytes=100 + version,
+        fingerprint=1000 + version,
+        tensors={"w": 1000 + version},
+        canary=Canary(sequences=[[1, 2, 3]], logprobs=[[-1.0 - version, -2.0]]),
+    )
+
+
+WEIGHTS = [pushed(version) for version in range(6)]
+PROMPTS = [
+    Prompt(index=4, messages="", token_ids=[1, 2]),
+    Prompt(index=9, messages="", token_ids=[3]),
+]
+SAMPLING = Sampling(num_samples=2, max_new_tokens=3, temperature=0.5, seed=1, step=0)
+PUSH = ["wake weights", "reload", "fingerprint", "wake kv_cache", "reset", "count cached", "score"]
+
+
+@pytest.fixture
+def build(ledger: Ledger) -> Callable[..., Engine]:
+    """build(level="1", asleep=True, gap=0.1): an Engine over a FakeBackend set up like this."""
+
+    def make(
+        *, level: str = "2", verify: str = "every", asleep: bool = True, **faults: Any
+    ) -> Engine:
+        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS})
+        engine = Engine(
+            "rollout engine",
+            backend,
+            build_tokenizer(),
+            ledger,
+            level=level,
+            verify=verify,
+            tolerance=Tolerance(1e-4),
+        )
+        if asleep:
+            engine.release()
+        backend.log.clear()
+        for name, value in faults.items():
+            setattr(backend, name, value)
+        return engine
+
+    return make
+
+
+def phases(ledger: Ledger, tmp_path: Path) -> list[str]:
+    return [json.loads(line)["phase"] for line in (tmp_path / "switch.jsonl").open()]
+
+
+def test_a_push_is_woken_loaded_and_proven_in_this_order(build, ledger, tmp_path):
+    engine = build()
+    engine.acquire(WEIGHTS[3])
+    assert engine.backend.log == PUSH
+    assert (engine.state, engine.version, engine.proven) == (State.READY, 3, True)
+    assert phases(ledger, tmp_path)[1:] == [
+        "wake_weights",
+        "reload",
+        "verify",
+        "wake_kv_cache",
+        "reset_prefix_cache",
+        "verify",
+    ]
+
+
+def test_acquiring_what_is_served_already_does_nothing(build):
+    engine = build()
+    engine.acquire(WEIGHTS[1])
+    engine.backend.log.clear()
+    engine.acquire(WEIGHTS[1])
+    engine.acquire(None)
+    assert engine.backend.log == []
+
+
+def test_a_newer_version_goes_through_sleep_even_when_the_engine_is_awake(build):
+    engine = build()
+    engine.acquire(WEIGHTS[1])
+    engine.backend.log.clear()
+    engine.acquire(WEIGHTS[2])
+    assert engine.backend.log == ["sleep 2", *PUSH]
+    assert engine.version == 2
+
+
+def test_an_older_version_is_a_push_like_any_other(build):
+    engine = build(level="1")
+    engine.acquire(WEIGHTS[2])
+    engine.acquire(WEIGHTS[1])
+    assert engine.version == 1 and engine.backend.loaded is WEIGHTS[1]
+
+
+def test_level_2_forgets_the_weights(build):
+    engine = build()
+    engine.acquire(WEIGHTS[1])
+    engine.release()
+    assert (engine.state, engine.version) == (State.ASLEEP, None)
+    with pytest.raises(SwitchError, match="holds no published weights"):
+        engine.acquire(None)
+    engine.backend.log.clear()
+    engine.acquire(WEIGHTS[1])
+    assert engine.backend.log == PUSH
+
+
+@pytest.mark.parametrize("level", ["1", "kv", "0"])
+def test_other_levels_keep_the_weights_and_prove_them_again_without_a_push(build, level: str):
+    engine = build(level=level)
+    engine.acquire(WEIGHTS[1])
+    engine.release()
+    assert engine.version == 1
+    for weights in (None, WEIGHTS[1]):
+        engine.release()
+        engine.backend.log.clear()
+        engine.acquire(weights)
+        expected = ["wake weights", "wake kv_cache", "reset", "count cached", "score"]
+        assert engine.backend.log == expected
+        assert engine.proven
+
+
+def test_weights_that_changed_while_asleep_at_level_1_are_found_out(build):
+    engine = build(level="1")
+    engine.acquire(WEIGHTS[1])
+    engine.release()
+    engine.backend.gap = 0.3
+    with pytest.raises(ProofError, match="canary"):
+        engine.acquire(None)
+    assert engine.state is State.FAILED
+
+
+def test_letting_go_twice_sleeps_once(build):
+    engine = build(asleep=False)
+    engine.release()
+    engine.release()
+    assert engine.backend.log == ["sleep 2"]
+
+
+def test_an_engine_that_keeps_its_memory_says_so_until_it_has_slept_again(build):
+    engine = build(asleep=False, owes=10 * 2**20)
+    engine.release()
+    assert engine.unreleased() == "sleep level 2 freed 0 of 10 MiB"
+    engine.backend.owes = 0
+    engine.acquire(WEIGHTS[1])
+    engine.release()
+    assert engine.unreleased() is None
+
+
+def test_verify_first_proves_the_first_push_only(build):
+    engine = build(verify="first")
+    engine.acquire(WEIGHTS[1])
+    assert engine.backend.log == PUSH and engine.metrics()["switch/verified"] == 1
+    engine.backend.log.clear()
+    engine.acquire(WEIGHTS[2])
+    assert engine.backend.log == ["sleep 2", "wake weights", "reload", "wake kv_cache", "reset"]
+    assert engine.metrics()["switch/verified"] == 0
+
+
+def test_verify_off_proves_nothing_and_says_so(build):
+    engine = build(verify="off", stale=True, gap=5.0, cached=99)
+    engine.acquire(WEIGHTS[1])
+    assert engine.state is State.READY
+    assert {"fingerprint", "score", "count cached"}.isdisjoint(engine.backend.log)
+    assert engine.metrics()["switch/verified"] == 0
+
+
+VERBS: dict[str, Callable[[Engine], object]] = {
+    "wake_weights": lambda engine: engine.wake_weights(),
+    "reload": lambda engine: engine.reload(WEIGHTS[1]),
+    "wake_kv_cache": lambda engine: engine.wake_kv_cache(),
+    "make_ready": lambda engine: engine.make_ready(),
+    "generate": lambda engine: engine.generate(PROMPTS, SAMPLING),
+    "release": lambda engine: engine.release(),
+}
+ALLOWED = {
+    State.ASLEEP: {"wake_weights", "release"},
+    State.WEIGHTS: {"reload", "wake_kv_cache"},
+    State.AWAKE: {"make_ready"},
+    State.READY: {"generate", "release"},
+    State.FAILED: set(),
+}
+
+
+def bring_to(engine: Engine, state: State) -> None:
+    steps = ["wake_weights", "reload", "wake_kv_cache", "make_ready"]
+    reached = {State.ASLEEP: 0, State.WEIGHTS: 2, State.AWAKE: 3, State.READY: 4, State.FAILED: 4}
+    for verb in steps[: reached[state]]:
+        VERBS[verb](engine)
+    if state is State.FAILED:
+        engine.backend.broken = "sleep 2"
+        with pytest.raises(RuntimeError):
+            engine.release()
+    assert engine.state is state
+
+
+@pytest.mark.parametrize("verb", list(VERBS))
+@pytest.mark.parametrize("state", list(State))
+def test_a_verb_works_in_its_state_and_in_every_other_raises_without_touching_vllm(
+    build, state: State, verb: str
+):
+    engine = build()
+    bring_to(engine, state)
+    engine.backend.broken = ""
+    engine.backend.log.clear()
+    if verb in ALLOWED[state]:
+        VERBS[verb](engine)
+        return
+    with pytest.raises(SwitchError, match=f"rollout engine is {state}: cannot "):
+        VERBS[verb](engine)
+    assert engine.backend.log == [] and engine.state is state
+
+
+def test_the_kv_cache_is_not_woken_before_the_weights_mean_something(build):
+    engine = build()
+    engine.wake_weights()
+    with pytest.raises(SwitchError, match="has woken without weights: reload published weights"):
+        engine.wake_kv_cache()
+    assert engine.backend.log == ["wake weights"]
+
+
+def test_a_fresh_engine_does_not_generate_from_its_own_checkpoint(build):
+    engine = build(asleep=False)
+    with pytest.raises(SwitchError, match="holds no published weights"):
+        engine.generate(PROMPTS, SAMPLING)
+    assert engine.backend.log == []
+
+
+@pytest.mark.parametrize("verb", PUSH)
+def test_a_verb_that_fails_half_way_fails_the_engine_for_good(build, verb: str):
+    engine = build(broken=verb)
+    with pytest.raises(RuntimeError, match=f"{verb} broke"):
+        engine.acquire(WEIGHTS[1])
+    assert engine.state is State.FAILED
+    engine.backend.broken = ""
+    done = list(engine.backend.log)
+    for attempt in (
+        lambda: engine.acquire(WEIGHTS[1]),
+        lambda: engine.acquire(WEIGHTS[2]),
+        engine.release,
+        lambda: engine.generate(PROMPTS, SAMPLING),
+    ):
+        with pytest.raises(SwitchError, match="is failed"):
+            attempt()
+    assert engine.backend.log == done
+
+
+def test_a_closed_engine_does_nothing_any_more(build):
+    engine = build()
+    engine.acquire(WEIGHTS[1])
+    engine.close()
+    for verb in VERBS.values():
+        with pytest.raises(SwitchError, match="is failed"):
+            verb(engine)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ({"cached": 32}, ProofError, "prefix cache: 32 tokens"),
+        ({"gap": 0.2}, ProofError, r"canary: a log-probability differs by 0\.2"),
+        ({"gap": math.nan}, ProofError, "canary: a log-probability differs by nan"),
+        ({"resets": False}, EngineError, "could not reset its prefix cache"),
+    ],
+)
+def test_a_push_that_is_not_proven_never_generates(build, fault, error, message):
+    engine = build(**fault)
+    with pytest.raises(error, match=message):
+        engine.acquire(WEIGHTS[1])
+    with pytest.raises(SwitchError):
+        engine.generate(PROMPTS, SAMPLING)
+    assert "generate" not in engine.backend.log
+
+
+def test_stale_weights_are_found_before_the_kv_cache_is_woken(build):
+    engine = build()
+    engine.acquire(WEIGHTS[1])
+    engine.backend.stale = True
+    engine.backend.log.clear()
+    with pytest.raises(ProofError, match="tensors differ: w"):
+        engine.acquire(WEIGHTS[2])
+    assert "wake kv_cache" not in engine.backend.log
+
+
+# -- what it generates -------------------------------------------------------------------------
+
+
+def test_rollouts_come_back_grouped_stamped_and_decoded(build):
+    engine = build()
+    engine.acquire(WEIGHTS[5])
+    groups = engine.generate(PROMPTS, SAMPLING)
+    assert [group.prompt for group in groups] == PROMPTS
+    assert [[r.sample for r in group.rollouts] for group in groups] == [[0, 1], [0, 1]]
+    for rollout in (r for group in groups for r in group.rollouts):
+        assert (rollout.policy_version, rollout.text, rollout.finish_reason) == (5, "7", "stop")
+        assert (rollout.token_ids, rollout.logprobs) == ([7, 14], [-0.5, -0.25])
+
+
+def test_completions_stay_with_their_prompts(build):
+    engine = build(completions=[Completion([t], [-float(t)], "stop") for t in range(1, 5)])
+    engine.acquire(WEIGHTS[1])
+    groups = engine.generate(PROMPTS, SAMPLING)
+    assert [[r.token_ids for r in group.rollouts] for group in groups] == [[[1], [2]], [[3], [4]]]
+    sent = [(request.token_ids, request.seed) for request in engine.backend.requests]
+    assert sent == [(p.token_ids, request_seed(1, 0, p.index, s)) for p in PROMPTS for s in (0, 1)]
+
+
+def test_every_request_has_a_seed_of_its_own_that_the_next_run_has_too(build):
+    keys = [(s, t, p, n) for s in (0, 1) for t in range(4) for p in range(4) for n in range(4)]
+    seeds = {key: request_seed(*key) for key in keys}
+    assert len(set(seeds.values())) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds.values())
+    assert request_seed(0, 0, 0, 0) == seeds[0, 0, 0, 0]
+    assert request_seed(1, 23, 4, 5) != request_seed(12, 3, 4, 5)
+
+
+GOOD = Completion([7], [-0.5], "stop")
+
+
+@pytest.mark.parametrize(
+    ("completions", "message"),
+    [
+        ([GOOD] * 3, "3 completions for 4 requests"),
+        ([GOOD] * 5, "5 completions for 4 requests"),
+        ([GOOD, GOOD, GOOD, Completion([], [], "stop")], "prompt 9 sample 1 came back with 0 tok"),
+        ([GOOD, Completion([7, 8], [-0.5], "stop"), GOOD, GOOD], "prompt 4 sample 1 .* 2 tokens"),
+        ([GOOD, GOOD, Completion([7], [math.nan], "stop"), GOOD], "prompt 9 sample 0 .* 1 tokens"),
+        ([GOOD, GOOD, Completion([7], [-math.inf], "stop"), GOOD], "prompt 9 sample 0"),
+    ],
+)
+def test_an_answer_that_is_not_a_rollout_is_refused(build, completions, message: str):
+    engine = build(completions=completions)
+    engine.acquire(WEIGHTS[1])
+    with pytest.raises(EngineError, match=message):
+        engine.generate(PROMPTS, SAMPLING)
+
+
+def test_the_switch_alternates_engine_and_trainer(build, ledger, log, tmp_path):
+    engine, trainer = build(), Recorder("trainer", log)
+    switch = Switch(ledger, holder=trainer)
+    for version in (1, 2):
+        switch.give_to(engine, WEIGHTS[version])
+        assert engine.generate(PROMPTS, SAMPLING)[0].rollouts[0].policy_version == version
+        switch.give_to(trainer)
+    assert log == ["trainer releases", "trainer acquires nothing"] * 2
+    assert engine.backend.log == [*PUSH, "generate", "sleep 2"] * 2
+    rows = [json.loads(line) for line in (tmp_path / "switch.jsonl").open()][1:]
+    assert {(row["from"], row["to"]) for row in rows} == {
+        ("trainer", "rollout engine"),
+        ("rollout engine", "trainer"),
+    }
+    assert all(row["to"] == "trainer" for row in rows if row["phase"] == "sleep")
