@@ -114,8 +114,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     reach = max(len(points) // 20, 1)
     windows = [points[max(i - reach, 0) : i + reach + 1] for i in range(len(points))]
     return [
-        (x, sum(y for _, y in window) / len(window))
-        for (x, _), window in zip(points, windows, strict=True)
+        (x, sum(y for _, y in window) / len(window)) for (x, _), window in zip(points, windows, strict=True)
     ]
 
 
@@ -201,9 +200,7 @@ def _tooltips(series: Sequence[Series], axes: Axes, x_name: str) -> str:
     texts: dict[float, list[str]] = {}
     for s in series:
         for x, y in s.points:
-            texts.setdefault(x, [f"{x_name} {short_number(x)}"]).append(
-                f"{s.name} {short_number(y)}"
-            )
+            texts.setdefault(x, [f"{x_name} {short_number(x)}"]).append(f"{s.name} {short_number(y)}")
     width = (WIDTH - LEFT - RIGHT) / max(len(texts), 1)
     return "".join(
         f'<rect class="hit" x="{axes.at_x(x) - width / 2:.1f}" y="{TOP}" width="{width:.1f}"'
@@ -212,9 +209,7 @@ def _tooltips(series: Sequence[Series], axes: Axes, x_name: str) -> str:
     )
 
 
-def _bar(
-    x: float, values: Mapping[str, float], parts: Sequence[str], axes: Axes, width: float
-) -> str:
+def _bar(x: float, values: Mapping[str, float], parts: Sequence[str], axes: Axes, width: float) -> str:
     pieces, below = [], 0.0
     for part in parts:
         value = values.get(part, 0.0)

@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -168,9 +167,7 @@ def restore(path: Path, trainer: Trainer) -> None:
     if trainer.critic is not None:
         critic = trainer.accelerator.unwrap_model(trainer.critic)
         _load_all(critic, load_file(path / "critic.safetensors"), tied=set(), path=path)
-    trainer.optimizer.load_state_dict(
-        _join(load_file(path / "optimizer.safetensors"), details["optimizer"])
-    )
+    trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), details["optimizer"]))
     trainer.schedule.load_state_dict(details["schedule"])
     trainer.version = details["step"]
 

@@ -180,9 +180,7 @@ class Job:
         for row in records.read(Path(self.directory, "metrics.jsonl")):
             self.steps = row["step"]
             self.reward = row.get("reward/mean", self.reward)
-            self.accuracies |= {
-                k: v for k, v in row.items() if k.startswith("val/") and k.endswith("/acc")
-            }
+            self.accuracies |= {k: v for k, v in row.items() if k.startswith("val/") and k.endswith("/acc")}
 
 
 def sweep(arguments: Arguments, command: Command = job_command) -> int:
@@ -221,9 +219,7 @@ def _sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
         if item.is_sweep and item.key in SWEEP_ROOTS:
             yield item.says("a sweep has one directory, its jobs are numbered in it; give one")
         if item.parsed.is_interval_sweep() and sweepers[-1:] in ([], ["basic"]):
-            yield item.says(
-                "only a sweeper that samples can use an interval, such as hydra/sweeper=optuna"
-            )
+            yield item.says("only a sweeper that samples can use an interval, such as hydra/sweeper=optuna")
     with source.loader() as loader:
         for item in settings:
             item.parsed.config_loader = loader  # what glob(*) looks the options up with
@@ -363,9 +359,7 @@ def _run_hydra(task: Callable[[Any], Any], words: list[str], arguments: Argument
     source, command_line = arguments.source, sys.argv
     sys.argv = [command_line[0], *words, *arguments.flags]
     try:
-        hydra.main(version_base="1.3", config_path=str(source.conf), config_name=source.name)(
-            task
-        )()
+        hydra.main(version_base="1.3", config_path=str(source.conf), config_name=source.name)(task)()
     except SystemExit as stop:  # Hydra has said why
         return int(bool(stop.code))
     finally:

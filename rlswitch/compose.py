@@ -321,9 +321,7 @@ def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
         return f"~{item.key}: a setting cannot be removed; give it another value"
     leaf = leaves.get(item.key)
     if leaf is None:
-        return (
-            None if item.is_free else item.says(_unknown(item.key, leaves, added="+" in item.sign))
-        )
+        return None if item.is_free else item.says(_unknown(item.key, leaves, added="+" in item.sign))
     if item.sign == "+" and not item.is_free:
         return item.says(f"is a setting already; write {item.key}={item.text}")
     mismatch = leaf.mismatch(item.value)

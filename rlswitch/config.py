@@ -170,9 +170,7 @@ class Run:
 
     @property
     def max_model_len(self) -> int:
-        return (
-            self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
-        )
+        return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
 
 OPTIONS: dict[str, dict[str, type]] = {
@@ -225,8 +223,8 @@ def problems(run: Run) -> Iterator[str]:
         )
     if run.trainer.micro_batch_tokens < need:
         yield (
-            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: one rollout can have {need} tokens"
-            f" and would never fit; set at least {need}"
+            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: one rollout can be {need} tokens"
+            f" long and would never fit; set at least {need}"
         )
     if run.reward.weights and len(run.reward.weights) != len(run.reward.functions):
         yield (

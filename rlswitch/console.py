@@ -259,9 +259,7 @@ def switch_line(metrics: Mapping[str, float]) -> Text:
     if "switch/verified" in metrics:
         proven = metrics["switch/verified"] > 0
         line.append("  push")
-        line.append(
-            f" proven {TICK}" if proven else " not verified", COLORS["update"] if proven else "dim"
-        )
+        line.append(f" proven {TICK}" if proven else " not verified", COLORS["update"] if proven else "dim")
     if "mismatch/logp_abs_diff_max" in metrics:
         line.append(f"  mismatch max {metrics['mismatch/logp_abs_diff_max']:.1e}")
     return line

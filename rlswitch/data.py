@@ -339,9 +339,7 @@ def _read_csv(source: _Source, file: Path) -> _Table:
 # ---- rows to prompts
 
 
-def _tokenize(
-    table: _Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: Say
-) -> list[Prompt]:
+def _tokenize(table: _Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Prompt]:
     """The rows as prompts, without those that data.overlong drops."""
     key = run.data.prompt_key
     blame = f"data.prompt_key = {key}"

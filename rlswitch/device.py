@@ -57,9 +57,7 @@ class Device:
         held = sorted(((resident_bytes([p.pid]), p) for p in processes), key=lambda pair: -pair[0])
         rows = [f"{p.name()} (pid {p.pid}) {size / 2**30:.2f} GiB of RAM" for size, p in held[:4]]
         if self.kind == "cuda":
-            rows.insert(
-                0, f"this process {torch.cuda.memory_reserved() / 2**30:.2f} GiB of the GPU"
-            )
+            rows.insert(0, f"this process {torch.cuda.memory_reserved() / 2**30:.2f} GiB of the GPU")
         return ", ".join(rows)
 
 

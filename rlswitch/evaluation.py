@@ -59,7 +59,6 @@ def _share_solved(groups: Sequence[Group], scorer: Scorer) -> float:
     scorer.score(groups)
     first = scorer.names[0]
     solved = [
-        any((rollout.rewards.get(first) or 0.0) >= CORRECT for rollout in group.rollouts)
-        for group in groups
+        any((rollout.rewards.get(first) or 0.0) >= CORRECT for rollout in group.rollouts) for group in groups
     ]
     return sum(solved) / len(solved)

@@ -128,9 +128,7 @@ class Ledger:
         self.restart()
         return metrics | {"timing_s/switch": switch, "timing_s/step": step}
 
-    def _trace_event(
-        self, name: str, lane: str, began: float, seconds: float, arguments: dict
-    ) -> None:
+    def _trace_event(self, name: str, lane: str, began: float, seconds: float, arguments: dict) -> None:
         event = {
             "name": name,
             "cat": lane,

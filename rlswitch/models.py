@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,14 +77,10 @@ def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> tuple
     """
     first = int(batch.prompt_lengths.min()) - 1
     keep = batch.token_ids.shape[1] - first
-    logits = model(
-        input_ids=batch.token_ids, attention_mask=batch.attention_mask, logits_to_keep=keep
-    ).logits
+    logits = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits
     rows, columns = batch.mask.nonzero(as_tuple=True)
     chosen = logits[rows, completion_positions(batch)[rows, columns] - first]  # [N, V]
-    logprobs, entropy = token_statistics(
-        chosen, completion_tokens(batch)[rows, columns], temperature
-    )
+    logprobs, entropy = token_statistics(chosen, completion_tokens(batch)[rows, columns], temperature)
     shape = batch.mask.shape
     empty = torch.zeros(shape, dtype=torch.float32, device=logits.device)
     index = (rows, columns)
@@ -127,7 +124,7 @@ def _statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Te
     return logprobs, entropy
 
 
-def _load(auto_class: type, config: ModelConfig, path: str) -> PreTrainedModel:
+def _load(auto_class: Any, config: ModelConfig, path: str) -> PreTrainedModel:
     try:
         return auto_class.from_pretrained(
             path,

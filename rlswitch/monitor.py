@@ -169,9 +169,7 @@ class Monitor:
         if not rollouts:
             return None
         rollout = rollouts[0]
-        return Sample(
-            prompt=rollout.prompt.messages, completion=rollout.text, reward=rollout.reward
-        )
+        return Sample(prompt=rollout.prompt.messages, completion=rollout.text, reward=rollout.reward)
 
 
 def plain_number(value: Any) -> float:
@@ -187,9 +185,7 @@ def metrics_record(step: int, values: Mapping[str, float]) -> dict[str, Any]:
     return record | ({"non_finite": odd} if odd else {})
 
 
-def rollout_records(
-    step: int, groups: Sequence[Group], advantages: Sequence[float]
-) -> list[dict[str, Any]]:
+def rollout_records(step: int, groups: Sequence[Group], advantages: Sequence[float]) -> list[dict[str, Any]]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert not advantages or len(advantages) == len(rollouts), "one advantage per rollout"
     records = []
@@ -219,9 +215,7 @@ def finite_or_none(value: float) -> float | None:
 class TrackerThread:
     """One tracker in a thread of its own: what it raises, or how long it takes, stays there."""
 
-    def __init__(
-        self, name: str, tracker: GeneralTracker, config: dict, say: Callable[[str], None]
-    ):
+    def __init__(self, name: str, tracker: GeneralTracker, config: dict, say: Callable[[str], None]):
         self.name = name
         self._tracker, self._config, self._say = tracker, config, say
         self._jobs: queue.Queue[Callable[[], Any] | None] = queue.Queue(maxsize=QUEUE_SIZE)
@@ -377,7 +371,5 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= flattened(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = (
-                value if isinstance(value, str | int | float) else json.dumps(value)
-            )
+            flat[prefix + key] = value if isinstance(value, str | int | float) else json.dumps(value)
     return flat

@@ -41,9 +41,7 @@ class Parking:
         for tensor in self.parked:
             buffer = self.pinned.get(id(tensor))
             if buffer is None:
-                buffer = torch.empty(
-                    tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
-                )
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
                 self.pinned[id(tensor)] = buffer
             buffer.copy_(tensor.data, non_blocking=True)
         if self.parked:

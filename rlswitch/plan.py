@@ -93,42 +93,29 @@ class Plan:
 
 def show(run: Run) -> None:
     """Prints the plan of `run` on this machine; raises ConfigError when nothing can make it fit."""
-    facts, shape = DeviceFacts.measure(), ModelShape.read(run.model)
-    plan = predict(run, shape, facts)
+    plan = make_plan(run, DeviceFacts.measure())
     console = Console(highlight=False, markup=False)
-    for part in tables(plan, run):
-        console.print(part)
-    plan.advice = advise(plan, run, shape)
-    for line in verdict(plan):
-        console.print(line, soft_wrap=True)
+    for part in render(plan, run):
+        console.print(part, soft_wrap=isinstance(part, str))
+    if plan.shortfalls and not plan.advice:
+        raise ConfigError(
+            f"model.path = {run.model.path}: cannot fit on {plan.device.name}: {plan.shortfalls[0]},"
+            " and no other memory setting helps; set a smaller model, or use a larger device"
+        )
 
 
 def make_plan(run: Run, facts: DeviceFacts) -> Plan:
-    """The plan of `run`, with advice where it does not fit; ConfigError when nothing helps."""
+    """The plan of `run`; where it does not fit, with the fewest settings that would make it."""
     shape = ModelShape.read(run.model)
     plan = predict(run, shape, facts)
-    plan.advice = advise(plan, run, shape)
+    if plan.shortfalls:
+        tried = (it for it in remedies(run, facts) if _fits(_changed(run, it), shape, facts))
+        plan.advice = next(tried, {})
     return plan
 
 
-def advise(plan: Plan, run: Run, shape: ModelShape) -> dict[str, Any]:
-    """The fewest settings that would make it fit, {} when it does; ConfigError when nothing helps."""
-    leanest = plan
-    if not plan.shortfalls:
-        return {}
-    for settings in remedies(run, plan.device):
-        other = predict(_changed(run, settings), shape, plan.device)
-        if not other.shortfalls:
-            return settings
-        leanest = min(leanest, other, key=lambda it: sum(s.needs - s.has for s in it.shortfalls))
-    raise ConfigError(
-        f"model.path = {run.model.path}: cannot fit on {plan.device.name}: with the leanest settings"
-        f" {leanest.shortfalls[0]}; set a smaller model.path or use a larger device"
-    )
-
-
 def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
-    """The arithmetic, for any step after the first: gradients go before the rollout, Adam's stay."""
+    """The arithmetic, for a step after the first: Adam's states are there, gradients come and go."""
     cuda, level = facts.kind == "cuda", run.switch.level
     engine = llm_arguments(run, run.model.path, Device(facts.kind))
     itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
@@ -144,6 +131,13 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     if park == "auto":
         held = policy + critic + reference
         park = parked_by_auto(held, 2 * (policy + critic), weights + kv + own, facts.total_bytes)
+    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    rollouts = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
+    activations = shape.activation_bytes(
+        min(run.trainer.micro_batch_tokens, rollouts * longest),
+        2 if cuda and engine["dtype"] == "bfloat16" else 4,  # mixed precision, as in trainer.py
+        run.trainer.gradient_checkpointing,
+    )
     keeps = {"0": weights + kv, "kv": weights, "1": 0 if cuda else weights, "2": 0}[level]
 
     def trained(name: str, size: int, parkable: bool) -> Row:
@@ -157,9 +151,7 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
         Row("critic gradients, float32", 0, critic),
         trained("critic Adam states, float32", 2 * critic, park != "nothing"),
         trained(f"reference, {engine['dtype']}", reference, park == "everything"),
-        Row(
-            "activations and logits (estimate)", 0, _activations(run, shape, facts, engine["dtype"])
-        ),
+        Row("activations and logits (estimate)", 0, activations),
         Row(f"engine weights, {engine['dtype']}", weights, min(keeps, weights)),
         Row("KV cache", kv, max(keeps - weights, 0)),
         Row("engine's own (estimate)", own, ENGINE_ASLEEP[facts.kind]),
@@ -183,9 +175,7 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
         seconds={},
     )
     parked = plan.total("parked")
-    plan.seconds = switch_seconds(
-        facts, level, weights=weights, kv=kv, published=published, parked=parked
-    )
+    plan.seconds = switch_seconds(facts, level, weights=weights, kv=kv, published=published, parked=parked)
     host = parked + in_memory + (weights if level == "1" else 0)
     checks = [
         Shortfall("the rollout", plan.total("rollout"), plan.limit_bytes),
@@ -203,29 +193,28 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
 def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
     """Settings that change what fits: few before many, mild before drastic."""
     engine, trainer = run.engine, run.trainer
-    budgets = [trainer.micro_batch_tokens >> n for n in range(1, 20)]
-    values: dict[str, list[Any]] = {"switch.level": ["2"] if run.switch.level != "2" else []}
-    if facts.kind == "cuda":
-        values["trainer.park"] = ["optimizer", "everything"] if trainer.park != "everything" else []
-    if facts.kind == "cuda" and engine.kv_cache_gib is None:
-        grid = [n / 20 for n in range(19, 0, -1)]
-        now = engine.gpu_memory_utilization
-        lower, higher = [x for x in grid if x < now], [x for x in grid[::-1] if x > now]
-        values["engine.gpu_memory_utilization"] = lower + higher
-    else:
-        now = engine.kv_cache_gib or CPU_KV_CACHE_GIB
-        values["engine.kv_cache_gib"] = [now * 2.0**n for n in (-1, -2, -3, -4, 1, 2, 3, 4, 5, 6)]
     need = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    values["trainer.micro_batch_tokens"] = [tokens for tokens in budgets if tokens >= need]
-    values["trainer.gradient_checkpointing"] = [] if trainer.gradient_checkpointing else [True]
+    budgets = [trainer.micro_batch_tokens >> n for n in range(1, 20)]
+    values: dict[str, list[Any]] = {
+        "switch.level": ["2"],
+        "trainer.park": ["optimizer", "everything"] if facts.kind == "cuda" else [],
+        "trainer.micro_batch_tokens": [tokens for tokens in budgets if tokens >= need],
+        "trainer.gradient_checkpointing": [True],
+    }
+    if facts.kind == "cuda" and engine.kv_cache_gib is None:
+        shares, now = (n / 20 for n in range(1, 20)), engine.gpu_memory_utilization
+        values["engine.gpu_memory_utilization"] = sorted(shares, key=lambda x: abs(x - now))
+    else:
+        size = engine.kv_cache_gib or CPU_KV_CACHE_GIB
+        values["engine.kv_cache_gib"] = [size * 2.0**n for n in (-1, 1, -2, 2, -3, 3, -4, 4, 5, 6)]
     for count in range(1, len(values) + 1):
         for keys in itertools.combinations(values, count):
             for chosen in itertools.product(*(values[key] for key in keys)):
                 yield dict(zip(keys, chosen, strict=True))
 
 
-def tables(plan: Plan, run: Run) -> Iterator[RenderableType]:
-    """The plan for a console of 80 columns, without the verdict."""
+def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
+    """The plan for a console of 80 columns."""
     facts = plan.device
     yield f"{run.model.path}: {plan.parameters / 1e9:.3f} B parameters, on {facts.name}"
     memory = Table("GiB, predicted", box=box.SIMPLE)
@@ -254,9 +243,6 @@ def tables(plan: Plan, run: Run) -> Iterator[RenderableType]:
         f"copies: to the device {facts.h2d_gbps:.1f} GB/s, from it {facts.d2h_gbps:.1f}, within"
         f" host memory {facts.copy_gbps:.1f}"
     )
-
-
-def verdict(plan: Plan) -> Iterator[str]:
     if not plan.shortfalls:
         yield f"fits: {_gib(plan.limit_bytes)} GiB can be used"
     for shortfall in plan.shortfalls:
@@ -265,16 +251,8 @@ def verdict(plan: Plan) -> Iterator[str]:
         yield "set " + " ".join(f"{key}={str(value).lower()}" for key, value in plan.advice.items())
 
 
-def _activations(run: Run, shape: ModelShape, facts: DeviceFacts, dtype: str) -> int:
-    """Of the largest micro-batch: a minibatch of rollouts at full length, or the token budget."""
-    rows = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
-    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    mixed = facts.kind == "cuda" and dtype == "bfloat16"  # as in trainer.py
-    return shape.activation_bytes(
-        min(run.trainer.micro_batch_tokens, rows * longest),
-        2 if mixed else 4,
-        run.trainer.gradient_checkpointing,
-    )
+def _fits(run: Run, shape: ModelShape, facts: DeviceFacts) -> bool:
+    return not predict(run, shape, facts).shortfalls
 
 
 def _changed(run: Run, settings: dict[str, Any]) -> Run:

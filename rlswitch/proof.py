@@ -63,9 +63,7 @@ def check_prefix_cache(weights: PolicyWeights, cached_tokens: int) -> None:
         )
 
 
-def check_canary(
-    weights: PolicyWeights, logprobs: Sequence[Sequence[float]], tolerance: Tolerance
-) -> float:
+def check_canary(weights: PolicyWeights, logprobs: Sequence[Sequence[float]], tolerance: Tolerance) -> float:
     """The engine's log-probabilities of the canary are the trainer's. Returns the largest difference."""
     worst, where = 0.0, ""
     for i, (ours, theirs) in enumerate(zip(weights.canary.logprobs, logprobs, strict=True)):
@@ -78,8 +76,8 @@ def check_canary(
     if not math.isfinite(worst) or not tolerance.admit(worst):
         limit = LEARNED_CEILING if tolerance.limit is None else tolerance.limit
         raise ProofError(
-            f"{_push(weights)}: canary: a log-probability differs by {worst:.3g}, limit {limit:.3g} ({where});"
-            " the right bytes are in the wrong place, or a stale copy answers: try switch.level=1,"
+            f"{_push(weights)}: canary: a log-probability differs by {worst:.3g}, limit {limit:.3g} ({where})"
+            "; the right bytes are in the wrong place, or a stale copy answers: try switch.level=1,"
             " engine.enforce_eager=true, or another vLLM"
         )
     return worst
@@ -88,9 +86,7 @@ def check_canary(
 def reload_failed(weights: PolicyWeights, error: Exception) -> ProofError:
     """The engine could not load what was published: half of it may be in place."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ProofError(
-        f"{_push(weights)}: reload: the engine refused it ({reason}); {_files(weights)}"
-    )
+    return ProofError(f"{_push(weights)}: reload: the engine refused it ({reason}); {_files(weights)}")
 
 
 def _push(weights: PolicyWeights) -> str:
@@ -102,13 +98,9 @@ def _culprits(weights: PolicyWeights, received: dict[str, int]) -> str:
     if not received:
         return "nothing was loaded: reload_weights was given no tensors"
     missing = sorted(weights.tensors.keys() - received.keys())
-    wrong = sorted(
-        name for name, value in received.items() if weights.tensors.get(name, value) != value
-    )
+    wrong = sorted(name for name, value in received.items() if weights.tensors.get(name, value) != value)
     if missing:
-        return (
-            f"tensors missing: {', '.join(missing[:3])} ({len(missing)} in all); {_files(weights)}"
-        )
+        return f"tensors missing: {', '.join(missing[:3])} ({len(missing)} in all); {_files(weights)}"
     if wrong:
         return f"tensors differ: {', '.join(wrong[:3])} ({len(wrong)} in all); {_files(weights)}"
     return f"extra tensors: {', '.join(sorted(received.keys() - weights.tensors.keys())[:3])}"
@@ -119,13 +111,9 @@ def _files(weights: PolicyWeights) -> str:
     try:
         for file in sorted(weights.path.glob("*.safetensors")):
             with safe_open(file, framework="pt") as handle:
-                found |= named_fingerprints(
-                    (name, handle.get_tensor(name)) for name in handle.keys()
-                )
+                found |= named_fingerprints((name, handle.get_tensor(name)) for name in handle.offset_keys())
     except Exception as error:
-        return (
-            f"the files in {weights.path} cannot be read back ({error}): try switch.transport=disk"
-        )
+        return f"the files in {weights.path} cannot be read back ({error}): try switch.transport=disk"
     if total_fingerprint(found.values()) == weights.fingerprint:
         return (
             f"the files in {weights.path} are as published, so the engine loaded something else:"

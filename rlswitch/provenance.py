@@ -59,9 +59,7 @@ def resolved(run: Run) -> dict[str, Any]:
 def redacted(value: Any, key: str = "") -> Any:
     """The value without what its key, its form or the environment tells is a secret."""
     if isinstance(value, Mapping):
-        return {
-            name: redacted(item, key if _is_secret(key) else name) for name, item in value.items()
-        }
+        return {name: redacted(item, key if _is_secret(key) else name) for name, item in value.items()}
     if isinstance(value, list):
         return [redacted(item, key) for item in value]
     if isinstance(value, int) and WORD_FOR_PASSWORD.search(key.lower()):

@@ -122,6 +122,4 @@ class Summary:
     def shares(self) -> dict[str, float]:
         """Share of the run's time by part, in the order of the step."""
         total = self.wall_seconds
-        return {
-            part: self.seconds[part] / total for part in (*PARTS, "other") if part in self.seconds
-        }
+        return {part: self.seconds[part] / total for part in (*PARTS, "other") if part in self.seconds}

@@ -107,9 +107,7 @@ def render(run: RunFiles) -> str:
         ("Configuration", _configuration(run)),
     ]
     body = "".join(
-        f"<section>{f'<h2>{title}</h2>' if title else ''}{html}</section>"
-        for title, html in sections
-        if html
+        f"<section>{f'<h2>{title}</h2>' if title else ''}{html}</section>" for title, html in sections if html
     )
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -164,9 +162,7 @@ def _cards(run: RunFiles) -> str:
 
 def _card(card: tuple[str, str, str]) -> str:
     label, value, note = (escape(printable(text)) for text in card)
-    return (
-        f'<div class="card"><div>{label}</div><strong>{value}</strong><small>{note}</small></div>'
-    )
+    return f'<div class="card"><div>{label}</div><strong>{value}</strong><small>{note}</small></div>'
 
 
 def _change(summary: Summary, key: str) -> tuple[str, str]:
@@ -226,9 +222,7 @@ def _time(run: RunFiles) -> str:
         for part, share in sorted(shares.items(), key=lambda item: -item[1])
     )
     chart = stacked_chart("Seconds a step", bars, (*PARTS, "other"), "")
-    totals = (
-        f"<table class='numbers'><tr><th>part</th><th>total</th><th>share</th></tr>{rows}</table>"
-    )
+    totals = f"<table class='numbers'><tr><th>part</th><th>total</th><th>share</th></tr>{rows}</table>"
     return f'<div class="bar">{pieces}</div>' + chart_grid([chart, f"<figure>{totals}</figure>"])
 
 

@@ -40,9 +40,7 @@ def _phase_table(rows: Sequence[Mapping[str, Any]]) -> str:
         moved = statistics.median(_number(row, "bytes") for row in group)
         rate = sum(_number(row, "bytes") for row in group) / (sum(seconds) or 1.0)
         cells = [
-            escape(printable(way)) + f"<small>{each[way]:.3f} s each</small>"
-            if way != last
-            else "",
+            escape(printable(way)) + f"<small>{each[way]:.3f} s each</small>" if way != last else "",
             escape(printable(phase)),
             str(len(group)),
             f"{statistics.median(seconds):.3f}",
@@ -74,8 +72,7 @@ def _median_seconds(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def _before_after(rows: Sequence[Mapping[str, Any]], key: str) -> str:
     before, after = (
-        [value for row in rows if (value := _number(row, f"{key}_{when}"))]
-        for when in ("before", "after")
+        [value for row in rows if (value := _number(row, f"{key}_{when}"))] for when in ("before", "after")
     )
     if not before or not after:
         return ""
@@ -97,13 +94,9 @@ def _memory_charts(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     span = f"GiB, phase by phase, steps {steps[0]} to {steps[-1]}"
     title = "Resident memory after letting go"
     return [
-        line_chart(
-            "Resident memory of each tenant", _named(resident), note=span, x_name="phase", zero=True
-        ),
+        line_chart("Resident memory of each tenant", _named(resident), note=span, x_name="phase", zero=True),
         line_chart("Free on the device", [Series("free", free)], note=span, x_name="phase"),
-        line_chart(
-            title, _named(_left_behind(rows)), note="GiB; a line that climbs is a leak", zero=True
-        ),
+        line_chart(title, _named(_left_behind(rows)), note="GiB; a line that climbs is a leak", zero=True),
     ]
 
 

@@ -127,9 +127,7 @@ def open_session(run: Run) -> Iterator[Session]:
         stack.callback(publisher.close)
 
         monitor.phase("engine start")
-        backend = LocalBackend(
-            run, model_path, tokenizer, device, output_dir / "engine.log", publisher.root
-        )
+        backend = LocalBackend(run, model_path, tokenizer, device, output_dir / "engine.log", publisher.root)
         stack.callback(backend.close)
         dtype = engine_dtype(run.model.dtype, device)
         exact = dtype == "float32"

@@ -99,7 +99,7 @@ class ModelShape:
         )
 
     def kv_bytes_per_token(self, itemsize: int, ranks: int = 1) -> int:
-        """Keys and values of a token on one of `ranks` GPUs; every layer counts as full attention."""
+        """Keys and values of a token on one of `ranks` GPUs, with full attention in every layer."""
         return 2 * self.layers * max(self.kv_heads // ranks, 1) * self.head_dim * itemsize
 
     def activation_bytes(self, tokens: int, itemsize: int, checkpointing: bool) -> int:
@@ -150,13 +150,9 @@ def _empty_model(config: ModelConfig) -> nn.Module:
             return build_model()
         trust = config.trust_remote_code
         try:
-            read = AutoConfig.from_pretrained(
-                config.path, revision=config.revision, trust_remote_code=trust
-            )
+            read = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=trust)
             return AutoModelForCausalLM.from_config(read, trust_remote_code=trust)
-        except (
-            Exception
-        ) as error:  # whatever a config.json, the hub or a model's own code comes up with
+        except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"model.path = {config.path}: its configuration cannot be read: {reason}; set a"

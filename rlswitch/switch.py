@@ -24,7 +24,7 @@ class Tenant(Protocol):
 
 
 class Switch:
-    """Hands the device from tenant to tenant: `switch.give_to(engine, weights)`, `switch.give_to(trainer)`."""
+    """Hands the device over: `switch.give_to(engine, weights)`, `switch.give_to(trainer)`."""
 
     def __init__(self, ledger: Ledger, holder: Tenant | None = None):
         self.ledger = ledger

@@ -23,8 +23,8 @@ from rlswitch.device import Device
 from rlswitch.engines.base import request_seed
 from rlswitch.ledger import Ledger
 from rlswitch.models import load_critic, load_policy, policy_logprobs, sequence_logprobs
-from rlswitch.types import Batch, Canary, Group, PolicyWeights, RLSwitchError, SwitchError
 from rlswitch.parking import Parking
+from rlswitch.types import Batch, Canary, Group, PolicyWeights, RLSwitchError, SwitchError
 from rlswitch.weights import Publisher
 
 
@@ -96,9 +96,7 @@ class Trainer:
                 with self.accelerator.autocast():
                     logprobs = sequence_logprobs(model, self.canary)
                 canary = Canary(sequences=self.canary, logprobs=logprobs)
-                self.published = self.publisher.publish(
-                    model, self.engine_dtype, self.version, canary
-                )
+                self.published = self.publisher.publish(model, self.engine_dtype, self.version, canary)
                 phase.bytes = self.published.nbytes
         return self.published
 
@@ -161,9 +159,7 @@ class Trainer:
             if self.critic is not None:
                 with self.accelerator.autocast():
                     values = self.critic(rows)
-                loss, more = value_loss(
-                    values, rows.values, rows.returns, clip=algorithm.value_clip
-                )
+                loss, more = value_loss(values, rows.values, rows.returns, clip=algorithm.value_clip)
                 critic_loss = (loss * rows.weights).sum()
                 self.accelerator.backward(critic_loss)
                 losses["critic/vf_loss"] += critic_loss.item()

@@ -126,6 +126,10 @@ class PolicyWeights:
     canary: Canary
 
 
+LATER: Any = None
+"""A tensor that a later phase fills in, if the algorithm asks for it; reading it before is a bug."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Batch:
     """One step's rollouts as tensors, padded on the right. Everything per token has shape [B, T]."""
@@ -138,12 +142,12 @@ class Batch:
     rewards: Tensor  # [B]
     group: Tensor  # [B] index of the prompt's group
     truncated: Tensor  # [B] True where generation stopped at rollout.max_new_tokens
-    old_logprobs: Tensor | None = None  # [B, T] the trainer's, before the update
-    reference_logprobs: Tensor | None = None  # [B, T]
-    values: Tensor | None = None  # [B, T] the critic's, before the update
-    advantages: Tensor | None = None  # [B, T]
-    returns: Tensor | None = None  # [B, T] what the critic learns
-    weights: Tensor | None = None  # [B, T] of each token in the loss; sums to one over a minibatch
+    old_logprobs: Tensor = LATER  # [B, T] the trainer's, before the update
+    reference_logprobs: Tensor = LATER  # [B, T]
+    values: Tensor = LATER  # [B, T] the critic's, before the update
+    advantages: Tensor = LATER  # [B, T]
+    returns: Tensor = LATER  # [B, T] what the critic learns
+    weights: Tensor = LATER  # [B, T] of each token in the loss; sums to one over a minibatch
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -159,9 +163,7 @@ class Batch:
         sequence = ("token_ids", "attention_mask")
         return Batch(
             **{
-                name: value[:, : width if name in sequence else depth]
-                if value.dim() == 2
-                else value
+                name: value[:, : width if name in sequence else depth] if value.dim() == 2 else value
                 for name, value in chosen.items()
             }
         )

@@ -42,9 +42,7 @@ class Publisher:
         tensors = cast_state(model, dtype)
         fingerprints = named_fingerprints(tensors.items())  # save_pretrained empties the dict
         path = self.root / f"v{version:06d}"
-        for old in self.published[
-            :-1
-        ]:  # before writing: room was found for two versions, not three
+        for old in self.published[:-1]:  # before writing: room was found for two versions, not three
             shutil.rmtree(old, ignore_errors=True)
         del self.published[:-1]
         model.save_pretrained(path, state_dict=tensors, safe_serialization=True)
@@ -116,9 +114,7 @@ def canary_sequences(texts: Sequence[list[int]], vocabulary: int, length: int) -
     does. `length` exceeds a block of the prefix cache, so that a stale prefix would be found.
     """
     stream = [token for text in texts for token in text]
-    natural = [
-        (stream[start:] + stream)[:length] for start in (0, len(stream) // 2) if len(stream) > 1
-    ]
+    natural = [(stream[start:] + stream)[:length] for start in (0, len(stream) // 2) if len(stream) > 1]
     generator = random.Random(0)
     return [
         *natural,

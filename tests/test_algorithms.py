@@ -102,10 +102,7 @@ def test_gae_with_lambda_1_is_the_discounted_return_minus_the_value(lengths, gam
     advantages, returns = gae(rewards, values, mask, gamma=gamma, gae_lambda=1.0)
     width = mask.shape[1]
     discounted = torch.stack(
-        [
-            sum(gamma ** (u - t) * rewards[:, u] for u in range(t, width)) * mask[:, t]
-            for t in range(width)
-        ],
+        [sum(gamma ** (u - t) * rewards[:, u] for u in range(t, width)) * mask[:, t] for t in range(width)],
         dim=1,
     )
     torch.testing.assert_close(returns, discounted)
@@ -163,9 +160,7 @@ def test_the_gradient_stops_exactly_where_a_ratio_counts_as_clipped():
 
 def test_ppo_at_ratio_1_has_the_gradient_of_reinforce():
     logprobs, advantages = noise((3, 4)).requires_grad_(), noise((3, 4), 1)
-    loss, _ = clipped_surrogate(
-        logprobs, logprobs.detach().clone(), advantages, clip_low=0.2, clip_high=0.2
-    )
+    loss, _ = clipped_surrogate(logprobs, logprobs.detach().clone(), advantages, clip_low=0.2, clip_high=0.2)
     (ppo,) = torch.autograd.grad(loss.sum(), logprobs)
     (reinforce,) = torch.autograd.grad(-(advantages * logprobs).sum(), logprobs)
     torch.testing.assert_close(ppo, reinforce)
@@ -242,9 +237,7 @@ def test_expectations_of_k1_and_k3_are_the_kl_divergence_and_of_k2_nearly():
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     q = torch.tensor([0.48, 0.31, 0.21], dtype=torch.float64)
     exact = float((p * (p / q).log()).sum())
-    expected = {
-        k: float((p * kl_divergence(p.log(), q.log(), k)).sum()) for k in ("k1", "k2", "k3")
-    }
+    expected = {k: float((p * kl_divergence(p.log(), q.log(), k)).sum()) for k in ("k1", "k2", "k3")}
     assert expected["k1"] == pytest.approx(exact, rel=1e-9)
     assert expected["k3"] == pytest.approx(exact, rel=1e-9)
     assert expected["k2"] == pytest.approx(exact, rel=0.05)
@@ -319,9 +312,7 @@ def test_padding_never_changes_a_value(name: str, lengths: list[int], columns: i
         algorithm.estimate_advantages(batch)
         logprobs = padded(noise((len(lengths), max(lengths)), 50) * mask_of(lengths), extra)
         loss, metrics = algorithm.policy_loss(batch, logprobs, logprobs.abs())
-        sums = [
-            (loss * token_weights(batch.mask, aggregation, 8)).sum() for aggregation in AGGREGATIONS
-        ]
+        sums = [(loss * token_weights(batch.mask, aggregation, 8)).sum() for aggregation in AGGREGATIONS]
         returns = [] if batch.returns is None else [batch.returns[batch.mask]]
         named = [metrics[key][batch.mask] for key in sorted(metrics)]
         mismatch = mismatch_metrics(batch.rollout_logprobs, batch.old_logprobs, batch.mask)

@@ -133,7 +133,5 @@ def test_nothing_imports_the_loop_but_the_command_line():
 def test_the_command_line_loads_nothing_heavy():
     modules = ", ".join(f"rlswitch.{name}" for name in LIGHT)
     code = f"import sys, {modules}; print(*({HEAVY!r} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

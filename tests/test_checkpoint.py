@@ -50,9 +50,7 @@ def keep_step(tmp_path: Path, build, tiny_model) -> Callable[..., Path]:
     def make(step: int, keep: int = 9, **state) -> Path:
         trainers.append(trainers[0] if trainers else build("ppo"))
         details = LoopState(**({"step": step, "model": trainers[0].run.model.path} | state))
-        return save(
-            tmp_path / "checkpoints", trainers[0], tiny_model().tokenizer, details, keep=keep
-        )
+        return save(tmp_path / "checkpoints", trainers[0], tiny_model().tokenizer, details, keep=keep)
 
     return make
 

@@ -54,9 +54,7 @@ def in_tmp_path(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def run(
-    path: str, *, num_prompts: int = 1, seed: int = 0, every: int = 1, **data
-) -> SimpleNamespace:
+def run(path: str, *, num_prompts: int = 1, seed: int = 0, every: int = 1, **data) -> SimpleNamespace:
     """What load_prompts reads of a Run."""
     return SimpleNamespace(
         seed=seed,
@@ -239,9 +237,7 @@ def test_text_is_tokenised_as_the_tokenizer_does_but_never_ends_with_eos():
 def test_chat_messages_go_through_the_template(tokenizer):
     user = {"role": "user", "content": "hi"}
     begun = {"role": "assistant", "content": "so"}
-    path = jsonl(
-        "rows.jsonl", {"prompt": [user]}, {"prompt": [user, {**begun, "tool_calls": None}]}
-    )
+    path = jsonl("rows.jsonl", {"prompt": [user]}, {"prompt": [user, {**begun, "tool_calls": None}]})
     (asked, prefilled), _, _ = load(run(path, every=0), tokenizer)
     assert tokenizer.decode(asked.token_ids).replace(" ", "") == "uhi="
     assert tokenizer.decode(prefilled.token_ids).replace(" ", "") == "uhiaso"

@@ -12,9 +12,7 @@ from rlswitch import environment
 from rlswitch.environment import check_environment
 
 
-def install(
-    site: Path, name: str, version: str, *requires: str, build: str = "", cuda: str = ""
-) -> None:
+def install(site: Path, name: str, version: str, *requires: str, build: str = "", cuda: str = "") -> None:
     """Put a package's metadata there and, with `build`, its version.py, as wheels of torch have."""
     info = site / f"{name.replace('-', '_')}-{version}.dist-info"
     info.mkdir(parents=True)

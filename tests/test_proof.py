@@ -99,9 +99,7 @@ def test_nothing_loaded_is_said(weights: PolicyWeights):
 
 
 def test_the_worker_at_fault_is_named(weights: PolicyWeights):
-    message = refusal(
-        check_fingerprint, weights, [report(weights), report(weights, **{NAMES[0]: 1})]
-    )
+    message = refusal(check_fingerprint, weights, [report(weights), report(weights, **{NAMES[0]: 1})])
     assert "worker 1 received" in message
 
 
@@ -164,9 +162,7 @@ def test_the_canary_returns_its_largest_gap(weights: PolicyWeights):
 
 def test_the_canary_names_the_token_with_the_largest_gap(weights: PolicyWeights):
     message = refusal(check_canary, weights, moved(weights, 0.25), Tolerance(1e-4))
-    assert (
-        "differs by 0.25, limit 0.0001 (sequence 0, token 2: -1.75000, trainer -2.00000)" in message
-    )
+    assert "differs by 0.25, limit 0.0001 (sequence 0, token 2: -1.75000, trainer -2.00000)" in message
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

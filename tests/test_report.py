@@ -197,9 +197,7 @@ def test_an_unfinished_run_names_its_goal(run_dir):
 
 
 def test_records_of_one_step_belong_together(run_dir):
-    write_lines(
-        run_dir / "metrics.jsonl", [{"step": 1, "reward/mean": 0.5}, {"step": 1, "val/a/acc": 0.25}]
-    )
+    write_lines(run_dir / "metrics.jsonl", [{"step": 1, "reward/mean": 0.5}, {"step": 1, "val/a/acc": 0.25}])
     [record] = load(run_dir).records
     assert record == {"step": 1, "reward/mean": 0.5, "val/a/acc": 0.25}
 

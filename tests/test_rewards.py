@@ -46,9 +46,7 @@ def scorer(tmp_path: Path):
     def build(source: str, *names: str, weights: list[float] | None = None) -> Scorer:
         file = tmp_path / f"mine{next(files)}.py"
         file.write_text(source)
-        entries = [
-            name if name in ("exact_match", "length") else f"{file}:{name}" for name in names
-        ]
+        entries = [name if name in ("exact_match", "length") else f"{file}:{name}" for name in names]
         return Scorer(RewardConfig(functions=entries, weights=weights or []))
 
     return build
@@ -219,9 +217,7 @@ judge = Judge()
 def test_what_is_no_number_per_completion_stops_the_run(scorer, kind, body, says):
     scorer = scorer(f"{kind} bad(prompts, **columns):\n    {body}\n", "exact_match", "bad")
     scored = group(17, ["7", "8"])
-    with pytest.raises(
-        RewardError, match=r"^reward '.*mine0\.py:bad' (returned|raised) "
-    ) as caught:
+    with pytest.raises(RewardError, match=r"^reward '.*mine0\.py:bad' (returned|raised) ") as caught:
         scorer.score([scored])
     assert says in str(caught.value)
     assert all(r.rewards == {} and r.reward == 0.0 for r in scored.rollouts), "partly filled"
@@ -311,9 +307,7 @@ def test_what_cannot_be_found_is_one_teaching_line(tmp_path, monkeypatch, entry,
 
 
 def test_all_mistakes_are_told_at_once():
-    config = RewardConfig(
-        functions=["nope", "exact_match", "math:nope"], weights=[1.0, math.nan, 1]
-    )
+    config = RewardConfig(functions=["nope", "exact_match", "math:nope"], weights=[1.0, math.nan, 1])
     with pytest.raises(ConfigError) as caught:
         Scorer(config)
     assert [line.split(" = ")[0] for line in caught.value.problems] == [

@@ -90,9 +90,7 @@ def test_a_device_that_is_not_given_back_stops_the_hand_over(ledger: Ledger, log
     for _ in range(2):  # trying again does not get past it either
         with pytest.raises(SwitchError) as caught:
             switch.give_to(b)
-        assert "a did not give the device back: 2.00 GiB of weights; b was not started" in str(
-            caught.value
-        )
+        assert "a did not give the device back: 2.00 GiB of weights; b was not started" in str(caught.value)
         assert switch.holder is a
     a.keeps = None
     switch.give_to(b)
@@ -224,9 +222,7 @@ PUSH = ["wake weights", "reload", "fingerprint", "wake kv_cache", "reset", "coun
 def build(ledger: Ledger) -> Callable[..., Engine]:
     """build(level="1", asleep=True, gap=0.1): an Engine over a FakeBackend set up like this."""
 
-    def make(
-        *, level: str = "2", verify: str = "every", asleep: bool = True, **faults: Any
-    ) -> Engine:
+    def make(*, level: str = "2", verify: str = "every", asleep: bool = True, **faults: Any) -> Engine:
         backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS})
         engine = Engine(
             "rollout engine",

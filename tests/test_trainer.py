@@ -114,9 +114,7 @@ def test_the_micro_batch_split_does_not_change_the_gradient(build, make_groups, 
 
 
 @pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
-def test_the_gradient_is_that_of_the_plain_model_rollout_by_rollout(
-    build, make_groups, aggregation: str
-):
+def test_the_gradient_is_that_of_the_plain_model_rollout_by_rollout(build, make_groups, aggregation: str):
     trainer = build(
         options={"loss_aggregation": aggregation, "scale_by_std": False},
         trainer={"micro_batch_tokens": 30, "max_grad_norm": 1e9},
@@ -196,9 +194,7 @@ def test_rollouts_of_another_version_are_refused(build, make_groups):
     trainer = build()
     groups = make_groups()
     groups[1].rollouts[2].policy_version = 4
-    with pytest.raises(
-        SwitchError, match="prompt 1 was sampled from policy version 4, the trainer"
-    ):
+    with pytest.raises(SwitchError, match="prompt 1 was sampled from policy version 4, the trainer"):
         trainer.prepare(groups)
     step(trainer, make_groups())
     with pytest.raises(SwitchError, match="version 0, the trainer is at 1"):
@@ -394,9 +390,7 @@ def test_only_what_dead_runs_left_behind_is_swept(tmp_path):
 
 
 def test_shared_memory_is_refused_when_two_versions_do_not_fit(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"switch\.transport = shm: .* set switch\.transport=disk"
-    ):
+    with pytest.raises(ConfigError, match=r"switch\.transport = shm: .* set switch\.transport=disk"):
         choose_directory("shm", 1 << 60, tmp_path)
     assert choose_directory("auto", 1 << 60, tmp_path) == tmp_path
     assert choose_directory("disk", 0, tmp_path) == tmp_path
@@ -417,6 +411,14 @@ def test_on_a_cpu_nothing_moves_when_the_trainer_lets_go(build, make_groups, par
     trainer.acquire(None)
     assert [p.data_ptr() for p in trainer.policy.parameters()] == addresses
     assert same(parameters(trainer), before)
+
+
+def test_a_step_leaves_no_gradient_to_the_next_one(build, make_groups):
+    trainer = build("ppo", trainer={"minibatches": 2})
+    seen = record_gradients(trainer)
+    step(trainer, make_groups())
+    trained = [*trainer.policy.parameters(), *trainer.critic.parameters()]
+    assert len(seen) == 2 * len(trained) and all(p.grad is None for p in trained)
 
 
 def test_letting_go_frees_the_gradients(build, make_groups):
@@ -448,9 +450,7 @@ def test_auto_parks_only_what_does_not_fit_beside_the_engine(engine_bytes: int, 
     parking = Parking("auto", Roomy(), lambda: iter([layer]), optimizer)
     parking.engine_bytes = engine_bytes
     chosen = parking._chosen()
-    assert nbytes(chosen) == {"parameter": 160, "state": 320}.get(
-        "".join(parked), 480 * bool(parked)
-    )
+    assert nbytes(chosen) == {"parameter": 160, "state": 320}.get("".join(parked), 480 * bool(parked))
 
 
 def test_the_learning_rate_follows_its_schedule(build, make_groups):

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def mismatch_metrics(
-    rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: Tensor
-) -> dict[str, float]:
+def mismatch_metrics(rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
     """The gap at one policy version, all [B, T]; importance ratios are trainer over rollout, per token.
 
     `mismatch/kl` is the k3 estimate of KL(rollout || trainer); `mismatch/is_ess` is the effective

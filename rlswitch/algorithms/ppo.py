@@ -68,7 +68,5 @@ class PPO(Algorithm):
             clip_high=self.ratio_clip_high,
         )
         if self.needs_reference:
-            metrics["actor/kl_ref"] = kl_divergence(
-                logprobs, batch.reference_logprobs, self.kl_estimator
-            )
+            metrics["actor/kl_ref"] = kl_divergence(logprobs, batch.reference_logprobs, self.kl_estimator)
         return loss - self.entropy_coef * entropy, metrics

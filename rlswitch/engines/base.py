@@ -154,9 +154,10 @@ class Engine:
 
         Raises ProofError when the push cannot be proven, SwitchError when there is nothing to serve.
         """
-        stale = weights is not None and weights.version != self.version
-        if weights is None and self.weights is None:
+        weights = weights or self.weights
+        if weights is None:
             raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
+        stale = weights.version != self.version
         if self.state is State.READY and not stale:
             return
         self.release()
@@ -209,9 +210,7 @@ class Engine:
         """WEIGHTS -> AWAKE. The largest block comes last: it must not meet the trainer's memory."""
         self._expect(State.WEIGHTS, "wake the KV cache")
         if self.weights is None:
-            raise SwitchError(
-                f"{self.name} has woken without weights: reload published weights first"
-            )
+            raise SwitchError(f"{self.name} has woken without weights: reload published weights first")
         with self._verb("wake_kv_cache"):
             self.backend.wake("kv_cache")
         self.state = State.AWAKE
@@ -222,9 +221,7 @@ class Engine:
         assert self.weights is not None
         with self._verb("reset_prefix_cache"):
             if not self.backend.reset_prefix_cache():
-                raise EngineError(
-                    f"{self.name} could not reset its prefix cache: a request still holds it"
-                )
+                raise EngineError(f"{self.name} could not reset its prefix cache: a request still holds it")
         if self._must_prove():
             with self._verb("verify"):
                 self._ask_canary(self.weights)
@@ -248,19 +245,13 @@ class Engine:
         ]
         completions = self.backend.generate(requests)
         if len(completions) != len(requests):
-            raise EngineError(
-                f"{self.name}: {len(completions)} completions for {len(requests)} requests"
-            )
-        texts = self.tokenizer.batch_decode(
-            [c.token_ids for c in completions], skip_special_tokens=True
-        )
+            raise EngineError(f"{self.name}: {len(completions)} completions for {len(requests)} requests")
+        texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         rows = iter(zip(completions, texts, strict=True))
         return [
             Group(
                 prompt=prompt,
-                rollouts=[
-                    self._rollout(prompt, i, *next(rows)) for i in range(sampling.num_samples)
-                ],
+                rollouts=[self._rollout(prompt, i, *next(rows)) for i in range(sampling.num_samples)],
             )
             for prompt in prompts
         ]

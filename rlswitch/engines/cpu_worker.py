@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -65,9 +65,7 @@ class SleepingCPUWorker(CPUWorker):
         return {"pid": os.getpid(), "kv_bytes": sum(sizes)}
 
     def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
-        return {
-            t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches
-        }
+        return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}
 
     def _drop_kv_cache(self) -> None:
         for key, storage in self._kv_storages().items():
@@ -77,7 +75,8 @@ class SleepingCPUWorker(CPUWorker):
     def _restore_kv_cache(self) -> None:
         for storage, size in self.kv_sizes.values():
             storage.resize_(size)
-            storage.fill_(0)  # touches every page: the memory is held from here on, as on a GPU
+            # Touches every page: the memory is held from here on, as on a GPU.
+            torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
         self.kv_sizes.clear()
 
     def _drop_weights(self) -> None:
@@ -97,7 +96,7 @@ class SleepingCPUWorker(CPUWorker):
             parameters[name].data = data.fill_(float("nan")) if data.is_floating_point() else data
         self.parameter_forms.clear()
 
-    def _packed_linears(self) -> Iterator[nn.Module]:
+    def _packed_linears(self) -> Iterator[Any]:
         for layer in self.get_model().modules():
             if "cpu_linear" in vars(layer):
                 yield layer

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.base import Backend, Completion, Request
-from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT, shared_memory_of
+from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT, process_tree, shared_memory_of
 from rlswitch.types import EngineError, SwitchError
 
 CPU_KV_CACHE_GIB = 0.25
@@ -39,7 +39,6 @@ class LocalBackend(Backend):
         self.log_path = log_path
         self.stop_token_ids = stop_tokens(model_path, tokenizer)
         _prepare_environment(device, publish_root)
-        children = {p.pid for p in psutil.Process().children(recursive=True)}
         try:
             with redirected_output(log_path):
                 from vllm import LLM
@@ -50,10 +49,8 @@ class LocalBackend(Backend):
                 f"vLLM did not start: {_last_cause(error)}; its log: {log_path}\n{_tail(log_path)}"
             ) from error
         log_to_file(log_path)
-        self.processes = [
-            p for p in psutil.Process().children(recursive=True) if p.pid not in children
-        ]
         self.workers = self.llm.collective_rpc("memory")
+        self.processes = process_tree(self.pids)
         self.weight_bytes = sum(f.stat().st_size for f in Path(model_path).glob("*.safetensors"))
         self.asleep: set[str] = set()
         self.paused = False
@@ -97,9 +94,7 @@ class LocalBackend(Backend):
             self.llm.wake_up(tags=["scheduling"])
             self.paused = False
         if tag == "kv_cache" and self.llm.llm_engine.is_sleeping():
-            raise SwitchError(
-                "vLLM says it is still asleep after every tag was woken: generate would hang"
-            )
+            raise SwitchError("vLLM says it is still asleep after every tag was woken: generate would hang")
 
     def reload(self, path: Path) -> None:
         self.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(path)})
@@ -136,9 +131,7 @@ class LocalBackend(Backend):
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         from vllm import SamplingParams
 
-        parameters = SamplingParams(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False
-        )
+        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         outputs = self._run(sequences, parameters)
         return [
             [
@@ -260,9 +253,7 @@ def _prepare_environment(device: Device, publish_root: Path) -> None:
     os.environ[OWNER_PID] = str(os.getpid())
     os.environ[PUBLISH_ROOT] = str(publish_root)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    os.environ.setdefault(
-        "VLLM_HOST_IP", "127.0.0.1"
-    )  # its control sockets never leave the machine
+    os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its control sockets never leave the machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if device.kind == "cpu":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")

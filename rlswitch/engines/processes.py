@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 OWNER_PID = "RLSWITCH_OWNER_PID"
 PUBLISH_ROOT = "RLSWITCH_PUBLISH_ROOT"
 
@@ -31,6 +33,18 @@ def shared_memory_of(pids: Iterable[int]) -> set[Path]:
     return files
 
 
+def process_tree(workers: Iterable[int]) -> list[psutil.Process]:
+    """The engine's processes: its workers, the engine core above them, and whatever these started."""
+    tree: dict[int, psutil.Process] = {}
+    for worker in workers:
+        top = psutil.Process(worker)
+        while (parent := top.parent()) is not None and parent.pid != os.getpid():
+            top = parent
+        for process in (top, *top.children(recursive=True)):
+            tree[process.pid] = process
+    return list(tree.values())
+
+
 def watch_owner() -> None:
     """Ends this process, and the engine core above it, as soon as the process that owns us is gone.
 
@@ -48,9 +62,7 @@ def _end_with(owner: int) -> None:
         poller.register(os.pidfd_open(owner), select.POLLIN)
         poller.poll()
     doomed = [os.getpid()]
-    core = (
-        multiprocessing.parent_process()
-    )  # as it was when we were spawned, whoever adopted us since
+    core = multiprocessing.parent_process()  # as it was when we were spawned, whoever adopted us since
     if core is not None and core.pid not in (None, owner):
         doomed.insert(0, core.pid)
     for file in shared_memory_of(doomed):

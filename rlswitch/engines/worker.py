@@ -45,7 +45,7 @@ class ProvenWorker(Worker):
 
 
 @contextmanager
-def recording(model: nn.Module, dtype: torch.dtype) -> Iterator[dict[str, int]]:
+def recording(model: Any, dtype: torch.dtype) -> Iterator[dict[str, int]]:
     """Fingerprints every tensor that the loader hands to `model` while the context is open."""
     received: dict[str, int] = {}
     load = model.load_weights

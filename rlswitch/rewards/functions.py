@@ -30,9 +30,7 @@ def exact_match(
     ]
 
 
-def length(
-    prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any
-) -> list[float]:
+def length(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
     """How many tokens were sampled: a price per token with a negative weight."""
     return [float(len(token_ids)) for token_ids in completion_ids]
 

@@ -266,15 +266,12 @@ def _resolve(entry: str) -> tuple[str, Callable[..., Any]]:
         known = f"{', '.join(BUILTIN)}{did_you_mean(entry, BUILTIN)}"
         what = "no function named" if entry.endswith(".py") else "no such built-in function"
         raise ConfigError(
-            f"{blame} {what}; give a built-in one ({known}), package.module:function, or"
-            " file.py:function"
+            f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"
         )
     if place.endswith(".py") and not Path(place).expanduser().is_file():
         raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}")
     try:
-        module = (
-            _load_file(Path(place).expanduser()) if place.endswith(".py") else import_module(place)
-        )
+        module = _load_file(Path(place).expanduser()) if place.endswith(".py") else import_module(place)
     except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{blame} cannot import '{place}' ({what})") from error

@@ -89,9 +89,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         single=f"{BOS} $A", special_tokens=[(BOS, ids[BOS])]
     )
     tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, bos_token=BOS, eos_token=EOS)
 
 
 def build_model() -> Qwen3ForCausalLM:
@@ -120,18 +118,14 @@ def warm_start(seed: int, show: bool = True) -> Qwen3ForCausalLM:
         torch.manual_seed(seed)
         model = build_model()
         optimizers = _optimizers(model)
-        batches = track(
-            _demonstrations(seed), description="warm start", total=STEPS, disable=not show
-        )
+        batches = track(_demonstrations(seed), description="warm start", total=STEPS, disable=not show)
         for step, tokens in enumerate(batches):
             scale = min(1.0, (step + 1) / WARMUP) * (1 - step / STEPS)
             for optimizer, lr in optimizers:
                 optimizer.param_groups[0]["lr"] = lr * scale
                 optimizer.zero_grad()
             logits = model(input_ids=tokens[:, :-1], logits_to_keep=4).logits
-            torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), tokens[:, -4:].flatten()
-            ).backward()
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -4:].flatten()).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer, _ in optimizers:
                 optimizer.step()

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
 from rlswitch import proof
 from rlswitch.algorithms.grpo import GRPO
 from rlswitch.config import EngineConfig, Run
@@ -21,7 +23,6 @@ from rlswitch.models import sequence_logprobs
 from rlswitch.tasks.addition import build_tokenizer
 from rlswitch.types import Canary, PolicyWeights
 from rlswitch.weights import Publisher, canary_sequences
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 BLOCK = 32
 sys.path.append(str(Path(__file__).parent))  # the worker's process gets our sys.path

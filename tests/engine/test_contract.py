@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import Bench
+
 from rlswitch.device import resident_bytes
 from rlswitch.engines.base import State
 from rlswitch.models import sequence_logprobs

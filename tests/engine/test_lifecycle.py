@@ -39,8 +39,7 @@ def start_owner(tmp_path: Path, then: str) -> tuple[subprocess.Popen, list[int],
 
 def gone(pids: list[int]) -> bool:
     return not any(
-        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-        for pid in pids
+        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids
     )
 
 

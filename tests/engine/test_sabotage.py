@@ -6,10 +6,11 @@ Each test names the check that must catch it; the others must have let it pass.
 import pytest
 import torch
 from conftest import Bench
+from safetensors.torch import load_file, save_file
+
 from rlswitch import proof
 from rlswitch.engines.base import Engine, State
 from rlswitch.types import PolicyWeights, Prompt, ProofError, Sampling, SwitchError
-from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.engine
 
@@ -20,9 +21,7 @@ Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
 
 def refused(engine: Engine, weights: PolicyWeights, check: str) -> str:
     """The push fails in `check`, and the engine can never generate again."""
-    with pytest.raises(
-        ProofError, match=f"version {weights.version} is not proven: {check}"
-    ) as error:
+    with pytest.raises(ProofError, match=f"version {weights.version} is not proven: {check}") as error:
         engine.acquire(weights)
     assert engine.state is State.FAILED
     with pytest.raises(SwitchError):

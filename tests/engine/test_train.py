@@ -100,9 +100,7 @@ def test_a_finished_run_says_so_and_changes_nothing(ppo_run, run_train) -> None:
     assert (out / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one(
-    run_train, tmp_path: Path
-) -> None:
+def test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one(run_train, tmp_path: Path) -> None:
     out, kept = tmp_path / "run", tmp_path / "straight"
     words = ("recipe=grpo", *SMALL, "checkpoint.every=2", "num_steps=4", f"output_dir={out}")
     run_train(*words)

@@ -12,9 +12,7 @@ class SaboteurWorker(SleepingCPUWorker):
         self.keep_stale_head = keep_stale_head
 
     def _drop_weights(self) -> None:
-        kept = [
-            (layer, layer.cpu_linear) for layer in self._packed_linears() if layer.weight.numel()
-        ]
+        kept = [(layer, layer.cpu_linear) for layer in self._packed_linears() if layer.weight.numel()]
         super()._drop_weights()
         if self.keep_stale_head:
             for layer, packed in kept:
