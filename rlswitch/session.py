@@ -22,12 +22,12 @@ from rlswitch.engines.base import Engine
 from rlswitch.engines.local import LocalBackend, engine_dtype
 from rlswitch.ledger import Ledger
 from rlswitch.models import resolve_model
-from rlswitch.monitor import Monitor
+from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
-from rlswitch.types import Batch, Group, Prompt
-from rlswitch.weights import Publisher, canary_sequences
+from rlswitch.types import Batch, ConfigError, Group, Prompt
+from rlswitch.weights import Publisher, canary_sequences, choose_directory
 
 
 @dataclass(kw_only=True, slots=True)
@@ -108,14 +108,15 @@ def open_session(run: Run) -> Iterator[Session]:
     disable_progress_bar()
     with ExitStack() as stack:
         say: Callable[[str], None] = print
-        scorer = Scorer(run.reward)
+        scorer = build_scorer(run)
         model_path = resolve_model(run.model, say)
         tokenizer = load_tokenizer(run.model, model_path)
         prompts, held_out = load_prompts(run, tokenizer, say)
         first = prompts.take(1)
         scorer.check([*first, *held_out])
         device = Device.detect()
-        output_dir.mkdir(parents=True, exist_ok=True)
+        nbytes = checkpoint_bytes(model_path)
+        choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
         resumed = checkpoint.resume_from(run, output_dir, say)
         state = checkpoint.read_state(resumed, run) if resumed else LoopState()
         prompts.seek(state.cursor)
@@ -123,7 +124,7 @@ def open_session(run: Run) -> Iterator[Session]:
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
         ledger = Ledger(device, output_dir, state.step)
         ledger.on_phase = monitor.phase
-        publisher = Publisher(run.switch.transport, checkpoint_bytes(model_path), output_dir)
+        publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
 
         monitor.phase("engine start")
@@ -179,6 +180,18 @@ def open_session(run: Run) -> Iterator[Session]:
             tokenizer=tokenizer,
             output_dir=output_dir,
         )
+
+
+def build_scorer(run: Run) -> Scorer:
+    """The rewards, and a look at the trackers: both can be told wrong before a model is loaded."""
+    problems = tracker_problems(run.logger)
+    try:
+        scorer = Scorer(run.reward)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return scorer
 
 
 def checkpoint_bytes(model_path: str) -> int:

