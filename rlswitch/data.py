@@ -1,23 +1,15 @@
-"""Prompts: where they come from, what is wrong with them, and in which order they are trained on.
-
-JSON and CSV files are read here, not by `datasets`: it guesses types from strings, and the answer
-"007" would reach the reward functions as 7, "NA" as nothing and "2020-01-01 00:00:00" as a date.
-"""
+"""Prompts: which rows they are made of, their tokens, and in which order they are trained on."""
 
 from __future__ import annotations
 
-import csv
-import importlib
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlswitch.options import did_you_mean
+from rlswitch.sources import HUB_ID, Source, Table, few, read, reason, shown
 from rlswitch.types import ConfigError, Prompt
 
 if TYPE_CHECKING:  # datasets and transformers take seconds to import
@@ -25,14 +17,8 @@ if TYPE_CHECKING:  # datasets and transformers take seconds to import
 
     from rlswitch.config import ModelConfig, Run
 
-TASKS = {"addition": "rlswitch.tasks.addition"}
-"""Built-in tasks: `data.path = builtin:NAME` is load_datasets() of the module."""
-
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "instruction", "query", "input")
 _HELD_OUT_SEED = 0  # not run.seed: every seed of a sweep is to be evaluated on the same prompts
-_MAX_LINES = 5  # of one kind of mistake in one source
 
 Say = Callable[[str], None]
 
@@ -85,14 +71,14 @@ def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     blame = f"model.path = {model.path}"
-    if not Path(path).exists() and not _HUB_ID.fullmatch(path):
+    if not Path(path).exists() and not HUB_ID.fullmatch(path):
         raise ConfigError(f"{blame}: no such directory, and not a hub id (name or owner/name)")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:  # transformers raises nearly every type: all mean the same to a user
-        what = f"cannot load its tokenizer ({_reason(error)})"
+        what = f"cannot load its tokenizer ({reason(error)})"
         if "trust_remote_code" in str(error):
             what = "its tokenizer is custom code; set model.trust_remote_code=true to run it"
         raise ConfigError(f"{blame}: {what}") from error
@@ -118,7 +104,7 @@ def load_prompts(
     parts, problems = [], []
     for source in _sources(run):
         try:
-            parts.append(_tokenize(_read(source), run, tokenizer, say))
+            parts.append(_tokenize(read(source), run, tokenizer, say))
         except ConfigError as error:
             problems += error.problems
     if problems:
@@ -142,43 +128,15 @@ def load_prompts(
 # ---- which rows
 
 
-@dataclass(slots=True)
-class _Source:
-    """A place that a setting names."""
-
-    key: str
-    path: str
-    split_key: str
-    split: str | None  # None: the only one there is
-    name: str | None
-
-    def problem(self, what: str) -> ConfigError:
-        return ConfigError(f"{self.key} = {self.path}: {what}")
-
-
-@dataclass(slots=True)
-class _Table:
-    """The rows of a source, all with the same columns."""
-
-    source: _Source
-    rows: list[dict[str, Any]]
-    lines: list[int] = field(default_factory=list)  # of each row, where the source has lines
-
-    def where(self, row: int) -> str:
-        if self.lines:
-            return f"{Path(self.source.path).name}:{self.lines[row]}"
-        return f"row {row} of {self.source.path}"
-
-
-def _sources(run: Run) -> Iterator[_Source]:
+def _sources(run: Run) -> Iterator[Source]:
     data = run.data
-    yield _Source("data.path", data.path, "data.split", data.split, data.name)
+    yield Source("data.path", data.path, "data.split", data.split, data.name)
     key = "data.eval_path" if data.eval_path else "data.path"
     path = data.eval_path or data.path
     split = data.eval_split or ("test" if path.startswith("builtin:") else None)
     if data.eval_path or split:
         name = data.name if path == data.path else None
-        yield _Source(key, path, "data.eval_split", split, name)
+        yield Source(key, path, "data.eval_split", split, name)
 
 
 def _choose(prompts: list[Prompt], n: int) -> list[Prompt]:
@@ -209,137 +167,10 @@ def _without(training: list[Prompt], held_out: list[Prompt], say: Say) -> list[P
     return kept
 
 
-# ---- reading
-
-
-def _read(source: _Source) -> _Table:
-    file = Path(source.path).expanduser()
-    if (file.is_file() or (file / "state.json").exists()) and source.split not in (None, "train"):
-        raise ConfigError(
-            f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
-            f" {source.split_key} out, or name another file with data.eval_path"
-        )
-    if file.is_file() and file.suffix in (".jsonl", ".json"):
-        table = _read_json(source, file)
-    elif file.is_file() and file.suffix == ".csv":
-        table = _read_csv(source, file)
-    else:
-        builtin = source.path.startswith("builtin:")
-        loaded = _builtin(source) if builtin else _load(source, file)
-        table = _Table(source, _rows(loaded, source))
-    if not table.rows:
-        raise source.problem("has 0 rows; give at least one")
-    return table
-
-
-def _builtin(source: _Source) -> Any:
-    name = source.path.removeprefix("builtin:")
-    if name not in TASKS:
-        hint = did_you_mean(name, TASKS)
-        raise source.problem(f"no such built-in task (there is {', '.join(TASKS)}){hint}")
-    return importlib.import_module(TASKS[name]).load_datasets()
-
-
-def _rows(loaded: Any, source: _Source) -> list[dict[str, Any]]:
-    """The rows of a Dataset, or of the split that `source` asks for."""
-    if not isinstance(loaded, dict):
-        return list(loaded)
-    split = next(iter(loaded)) if len(loaded) == 1 and not source.split else source.split
-    if split not in loaded:
-        raise ConfigError(
-            f"{source.split_key} = {split or 'null'}: {source.path} has the splits"
-            f" {', '.join(loaded)}{did_you_mean(str(split), loaded)}; set one of them"
-        )
-    return list(loaded[split])
-
-
-def _load(source: _Source, file: Path) -> Any:
-    """What `datasets` makes of a parquet file, a directory or a hub id."""
-    import datasets
-
-    if not file.exists() and (file.suffix in _SUFFIXES or not _HUB_ID.fullmatch(source.path)):
-        near = [item.name for item in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise source.problem(f"no such file{did_you_mean(file.name, near)}")
-    if file.is_file() and file.suffix != ".parquet":
-        raise source.problem(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
-    try:
-        if file.is_file():
-            return datasets.load_dataset("parquet", data_files=str(file), split="train")
-        if (file / "dataset_dict.json").exists() or (file / "state.json").exists():
-            return datasets.load_from_disk(str(file))
-        path = str(file) if file.is_dir() else source.path
-        return datasets.load_dataset(path, source.name, split=source.split)
-    except Exception as error:  # datasets raises nearly every type: all mean the same to a user
-        for part in sorted(file.rglob("*.jsonl")) if file.is_dir() else []:
-            _read_json(source, part)  # names the bad line, which datasets does not
-        if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
-            what = "no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset it"
-            raise source.problem(what) from error
-        if isinstance(error, ValueError) and "unknown split" in str(error).lower():
-            what = f"{source.split_key} = {source.split}: {source.path}: {_reason(error)}"
-            raise ConfigError(what) from error
-        raise source.problem(f"cannot load it ({_reason(error)})") from error
-
-
-def _reason(error: BaseException) -> str:
-    """One line from the innermost cause: `datasets` wraps it in a sentence that says nothing."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _read_json(source: _Source, file: Path) -> _Table:
-    """One object per line, or one list of objects."""
-    raw = file.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise source.problem(f"{file.name}:{line} is not UTF-8 ({error.reason})") from error
-    table, problems = _Table(source, []), []
-    is_list = text.lstrip().startswith("[")
-    for line, part in enumerate([text] if is_list else text.split("\n"), 1):
-        if not part.strip():
-            continue
-        try:
-            value = json.loads(part)
-        except json.JSONDecodeError as error:
-            at = f"{file.name}:{line + error.lineno - 1}"
-            problems.append(f"{at} is not valid JSON ({error.msg}, column {error.colno})")
-            continue
-        table.rows += value if is_list else [value]
-        table.lines += [] if is_list else [line]
-    for row, value in enumerate(table.rows):
-        if not isinstance(value, dict):
-            problems.append(f"{table.where(row)} is not an object but {_shown(value)}")
-    if problems:
-        raise ConfigError(*_few(f"{source.key} = {source.path}", problems))
-    columns = dict.fromkeys(key for row in table.rows for key in row)
-    table.rows = [{key: row.get(key) for key in columns} for row in table.rows]
-    return table
-
-
-def _read_csv(source: _Source, file: Path) -> _Table:
-    """Every value stays a string; a short row ends in nulls."""
-    table = _Table(source, [])
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for row in reader:
-                if None in row:
-                    raise csv.Error("more values than the header has columns")
-                table.rows.append(row)
-                table.lines.append(reader.line_num)
-        except (csv.Error, UnicodeDecodeError) as error:
-            at = f"{file.name}:{reader.line_num}"
-            raise source.problem(f"{at} is not valid UTF-8 CSV ({error})") from error
-    return table
-
-
 # ---- rows to prompts
 
 
-def _tokenize(table: _Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Prompt]:
+def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Prompt]:
     """The rows as prompts, without those that data.overlong drops."""
     key = run.data.prompt_key
     blame = f"data.prompt_key = {key}"
@@ -362,12 +193,12 @@ def _tokenize(table: _Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: 
                 fault = "" if token_ids else "is empty: it has no tokens"
             except Exception as error:  # a chat template raises whatever it likes
                 what = "tokenizer" if isinstance(messages, str) else "chat template"
-                fault = f"makes the {what} fail ({_reason(error)})"
+                fault = f"makes the {what} fail ({reason(error)})"
         if fault:
             problems.append(f"{table.where(index)} {fault}")
         prompts.append(Prompt(index=index, messages=messages, token_ids=token_ids, columns=columns))
     if problems:
-        raise ConfigError(*_few(blame, problems))
+        raise ConfigError(*few(blame, problems))
     return _within_limit(prompts, table, run, say)
 
 
@@ -383,7 +214,7 @@ def _fault(messages: Any) -> str:
     if isinstance(messages, str):
         texts: list[Any] = [messages]
     elif not isinstance(messages, list):
-        return f"is {_shown(messages)}; it must be a string or a list of chat messages"
+        return f"is {shown(messages)}; it must be a string or a list of chat messages"
     else:
         chat = [item if isinstance(item, dict) else {} for item in messages]
         texts = [item.get(name) for item in chat for name in ("role", "content")]
@@ -411,7 +242,7 @@ def _encode(messages: str | list[dict[str, str]], tokenizer: PreTrainedTokenizer
     return list(token_ids)
 
 
-def _within_limit(prompts: list[Prompt], table: _Table, run: Run, say: Say) -> list[Prompt]:
+def _within_limit(prompts: list[Prompt], table: Table, run: Run, say: Say) -> list[Prompt]:
     limit, lengths = run.data.max_prompt_tokens, [len(prompt.token_ids) for prompt in prompts]
     num_long, longest = sum(length > limit for length in lengths), max(lengths)
     if not num_long:
@@ -426,14 +257,3 @@ def _within_limit(prompts: list[Prompt], table: _Table, run: Run, say: Say) -> l
         raise ConfigError(f"data.max_prompt_tokens = {limit}: {many}; {set_it}")
     say(f"data: dropped, by data.max_prompt_tokens = {limit}: {many}")
     return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, default=repr)[:40]
-
-
-def _few(blame: str, problems: list[str]) -> list[str]:
-    """The first problems, each with what is to blame, and how many more there are."""
-    more = len(problems) - _MAX_LINES
-    lines = [*problems[:_MAX_LINES], *([f"{more} more rows are wrong too"] if more > 0 else [])]
-    return [f"{blame}: {line}" for line in lines]

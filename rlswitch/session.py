@@ -101,64 +101,45 @@ class Session:
         }
 
 
+@dataclass(kw_only=True, slots=True)
+class Inputs:
+    """What is read before anything is started: all of it can still be refused."""
+
+    model_path: str
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    held_out: list[Prompt]
+    scorer: Scorer
+    first: list[Prompt]
+    """A look at the training prompts."""
+
+
 @contextmanager
 def open_session(run: Run) -> Iterator[Session]:
     """Builds a run and closes it. The engine comes first, on an empty device, and is left asleep."""
-    output_dir = Path(run.output_dir or "runs/run")
     disable_progress_bar()
+    output_dir = Path(run.output_dir or "runs/run")
     with ExitStack() as stack:
-        say: Callable[[str], None] = print
-        scorer = build_scorer(run)
-        model_path = resolve_model(run.model, say)
-        tokenizer = load_tokenizer(run.model, model_path)
-        prompts, held_out = load_prompts(run, tokenizer, say)
-        first = prompts.take(1)
-        scorer.check([*first, *held_out])
-        device = Device.detect()
-        nbytes = checkpoint_bytes(model_path)
+        inputs = load_inputs(run, print)
+        stack.callback(inputs.scorer.close)
+        device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
         choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
-        resumed = checkpoint.resume_from(run, output_dir, say)
+        resumed = checkpoint.resume_from(run, output_dir, print)
         state = checkpoint.read_state(resumed, run) if resumed else LoopState()
-        prompts.seek(state.cursor)
+        inputs.prompts.seek(state.cursor)
 
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
         ledger = Ledger(device, output_dir, state.step)
         ledger.on_phase = monitor.phase
         publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
-
         monitor.phase("engine start")
-        backend = LocalBackend(run, model_path, tokenizer, device, output_dir / "engine.log", publisher.root)
-        stack.callback(backend.close)
-        dtype = engine_dtype(run.model.dtype, device)
-        exact = dtype == "float32"
-        engine = Engine(
-            "rollout engine",
-            backend,
-            tokenizer,
-            ledger,
-            level=run.switch.level,
-            verify=run.switch.verify,
-            tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
-        )
+        engine = start_engine(run, inputs, device, ledger, publisher, output_dir / "engine.log")
+        stack.callback(engine.close)
         switch = Switch(ledger, holder=engine)
         switch.vacate()
         monitor.phase("trainer start")
-        canary = canary_sequences(
-            [prompt.token_ids for prompt in held_out or first],
-            vocabulary=len(tokenizer),
-            length=min(run.max_model_len - 1, max(backend.block_size + 2, 32)),
-        )
-        trainer = Trainer(
-            run,
-            model_path,
-            getattr(torch, dtype),
-            tokenizer.pad_token_id,
-            device,
-            ledger,
-            publisher,
-            canary,
-        )
+        trainer = build_trainer(run, inputs, device, ledger, publisher, engine)
         if resumed:
             checkpoint.restore(resumed, trainer)
             monitor.say(f"resumed from {resumed} at step {state.step}")
@@ -174,12 +155,70 @@ def open_session(run: Run) -> Iterator[Session]:
             switch=switch,
             engine=engine,
             trainer=trainer,
-            scorer=scorer,
-            prompts=prompts,
-            held_out=held_out,
-            tokenizer=tokenizer,
+            scorer=inputs.scorer,
+            prompts=inputs.prompts,
+            held_out=inputs.held_out,
+            tokenizer=inputs.tokenizer,
             output_dir=output_dir,
         )
+
+
+def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
+    """Model directory, tokenizer, prompts and rewards. Raises ConfigError, and has made nothing then."""
+    scorer = build_scorer(run)
+    model_path = resolve_model(run.model, say)
+    tokenizer = load_tokenizer(run.model, model_path)
+    prompts, held_out = load_prompts(run, tokenizer, say)
+    first = prompts.take(8)
+    scorer.check([*first, *held_out])
+    return Inputs(
+        model_path=model_path,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        held_out=held_out,
+        scorer=scorer,
+        first=first,
+    )
+
+
+def start_engine(
+    run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, log_path: Path
+) -> Engine:
+    """vLLM with the run's model, awake and not yet proven."""
+    backend = LocalBackend(run, inputs.model_path, inputs.tokenizer, device, log_path, publisher.root)
+    exact = engine_dtype(run.model.dtype, device) == "float32"
+    return Engine(
+        "rollout engine",
+        backend,
+        inputs.tokenizer,
+        ledger,
+        level=run.switch.level,
+        verify=run.switch.verify,
+        tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
+    )
+
+
+def build_trainer(
+    run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, engine: Engine
+) -> Trainer:
+    """The trainer on a device that the engine has left."""
+    canary = canary_sequences(
+        [prompt.token_ids for prompt in inputs.held_out or inputs.first],
+        vocabulary=len(inputs.tokenizer),
+        length=min(run.max_model_len - 1, max(engine.backend.block_size + 2, 32)),
+    )
+    trainer = Trainer(
+        run,
+        inputs.model_path,
+        getattr(torch, engine_dtype(run.model.dtype, device)),
+        inputs.tokenizer.pad_token_id,
+        device,
+        ledger,
+        publisher,
+        canary,
+    )
+    trainer.parking.engine_bytes = engine.backend.sleeping_bytes("2")
+    return trainer
 
 
 def build_scorer(run: Run) -> Scorer:

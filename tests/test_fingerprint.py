@@ -62,6 +62,16 @@ def test_the_smallest_possible_update_shows(position: int, factor: float):
     assert tensor_fingerprint(tensor) != before
 
 
+@given(first=st.integers(0, 16), second=st.integers(17, 34), step=st.integers(1, 9))
+def test_two_changes_that_make_up_for_each_other_show(first: int, second: int, step: int):
+    tensor = noise(35)
+    before = tensor_fingerprint(tensor)
+    bits = tensor.view(torch.int32)
+    bits[first] += step
+    bits[second] -= step
+    assert tensor_fingerprint(tensor) != before
+
+
 def test_every_16_bit_pattern_has_a_hash_of_its_own():
     patterns = torch.arange(2**16).to(torch.int32).to(torch.int16)
     assert len({tensor_fingerprint(pattern) for pattern in patterns[::7]}) == len(patterns[::7])

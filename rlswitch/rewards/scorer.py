@@ -9,7 +9,6 @@ import inspect
 import math
 import sys
 import traceback
-import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -72,7 +71,10 @@ class Scorer:
             raise ConfigError(*problems)
         # One event loop for all steps: a client that a function keeps is bound to its first one
         self._runner = asyncio.Runner()
-        weakref.finalize(self, self._runner.close)
+
+    def close(self) -> None:
+        """Ends the event loop of the async functions."""
+        self._runner.close()
 
     @property
     def names(self) -> list[str]:
