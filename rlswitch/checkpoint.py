@@ -74,9 +74,12 @@ def save(
     (draft / "state.json").write_text(json.dumps(details, indent=1))
     (draft / MANIFEST).write_text(json.dumps(_manifest(draft), indent=1))
     _make_durable(draft)
-    shutil.rmtree(final, ignore_errors=True)
+    aside = directory / f".{final.name}.old"
+    if final.exists():
+        os.replace(final, aside)
     os.replace(draft, final)
     _sync(directory)
+    shutil.rmtree(aside, ignore_errors=True)
     steps = _steps(directory)
     kept = [path for path in steps if path <= final][-keep:]  # later ones: of a run given up
     for old in set(steps) - set(kept):

@@ -120,6 +120,11 @@ def train_once(arguments: Arguments) -> int:
     run = compose_run(arguments.overrides, arguments.source)
     run.output_dir = run.output_dir or default_output_dir(run, arguments)
     _check_environment()
+    if run.mode == "plan":
+        from rlswitch.plan import show
+
+        show(run)
+        return DONE
     from rlswitch.loop import train  # torch and vLLM come with it
 
     train(run)

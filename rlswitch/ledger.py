@@ -146,10 +146,10 @@ class Trace:
     """Appends events to a Chrome trace: a JSON array whose closing bracket may be missing."""
 
     def __init__(self, path: Path):
-        fresh = not path.exists()
+        old = path.read_text().splitlines() if path.exists() else []
+        whole = [line for line in old[1:] if line.endswith("},")]  # a kill may have torn the last one
+        path.write_text("\n".join(["[", *whole]) + "\n")
         self._handle = path.open("a", buffering=1)
-        if fresh:
-            self._handle.write("[\n")
 
     def append(self, event: dict) -> None:
         self._handle.write(json.dumps(event) + ",\n")

@@ -15,7 +15,7 @@ from rlswitch.batching import completion_positions, completion_tokens
 from rlswitch.config import ModelConfig
 from rlswitch.types import Batch, ConfigError
 
-_CHUNK = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
+LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
 
 
 class Critic(nn.Module):
@@ -92,7 +92,7 @@ def token_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tup
 
     With a large vocabulary it works in chunks and recomputes them in the backward pass.
     """
-    rows = max(_CHUNK // logits.shape[-1], 1)
+    rows = max(LOGITS_AT_ONCE // logits.shape[-1], 1)
     if logits.shape[0] <= rows:
         return _statistics(logits, targets, temperature)
     parts = [

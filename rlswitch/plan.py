@@ -10,7 +10,6 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,14 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
+from rlswitch import sizes
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.local import CPU_KV_CACHE_GIB, llm_arguments
 from rlswitch.parking import SLACK, parked_by_auto
-from rlswitch.sizes import DeviceFacts, ModelShape, switch_seconds
+from rlswitch.sizes import DeviceFacts, ModelShape, gib
 from rlswitch.types import ConfigError
 from rlswitch.weights import SHM, choose_directory
-
-GIB = 2**30
-ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
-"""Awake, beside weights and KV cache: CUDA graphs and the profiled forward; libraries on a CPU."""
-ENGINE_ASLEEP = {"cuda": GIB, "cpu": int(0.66 * GIB)}
-"""CUDA context and graphs that stay, about 0.8 GB (NeMo-RL#223); libraries on a CPU."""
-TRAINER_OWN = {"cuda": 0, "cpu": int(0.6 * GIB)}
-"""On CUDA it lies within parking.SLACK."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +38,10 @@ class Row:
     parked: int = 0
     """Bytes in pinned host memory during the rollout."""
 
+    @classmethod
+    def of_trainer(cls, name: str, size: int, parked: bool) -> Row:
+        return cls(name, 0, size, size) if parked else cls(name, size, size)
+
 
 @dataclass(frozen=True, slots=True)
 class Shortfall:
@@ -54,7 +50,7 @@ class Shortfall:
     has: int
 
     def __str__(self) -> str:
-        return f"{self.what} needs {_gib(self.needs)} GiB and has {_gib(self.has)} GiB"
+        return f"{self.what} needs {gib(self.needs)} GiB and has {gib(self.has)} GiB"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -99,8 +95,8 @@ def show(run: Run) -> None:
         console.print(part, soft_wrap=isinstance(part, str))
     if plan.shortfalls and not plan.advice:
         raise ConfigError(
-            f"model.path = {run.model.path}: cannot fit on {plan.device.name}: {plan.shortfalls[0]},"
-            " and no other memory setting helps; set a smaller model, or use a larger device"
+            f"model.path = {run.model.path}: cannot fit on {plan.device.name}: {plan.shortfalls[0]}, and no"
+            " combination of memory settings helps; set a smaller model.path or use a larger device"
         )
 
 
@@ -109,19 +105,20 @@ def make_plan(run: Run, facts: DeviceFacts) -> Plan:
     shape = ModelShape.read(run.model)
     plan = predict(run, shape, facts)
     if plan.shortfalls:
-        tried = (it for it in remedies(run, facts) if _fits(_changed(run, it), shape, facts))
-        plan.advice = next(tried, {})
+        for settings in remedies(run, facts):
+            if not predict(_changed(run, settings), shape, facts).shortfalls:
+                plan.advice = settings
+                break
     return plan
 
 
 def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
-    """The arithmetic, for a step after the first: Adam's states are there, gradients come and go."""
+    """The arithmetic, for steps after the first: with Adam's states; gradients come and go."""
     cuda, level = facts.kind == "cuda", run.switch.level
     engine = llm_arguments(run, run.model.path, Device(facts.kind))
     itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
     published = shape.parameters * itemsize
-    weights, kv = published // ranks, engine.get("kv_cache_memory_bytes")
-    own = ENGINE_OWN[facts.kind]
+    weights, own, kv = published // ranks, sizes.ENGINE_OWN[facts.kind], engine.get("kv_cache_memory_bytes")
     if kv is None:
         kv = max(int(engine["gpu_memory_utilization"] * facts.total_bytes) - weights - own, 0)
     policy, algorithm = 4 * shape.parameters, run.algorithm
@@ -130,37 +127,24 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     park = run.trainer.park if cuda else "nothing"
     if park == "auto":
         held = policy + critic + reference
-        park = parked_by_auto(held, 2 * (policy + critic), weights + kv + own, facts.total_bytes)
-    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    rollouts = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
-    activations = shape.activation_bytes(
-        min(run.trainer.micro_batch_tokens, rollouts * longest),
-        2 if cuda and engine["dtype"] == "bfloat16" else 4,  # mixed precision, as in trainer.py
-        run.trainer.gradient_checkpointing,
-    )
+        park = parked_by_auto(held, 2 * (policy + critic), weights + kv, facts.total_bytes)
+    mixed = cuda and engine["dtype"] == "bfloat16"  # as in trainer.py
+    tokens, checkpointing = sizes.largest_micro_batch(run), run.trainer.gradient_checkpointing
+    activations = shape.activation_bytes(tokens, 2 if mixed else 4, checkpointing)
     keeps = {"0": weights + kv, "kv": weights, "1": 0 if cuda else weights, "2": 0}[level]
-
-    def trained(name: str, size: int, parkable: bool) -> Row:
-        return Row(name, 0, size, size) if parkable else Row(name, size, size)
-
+    directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
+    in_memory = 2 * published if directory == SHM else 0
     rows = [
-        trained("policy parameters, float32", policy, park == "everything"),
-        Row("policy gradients, float32", 0, policy),
-        trained("policy Adam states, float32", 2 * policy, park != "nothing"),
-        trained("critic parameters, float32", critic, park == "everything"),
-        Row("critic gradients, float32", 0, critic),
-        trained("critic Adam states, float32", 2 * critic, park != "nothing"),
-        trained(f"reference, {engine['dtype']}", reference, park == "everything"),
+        *_trained("policy", policy, park),
+        *_trained("critic", critic, park),
+        Row.of_trainer(f"reference, {engine['dtype']}", reference, park == "everything"),
         Row("activations and logits (estimate)", 0, activations),
         Row(f"engine weights, {engine['dtype']}", weights, min(keeps, weights)),
         Row("KV cache", kv, max(keeps - weights, 0)),
-        Row("engine's own (estimate)", own, ENGINE_ASLEEP[facts.kind]),
-        Row("trainer's own (estimate)", TRAINER_OWN[facts.kind], TRAINER_OWN[facts.kind]),
+        Row("engine's own (estimate)", own, sizes.ENGINE_ASLEEP[facts.kind]),
+        Row("trainer's own (estimate)", *[sizes.TRAINER_OWN[facts.kind]] * 2),
+        Row(f"two published versions in {SHM}", *[0 if cuda else in_memory] * 2),
     ]
-    directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
-    in_memory = 2 * published if directory == SHM else 0
-    if not cuda:
-        rows.append(Row(f"two published versions in {SHM}", in_memory, in_memory))
     plan = Plan(
         parameters=shape.parameters,
         device=facts,
@@ -175,19 +159,25 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
         seconds={},
     )
     parked = plan.total("parked")
-    plan.seconds = switch_seconds(facts, level, weights=weights, kv=kv, published=published, parked=parked)
-    host = parked + in_memory + (weights if level == "1" else 0)
+    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, parked)
     checks = [
         Shortfall("the rollout", plan.total("rollout"), plan.limit_bytes),
         Shortfall("the update", plan.total("update"), plan.limit_bytes),
         Shortfall("one rollout's KV cache", run.max_model_len * plan.kv_bytes_per_token, kv),
     ]
     if cuda:
+        host = parked + in_memory + (weights if level == "1" else 0)
         asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
         checks.append(Shortfall("vLLM at its start", asked, facts.free_bytes))
-        checks.append(Shortfall("what leaves for host memory", host, facts.host_free_bytes))
+        checks.append(Shortfall("host memory", host, facts.host_free_bytes))
     plan.shortfalls = [check for check in checks if check.needs > check.has]
     return plan
+
+
+def _trained(name: str, size: int, park: str) -> Iterator[Row]:
+    yield Row.of_trainer(f"{name} parameters, float32", size, park == "everything")
+    yield Row(f"{name} gradients, float32", 0, size)
+    yield Row.of_trainer(f"{name} Adam states, float32", 2 * size, park != "nothing")
 
 
 def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
@@ -216,27 +206,27 @@ def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
 def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     """The plan for a console of 80 columns."""
     facts = plan.device
-    yield f"{run.model.path}: {plan.parameters / 1e9:.3f} B parameters, on {facts.name}"
+    yield f"{run.model.path}: {plan.parameters / 1e6:,.1f} million parameters, on {facts.name}"
     memory = Table("GiB, predicted", box=box.SIMPLE)
     switch = Table("a switch there and back", box=box.SIMPLE)
     for table, heading in ((memory, "rollout"), (memory, "update"), (switch, "seconds, predicted")):
         table.add_column(heading, justify="right")
     for row in plan.rows:
-        memory.add_row(row.name, "parked" if row.parked else _gib(row.rollout), _gib(row.update))
+        memory.add_row(row.name, "parked" if row.parked else gib(row.rollout), gib(row.update))
     memory.add_section()
     totals = [plan.total(phase) for phase in ("rollout", "update")]
-    memory.add_row("total", *map(_gib, totals), style="bold")
+    memory.add_row("total", *map(gib, totals), style="bold")
     share = [f"{total / facts.total_bytes:.0%}" for total in totals]
-    memory.add_row(f"share of the device, {_gib(facts.total_bytes)} GiB", *share)
+    memory.add_row(f"share of the device, {gib(facts.total_bytes)} GiB", *share)
     for name, seconds in (*plan.seconds.items(), ("total", sum(plan.seconds.values()))):
         switch.add_row(name, f"{seconds:.3f}", style="bold" if name == "total" else None)
     yield memory
     yield switch
     rollouts, whole = run.rollout.num_prompts * run.rollout.group_size, run.max_model_len
     yield (
-        f"trainer.park = {run.trainer.park}: parks {plan.park}, {_gib(plan.total('parked'))} GiB\n"
-        f"switch.level = {run.switch.level}: sleeping frees {_gib(plan.freed_bytes)} GiB\n"
-        f"switch.transport = {run.switch.transport}: {_gib(plan.published_bytes)} GiB a push,"
+        f"trainer.park = {run.trainer.park}: parks {plan.park}, {plan.total('parked') / sizes.GIB:.2f} GiB\n"
+        f"switch.level = {run.switch.level}: sleeping frees {gib(plan.freed_bytes)} GiB\n"
+        f"switch.transport = {run.switch.transport}: {gib(plan.published_bytes)} GiB a push,"
         f" through {plan.directory}\n"
         f"KV cache: {plan.kv_tokens:,} tokens of {plan.kv_bytes_per_token / 1024:.3g} KiB;"
         f" {min(plan.kv_tokens // whole, rollouts)} of {rollouts} rollouts of {whole} at once\n"
@@ -244,24 +234,16 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
         f" host memory {facts.copy_gbps:.1f}"
     )
     if not plan.shortfalls:
-        yield f"fits: {_gib(plan.limit_bytes)} GiB can be used"
+        yield f"fits: {gib(plan.limit_bytes)} GiB can be used"
     for shortfall in plan.shortfalls:
         yield f"does not fit: {shortfall}"
     if plan.advice:
         yield "set " + " ".join(f"{key}={str(value).lower()}" for key, value in plan.advice.items())
 
 
-def _fits(run: Run, shape: ModelShape, facts: DeviceFacts) -> bool:
-    return not predict(run, shape, facts).shortfalls
-
-
 def _changed(run: Run, settings: dict[str, Any]) -> Run:
     run = copy.deepcopy(run)
     for key, value in settings.items():
-        section, name = key.rsplit(".", 1)
-        setattr(attrgetter(section)(run), name, value)
+        section, name = key.split(".")
+        setattr(getattr(run, section), name, value)
     return run
-
-
-def _gib(size: int) -> str:
-    return f"{size / GIB:.2f}" if size else "-"

@@ -65,15 +65,16 @@ def check_prefix_cache(weights: PolicyWeights, cached_tokens: int) -> None:
 
 def check_canary(weights: PolicyWeights, logprobs: Sequence[Sequence[float]], tolerance: Tolerance) -> float:
     """The engine's log-probabilities of the canary are the trainer's. Returns the largest difference."""
+    trainer = weights.canary.logprobs
+    if [len(row) for row in trainer] != [len(row) for row in logprobs]:
+        raise ProofError(f"{_push(weights)}: canary: the engine scored other tokens than it was given")
     worst, where = 0.0, ""
-    for i, (ours, theirs) in enumerate(zip(weights.canary.logprobs, logprobs, strict=True)):
-        for t, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            gap = abs(a - b)
-            if gap > worst or not math.isfinite(gap):
-                worst, where = gap, f"sequence {i}, token {t + 1}: {b:.5f}, trainer {a:.5f}"
-            if not math.isfinite(gap):
-                break
-    if not math.isfinite(worst) or not tolerance.admit(worst):
+    for i, rows in enumerate(zip(trainer, logprobs, strict=True)):
+        for t, (ours, theirs) in enumerate(zip(*rows, strict=True), start=1):
+            gap = abs(ours - theirs) if math.isfinite(theirs) else math.inf
+            if gap > worst:
+                worst, where = gap, f"sequence {i}, token {t}: {theirs:.5f}, trainer {ours:.5f}"
+    if not tolerance.admit(worst):
         limit = LEARNED_CEILING if tolerance.limit is None else tolerance.limit
         raise ProofError(
             f"{_push(weights)}: canary: a log-probability differs by {worst:.3g}, limit {limit:.3g} ({where})"

@@ -8,17 +8,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlswitch.config import ModelConfig
+from rlswitch.config import ModelConfig, Run
 from rlswitch.device import Device
-from rlswitch.models import _CHUNK
+from rlswitch.models import LOGITS_AT_ONCE
 from rlswitch.types import ConfigError
 
+GIB = 2**30
+ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
+"""Awake, beside weights and KV cache: CUDA graphs and the profiled forward; libraries on a CPU."""
+ENGINE_ASLEEP = {"cuda": GIB, "cpu": int(0.66 * GIB)}
+"""CUDA context and graphs that stay, about 0.8 GB (NeMo-RL#223); libraries on a CPU."""
+TRAINER_OWN = {"cuda": 0, "cpu": int(0.6 * GIB)}
+"""On CUDA it lies within parking.SLACK."""
 PROBE_BYTES = 1 << 26
 PER_GB = 1e-9  # seconds for a byte at 1 GB/s
 MAP = 2.5e-3 * PER_GB  # CUDA maps or unmaps a GB in 2 to 3 ms: fitted to vLLM's sleep-mode article
@@ -116,11 +124,18 @@ class ModelShape:
         kept = self.layers * (4 * self.hidden if checkpointing else layer)
         casts = itemsize * self.parameters if itemsize < 4 else 0
         logits = tokens * self.vocabulary
-        return tokens * (kept + layer) + casts + 2 * 4 * logits + 4 * 4 * min(logits, _CHUNK)
+        return tokens * (kept + layer) + casts + 2 * 4 * logits + 4 * 4 * min(logits, LOGITS_AT_ONCE)
+
+
+def largest_micro_batch(run: Run) -> int:
+    """Tokens in it: the budget, or a whole minibatch of rollouts at full length."""
+    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    rollouts = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
+    return min(run.trainer.micro_batch_tokens, rollouts * longest)
 
 
 def switch_seconds(
-    facts: DeviceFacts, level: str, *, weights: int, kv: int, published: int, parked: int
+    facts: DeviceFacts, level: str, weights: int, kv: int, published: int, parked: int
 ) -> dict[str, float]:
     """Predicted seconds by phase of a switch there and back, from the bytes that each one moves.
 
@@ -142,7 +157,7 @@ def switch_seconds(
     }
 
 
-def _empty_model(config: ModelConfig) -> nn.Module:
+def _empty_model(config: ModelConfig) -> Any:
     with torch.device("meta"):
         if config.path == "builtin:addition":
             from rlswitch.tasks.addition import build_model
@@ -175,3 +190,8 @@ def _gbps(transfer: Callable[[], object]) -> float:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     return PROBE_BYTES / min(seconds[1:]) / 1e9
+
+
+def gib(size: int) -> str:
+    """GiB with two decimals; `-` for nothing at all."""
+    return f"{size / GIB:.2f}" if size else "-"

@@ -122,6 +122,7 @@ def trained(monkeypatch):
             raise seen.error
 
     monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "rlswitch.plan", SimpleNamespace(show=train))
     monkeypatch.setitem(sys.modules, "rlswitch.environment", seen)
     return seen
 

@@ -305,7 +305,7 @@ def test_chunks_change_neither_statistics_nor_gradients(monkeypatch, rows, tempe
     targets = torch.randint(5, (rows,), generator=generator)
     results = []
     for size in (1 << 26, chunk):
-        monkeypatch.setattr(models, "_CHUNK", size)
+        monkeypatch.setattr(models, "LOGITS_AT_ONCE", size)
         logits = torch.randn(rows, 5, generator=generator.manual_seed(rows)).requires_grad_()
         logprobs, entropy = token_statistics(logits, targets, temperature)
         (logprobs.sum() * 2 + (entropy**2).sum()).backward()

@@ -83,7 +83,7 @@ class Backend(ABC):
 
     @abstractmethod
     def wake(self, tag: str) -> None:
-        """Maps `weights` or `kv_cache` again; never called for a tag that is awake."""
+        """Maps `weights` or `kv_cache` again if the last sleep took it; called for each, in this order."""
 
     @abstractmethod
     def reload(self, path: Path) -> None:
@@ -243,7 +243,11 @@ class Engine:
             for prompt in prompts
             for sample in range(sampling.num_samples)
         ]
-        completions = self.backend.generate(requests)
+        try:
+            completions = self.backend.generate(requests)
+        except BaseException:
+            self.state = State.FAILED  # requests may still be running in it
+            raise
         if len(completions) != len(requests):
             raise EngineError(f"{self.name}: {len(completions)} completions for {len(requests)} requests")
         texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)

@@ -1,7 +1,7 @@
 """What every engine has to keep, on the real vLLM."""
 
 import pytest
-from conftest import Bench
+from bench import Bench
 
 from rlswitch.device import resident_bytes
 from rlswitch.engines.base import State

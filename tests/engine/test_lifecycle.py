@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, {here!r})
 
 if __name__ == "__main__":
-    from conftest import open_bench
+    from bench import open_bench
     with open_bench(Path({directory!r})) as bench:
         bench.publish()
         pids = [process.pid for process in bench.backend.processes]

@@ -5,7 +5,7 @@ Each test names the check that must catch it; the others must have let it pass.
 
 import pytest
 import torch
-from conftest import Bench
+from bench import Bench
 from safetensors.torch import load_file, save_file
 
 from rlswitch import proof

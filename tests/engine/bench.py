@@ -1,0 +1,107 @@
+"""One real vLLM engine with a model to push into it."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+
+from rlswitch import proof
+from rlswitch.algorithms.grpo import GRPO
+from rlswitch.config import EngineConfig, Run
+from rlswitch.device import Device
+from rlswitch.engines.base import Engine, State
+from rlswitch.engines.local import LocalBackend
+from rlswitch.ledger import Ledger
+from rlswitch.models import sequence_logprobs
+from rlswitch.tasks.addition import build_tokenizer
+from rlswitch.types import Canary, PolicyWeights
+from rlswitch.weights import Publisher, canary_sequences
+
+BLOCK = 32
+
+
+def build_model() -> Qwen3ForCausalLM:
+    """Tied embeddings, and as many key heads as query heads: q and k have one shape."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=16,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        pad_token_id=12,
+        bos_token_id=13,
+        eos_token_id=14,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+@dataclass
+class Bench:
+    """A backend, a model to push, and what is needed to make engines and versions of them."""
+
+    backend: LocalBackend
+    model: Qwen3ForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    ledger: Ledger
+    publisher: Publisher
+    canary: list[list[int]]
+    versions: int = 0
+
+    def engine(self, level: str = "2", verify: str = "every", tolerance: float = 1e-4) -> Engine:
+        """An engine over the shared backend, which is asleep at level 2."""
+        engine = Engine(
+            "rollout engine",
+            self.backend,
+            self.tokenizer,
+            self.ledger,
+            level=level,
+            verify=verify,
+            tolerance=proof.Tolerance(tolerance),
+        )
+        engine.state = State.ASLEEP
+        return engine
+
+    def publish(self, noise: float = 0.02) -> PolicyWeights:
+        """A new version, each parameter moved by `noise`."""
+        torch.manual_seed(self.versions)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                parameter.add_(torch.randn_like(parameter) * noise)
+        self.versions += 1
+        logprobs = sequence_logprobs(self.model, self.canary)
+        canary = Canary(sequences=self.canary, logprobs=logprobs)
+        return self.publisher.publish(self.model, torch.float32, self.versions, canary)
+
+    def rpc(self, method: str, **kwargs: object) -> list:
+        return self.backend.llm.collective_rpc(method, kwargs=kwargs)
+
+
+@contextmanager
+def open_bench(directory: Path) -> Iterator[Bench]:
+    """Starts vLLM on an untrained model and puts it to sleep."""
+    model, tokenizer = build_model(), build_tokenizer()
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    run = Run(algorithm=GRPO(), engine=EngineConfig(max_model_len=128, kv_cache_gib=0.125))
+    run.engine.vllm = {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
+    device = Device.detect()
+    publisher = Publisher("auto", 1 << 20, directory)
+    backend = LocalBackend(
+        run, str(directory / "model"), tokenizer, device, directory / "engine.log", publisher.root
+    )
+    canary = canary_sequences([], vocabulary=16, length=2 * BLOCK + 6)
+    ledger = Ledger(device, directory)
+    backend.sleep("2")
+    yield Bench(backend, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
+    backend.close()
+    publisher.close()
