@@ -127,7 +127,7 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     park = run.trainer.park if cuda else "nothing"
     if park == "auto":
         held = policy + critic + reference
-        park = parked_by_auto(held, 2 * (policy + critic), weights + kv, facts.total_bytes)
+        park = parked_by_auto(held, 2 * (policy + critic), weights + kv + own, facts.total_bytes)
     mixed = cuda and engine["dtype"] == "bfloat16"  # as in trainer.py
     tokens, checkpointing = sizes.largest_micro_batch(run), run.trainer.gradient_checkpointing
     activations = shape.activation_bytes(tokens, 2 if mixed else 4, checkpointing)

@@ -136,10 +136,12 @@ def open_session(run: Run) -> Iterator[Session]:
         monitor.phase("engine start")
         engine = start_engine(run, inputs, device, ledger, publisher, output_dir / "engine.log")
         stack.callback(engine.close)
+        taken_by_engine = device.total_bytes() - device.free_bytes()  # CUDA graphs and workspaces too
         switch = Switch(ledger, holder=engine)
         switch.vacate()
         monitor.phase("trainer start")
-        trainer = build_trainer(run, inputs, device, ledger, publisher, engine)
+        trainer = build_trainer(run, inputs, device, ledger, publisher, engine.backend.block_size)
+        trainer.parking.engine_bytes = taken_by_engine
         if resumed:
             checkpoint.restore(resumed, trainer)
             monitor.say(f"resumed from {resumed} at step {state.step}")
@@ -199,15 +201,15 @@ def start_engine(
 
 
 def build_trainer(
-    run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, engine: Engine
+    run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, block_size: int
 ) -> Trainer:
     """The trainer on a device that the engine has left."""
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
         vocabulary=len(inputs.tokenizer),
-        length=min(run.max_model_len - 1, max(engine.backend.block_size + 2, 32)),
+        length=min(run.max_model_len - 1, max(block_size + 2, 32)),
     )
-    trainer = Trainer(
+    return Trainer(
         run,
         inputs.model_path,
         getattr(torch, engine_dtype(run.model.dtype, device)),
@@ -217,8 +219,6 @@ def build_trainer(
         publisher,
         canary,
     )
-    trainer.parking.engine_bytes = engine.backend.sleeping_bytes("2")
-    return trainer
 
 
 def build_scorer(run: Run) -> Scorer:

@@ -453,7 +453,7 @@ def test_a_closed_engine_does_nothing_any_more(build):
     [
         ({"cached": 32}, ProofError, "prefix cache: 32 tokens"),
         ({"gap": 0.2}, ProofError, r"canary: a log-probability differs by 0\.2"),
-        ({"gap": math.nan}, ProofError, "canary: a log-probability differs by nan"),
+        ({"gap": math.nan}, ProofError, "canary: a log-probability differs by inf"),
         ({"resets": False}, EngineError, "could not reset its prefix cache"),
     ],
 )
