@@ -120,11 +120,12 @@ def finished(run: Run) -> str | None:
     """What to tell somebody who starts a run again that has nothing left to do."""
     if run.resume == "never" or run.output_dir is None:
         return None
-    last = Path(run.output_dir) / "checkpoints" / f"step_{run.num_steps:06d}"
-    if find_fault(last):
+    saved = [p for p in _steps(Path(run.output_dir) / "checkpoints") if find_fault(p) is None]
+    step = int(saved[-1].name.removeprefix("step_")) if saved else 0
+    if step < run.num_steps:
         return None
     return (
-        f"run is complete: {run.output_dir} has step {run.num_steps} of {run.num_steps};"
+        f"run is complete: {run.output_dir} has step {step} of {run.num_steps};"
         " raise num_steps to go on, or set resume=never or another output_dir to start afresh"
     )
 
@@ -155,6 +156,12 @@ def read_state(path: Path, run: Run) -> LoopState:
         raise ConfigError(
             f"resume = {path}: it is of model.path {state.model}, the run says {run.model.path};"
             " set resume=never or another output_dir"
+        )
+    if (path / "critic.safetensors").exists() != run.algorithm.needs_critic:
+        having = "without" if run.algorithm.needs_critic else "with"
+        raise ConfigError(
+            f"resume = {path}: it was trained by an algorithm {having} a critic; set the algorithm it"
+            " had, or another output_dir"
         )
     return state
 

@@ -17,6 +17,8 @@ from omegaconf import OmegaConf
 from rlswitch.algorithms.base import Algorithm
 from rlswitch.algorithms.grpo import GRPO
 from rlswitch.algorithms.ppo import PPO
+from rlswitch.algorithms.reinforce_pp import ReinforcePP
+from rlswitch.algorithms.rloo import RLOO
 from rlswitch.options import Leaf, choice, field_problems, leaves_of, number
 
 
@@ -37,7 +39,7 @@ class ModelConfig:
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
     path: str = "???"
-    """A hub id, a JSONL or parquet file, a saved dataset directory, or `builtin:addition`."""
+    """A hub id, a JSONL, CSV or parquet file, a saved dataset directory, or `builtin:addition`."""
     name: str | None = None
     """Configuration (subset) of a hub dataset."""
     split: str = "train"
@@ -59,6 +61,8 @@ class RewardConfig:
     """Built-in names, `package.module:function`, or `file.py:function`, with TRL's signature."""
     weights: list[float] = field(default_factory=list)
     """One weight per function; empty: all 1."""
+    overlong_buffer: int = number(0, at_least=0)
+    """Completions that use the last so many tokens lose up to 1 of their reward (DAPO); 0: none do."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,7 +72,7 @@ class RolloutConfig:
     group_size: int = number(8, at_least=1)
     """Completions sampled for each prompt."""
     max_new_tokens: int = number(256, at_least=1)
-    temperature: float = number(1.0, above=0)
+    temperature: float = number(1.0, at_least=0.01)  # vLLM raises less to 0.01 by itself
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,7 +90,7 @@ class EngineConfig:
     """Without CUDA graphs and torch.compile: starts sooner, generates slower. Always so on a CPU."""
     start_timeout_s: float = number(600.0, above=0)
     vllm: dict[str, Any] = field(default_factory=dict)
-    """Anything else for vllm.LLM, as it is: +engine.vllm.max_num_seqs=64."""
+    """Anything else for vllm.LLM, as it is: engine.vllm.max_num_seqs=64."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -104,8 +108,8 @@ class SwitchConfig:
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
     lr: float = number(1e-6, above=0)
-    lr_schedule: str = "constant"
-    """A schedule of transformers: constant, linear, cosine, constant_with_warmup, ..."""
+    lr_schedule: str = choice("constant", "linear", "cosine")
+    """After the warm-up: stay, or fall to zero at num_steps."""
     warmup_steps: int = number(0, at_least=0)
     """Optimizer steps over which the learning rate rises from zero."""
     critic_lr: float = number(1e-5, above=0)
@@ -173,15 +177,38 @@ class Run:
         return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
 
+OWNED_BY_SETTINGS = {
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "seed": "seed",
+    "max_model_len": "engine.max_model_len",
+    "gpu_memory_utilization": "engine.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "engine.kv_cache_gib",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "enforce_eager": "engine.enforce_eager",
+}
+"""Arguments of vLLM that have a setting of their own."""
+
+NEEDED_BY_PROOF = (
+    "worker_cls",
+    "logprobs_mode",
+    "enable_prefix_caching",
+    "enable_sleep_mode",
+    "skip_tokenizer_init",
+    "max_logprobs",
+)
+"""Arguments of vLLM without which a push could not be proven."""
+
 OPTIONS: dict[str, dict[str, type]] = {
-    "algorithm": {"ppo": PPO, "grpo": GRPO},
+    "algorithm": {"ppo": PPO, "grpo": GRPO, "rloo": RLOO, "reinforce_pp": ReinforcePP},
     "engine": {"local": EngineConfig},
 }
 """What can be chosen by name: one line here makes a new algorithm or engine an option."""
 
 MANDATORY = {
     "model.path": "a Hugging Face directory or hub id, or builtin:addition",
-    "data.path": "a hub id, a JSONL or parquet file, or builtin:addition",
+    "data.path": "a hub id, a JSONL, CSV or parquet file, or builtin:addition",
 }
 
 
@@ -207,7 +234,13 @@ def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
 def problems(run: Run) -> Iterator[str]:
     """Everything that is wrong with a composed run and can be told without loading anything."""
     yield from field_problems(run)
+    yield from run.algorithm.shared_problems()
     yield from run.algorithm.problems(run)
+    for key in run.engine.vllm:
+        if key in OWNED_BY_SETTINGS:
+            yield f"engine.vllm.{key}: has a setting of its own; set {OWNED_BY_SETTINGS[key]}"
+        elif key in NEEDED_BY_PROOF:
+            yield f"engine.vllm.{key}: is fixed, a push could not be proven otherwise; leave it out"
     rollouts = run.rollout.num_prompts * run.rollout.group_size
     if rollouts % run.trainer.minibatches:
         yield (
@@ -230,6 +263,11 @@ def problems(run: Run) -> Iterator[str]:
         yield (
             f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
             f" {len(run.reward.functions)} functions; give one each, or [] for all 1"
+        )
+    if run.reward.overlong_buffer > run.rollout.max_new_tokens:
+        yield (
+            f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
+            f" {run.rollout.max_new_tokens}, every completion would be punished; set less"
         )
     if not run.reward.functions:
         yield "reward.functions = []: nothing to learn from; name at least one reward function"

@@ -10,8 +10,9 @@ from rlswitch import checkpoint, evaluation
 from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
 from rlswitch.report import write_report
+from rlswitch.rewards.shaping import punish_overlong
 from rlswitch.session import Session, open_session
-from rlswitch.types import Group, Sampling
+from rlswitch.types import Group, Preempted, Sampling
 
 
 def train(run: Run) -> None:
@@ -39,23 +40,48 @@ def train(run: Run) -> None:
                 switch.give_to(engine, trainer.publish())  # stays awake for the next rollouts
                 metrics |= evaluate(engine, session.held_out, session.scorer, run, session.ledger)
             session.log(metrics, groups, batch)
-            if checkpoint.is_due(run.checkpoint, trainer.version, run.num_steps):
+            if checkpoint.is_due(run.checkpoint, trainer.version, run.num_steps) or session.stop_signals:
                 session.save()
+            if session.stop_signals and trainer.version < run.num_steps:
+                raise Preempted(
+                    f"stopped by {session.stop_signals[0]} after step {trainer.version}, checkpoint saved;"
+                    " run the same command again to go on"
+                )
     write_report(session.output_dir)
 
 
 def collect(session: Session) -> list[Group]:
-    """One step's rollouts, sampled from the current version and scored."""
-    run, trainer = session.run, session.trainer
+    """One step's groups, sampled from the current version and scored.
+
+    With dynamic sampling (DAPO) groups without a learning signal make room for further prompts, for as
+    many rounds as the algorithm allows; then they fill up what is missing, so a step has a fixed size.
+    """
+    run = session.run
+    kept: list[Group] = []
+    spare: list[Group] = []
+    for _ in range(1 + run.algorithm.dynamic_sampling):
+        groups = sample(session, run.rollout.num_prompts - len(kept))
+        for group in groups:
+            (kept if group.is_informative or not run.algorithm.dynamic_sampling else spare).append(group)
+        if len(kept) == run.rollout.num_prompts:
+            break
+    return [*kept, *spare][: run.rollout.num_prompts]
+
+
+def sample(session: Session, num_prompts: int) -> list[Group]:
+    """The next `num_prompts` prompts' groups, with their rewards."""
+    run = session.run
     sampling = Sampling(
         num_samples=run.rollout.group_size,
         max_new_tokens=run.rollout.max_new_tokens,
         temperature=run.rollout.temperature,
         seed=run.seed,
-        step=trainer.version,
+        step=session.trainer.version,
     )
     with session.ledger.work("rollout"):
-        groups = session.engine.generate(session.prompts.take(run.rollout.num_prompts), sampling)
+        groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
     with session.ledger.work("reward"):
         session.scorer.score(groups)
+        if run.reward.overlong_buffer:
+            punish_overlong(groups, run.rollout.max_new_tokens, run.reward.overlong_buffer)
     return groups

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlswitch.batching import completion_positions, completion_tokens
-from rlswitch.config import ModelConfig
+from rlswitch.config import ModelConfig, Run
+from rlswitch.options import did_you_mean
+from rlswitch.tasks import BUILTIN
 from rlswitch.types import Batch, ConfigError
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
@@ -39,10 +43,9 @@ class Critic(nn.Module):
 
 def resolve_model(config: ModelConfig, say: Callable[[str], None]) -> str:
     """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now."""
-    if config.path == "builtin:addition":
-        from rlswitch.tasks import addition
-
-        return str(addition.ensure_model(config.warm_start_seed, say))
+    task = builtin_task(config.path)
+    if task is not None:
+        return str(task.ensure_model(config.warm_start_seed, say))
     if Path(config.path).is_dir():
         return config.path
     from huggingface_hub import snapshot_download
@@ -59,6 +62,31 @@ def resolve_model(config: ModelConfig, say: Callable[[str], None]) -> str:
             f"model.path = {config.path}: is no directory, and the hub does not give it: {reason};"
             " set a directory with config.json and *.safetensors, or a hub id that is cached or reachable"
         ) from error
+
+
+def builtin_task(path: str) -> ModuleType | None:
+    """The module behind `builtin:NAME`, None for any other path. Raises ConfigError for an unknown one."""
+    if not path.startswith("builtin:"):
+        return None
+    name = path.removeprefix("builtin:")
+    if name not in BUILTIN:
+        raise ConfigError(
+            f"model.path = {path}: no such built-in task (there is {', '.join(BUILTIN)})"
+            f"{did_you_mean(name, BUILTIN)}"
+        )
+    return importlib.import_module(BUILTIN[name])
+
+
+def refuse_longer_than_context(run: Run, path: str) -> None:
+    """Raises ConfigError when a prompt and its completion can be longer than the model can attend to."""
+    config = AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and run.max_model_len > limit:
+        raise ConfigError(
+            f"rollout.max_new_tokens = {run.rollout.max_new_tokens}: with data.max_prompt_tokens"
+            f" {run.data.max_prompt_tokens} it comes to {run.max_model_len} tokens, the context of"
+            f" {run.model.path} is {limit}; set them so that they fit together"
+        )
 
 
 def load_policy(config: ModelConfig, path: str) -> PreTrainedModel:

@@ -338,6 +338,7 @@ def wandb_options(output_dir: Path, run_id: str) -> dict[str, Any]:
     """Arguments of wandb.init: files under `output_dir`, quiet, offline without a key."""
     import wandb
 
+    os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises when vLLM imports openai
     settings = wandb.Settings(silent=True, console="off", init_timeout=60)
     options = {
         "dir": str(output_dir),

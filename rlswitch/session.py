@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,9 +20,9 @@ from rlswitch.config import Run
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.base import Engine
-from rlswitch.engines.local import LocalBackend, engine_dtype
+from rlswitch.engines.local import LocalBackend, engine_dtype, refuse_missing_features
 from rlswitch.ledger import Ledger
-from rlswitch.models import resolve_model
+from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.switch import Switch
@@ -46,6 +47,8 @@ class Session:
     held_out: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
     output_dir: Path
+    stop_signals: list[str]
+    """Names of the signals that have asked the run to stop after this step."""
 
     def log(
         self,
@@ -118,7 +121,8 @@ class Inputs:
 def open_session(run: Run) -> Iterator[Session]:
     """Builds a run and closes it. The engine comes first, on an empty device, and is left asleep."""
     disable_progress_bar()
-    output_dir = Path(run.output_dir or "runs/run")
+    assert run.output_dir is not None, "the command line names it"
+    output_dir = Path(run.output_dir)
     with ExitStack() as stack:
         inputs = load_inputs(run, print)
         stack.callback(inputs.scorer.close)
@@ -162,17 +166,29 @@ def open_session(run: Run) -> Iterator[Session]:
             held_out=inputs.held_out,
             tokenizer=inputs.tokenizer,
             output_dir=output_dir,
+            stop_signals=listen_for_signals(stack),
         )
+
+
+def listen_for_signals(stack: ExitStack) -> list[str]:
+    """Collects SIGTERM and SIGUSR1 instead of dying of them: the loop ends at the next checkpoint."""
+    received: list[str] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        before = signal.signal(number, lambda n, frame: received.append(signal.Signals(n).name))
+        stack.callback(signal.signal, number, before)
+    return received
 
 
 def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
     """Model directory, tokenizer, prompts and rewards. Raises ConfigError, and has made nothing then."""
     scorer = build_scorer(run)
     model_path = resolve_model(run.model, say)
+    refuse_longer_than_context(run, model_path)
     tokenizer = load_tokenizer(run.model, model_path)
     prompts, held_out = load_prompts(run, tokenizer, say)
     first = prompts.take(8)
     scorer.check([*first, *held_out])
+    refuse_missing_features(run)
     return Inputs(
         model_path=model_path,
         tokenizer=tokenizer,

@@ -58,7 +58,7 @@ class Trainer:
         self.critic = load_critic(run.model, model_path) if run.algorithm.needs_critic else None
         self.optimizer = self._build_optimizer()
         self.schedule = get_scheduler(
-            run.trainer.lr_schedule,
+            {"constant": "constant_with_warmup"}.get(run.trainer.lr_schedule, run.trainer.lr_schedule),
             self.optimizer,
             num_warmup_steps=run.trainer.warmup_steps,
             num_training_steps=run.num_steps * run.trainer.epochs * run.trainer.minibatches,
@@ -144,8 +144,11 @@ class Trainer:
     def _step(self, minibatch: Batch, totals: Totals) -> None:
         """One optimizer step. Gradients are sums over tokens weighted once for the whole minibatch."""
         algorithm = self.run.algorithm
+        counted = minibatch.mask
+        if algorithm.mask_truncated:
+            counted = counted & ~minibatch.truncated[:, None]
         minibatch.weights = token_weights(
-            minibatch.mask, algorithm.loss_aggregation, self.run.rollout.max_new_tokens
+            counted, algorithm.loss_aggregation, self.run.rollout.max_new_tokens
         )
         losses: dict[str, float] = defaultdict(float)
         for index in micro_batches(minibatch, self.run.trainer.micro_batch_tokens):

@@ -80,7 +80,7 @@ class Rollout:
     rewards: dict[str, float] = field(default_factory=dict)
     """Raw score by reward function name."""
     reward: float = 0.0
-    """The weighted sum of `rewards`: what the algorithm learns from."""
+    """The weighted sum of `rewards`, less what shaping took: what the algorithm learns from."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +89,11 @@ class Group:
 
     prompt: Prompt
     rollouts: list[Rollout]
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether its rewards differ: a group that is all right or all wrong has nothing to compare."""
+        return len({rollout.reward for rollout in self.rollouts}) > 1
 
 
 @dataclass(kw_only=True, slots=True)

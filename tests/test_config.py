@@ -40,11 +40,30 @@ MISTAKES = [
     ("++zzz=1", ["++zzz = 1: unknown setting ('+' makes new keys under engine.vllm only)"]),
     ("+trainer.lr=1", ["+trainer.lr = 1: is a setting already; write trainer.lr=1"]),
     ("~trainer.lr", ["~trainer.lr: a setting cannot be removed; give it another value"]),
-    ("algorithm=grpo algorithm.gamma=1", ["algorithm.gamma = 1: a setting of algorithm=ppo only"]),
+    (
+        "algorithm=grpo algorithm.gamma=1",
+        ["algorithm.gamma = 1: a setting of algorithm=ppo, algorithm=reinforce_pp only"],
+    ),
     ("trainer.lr=abc", ["trainer.lr = abc: must be a number"]),
     ("num_steps=1.5", ["num_steps = 1.5: must be a whole number"]),
     ("resume=false", ["resume = false: must be text; put it in quotes"]),
     ("logger=null", ["logger = null: must be a list of text: [a, b], or [] for none"]),
+    (
+        "engine.vllm.logprobs_mode=raw_logits engine.vllm.dtype=float16",
+        [
+            "engine.vllm.logprobs_mode: is fixed, a push could not be proven otherwise; leave it out",
+            "engine.vllm.dtype: has a setting of its own; set model.dtype",
+        ],
+    ),
+    ("trainer.lr_schedule=foo", ["trainer.lr_schedule = foo: not one of constant, linear, cosine"]),
+    ("rollout.temperature=1e-12", ["rollout.temperature = 1e-12: must be at least 0.01"]),
+    (
+        "algorithm.kl_coef=0.1 algorithm.kl_estimator=k1 algorithm.kl_in=loss",
+        [
+            "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+            " nothing; set k2 or k3, or algorithm.kl_in=reward"
+        ],
+    ),
     ("engine.vllm=3", ["engine.vllm = 3: must be a mapping: {key: value}"]),
     (
         "switch=2",
@@ -202,12 +221,12 @@ def test_every_algorithm_composes(algorithm):
 
 def test_short_forms_and_conversions(trained):
     words = ["model=a/b", "data=c", "logger=wandb", "reward.functions=my.py:f", "switch.level=1"]
-    words += ["+engine.vllm.max_num_seqs=8", "engine.vllm.seed=1", "++trainer.lr=1e-3"]
+    words += ["+engine.vllm.max_num_seqs=8", "engine.vllm.block_size=32", "++trainer.lr=1e-3"]
     assert cli.main(words) == 0
     (run,) = trained.runs
     assert (run.model.path, run.data.path, run.logger) == ("a/b", "c", ["wandb"])
     assert (run.reward.functions, run.switch.level) == (["my.py:f"], "1")
-    assert (run.engine.vllm, run.trainer.lr) == ({"max_num_seqs": 8, "seed": 1}, 1e-3)
+    assert (run.engine.vllm, run.trainer.lr) == ({"max_num_seqs": 8, "block_size": 32}, 1e-3)
 
 
 def directory(trained, *words: str) -> str:

@@ -28,6 +28,28 @@ def group_relative(rewards: Tensor, group: Tensor, *, scale_by_std: bool) -> Ten
     return (centred / (variance.sqrt()[group] + 1e-6)).to(rewards.dtype)
 
 
+def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
+    """Reward minus the mean reward of the other members of its group; [B] -> [B].
+
+    Source: RLOO (arXiv:2402.14740, equation 8). Equal to G / (G - 1) times the unscaled group_relative
+    in a group of G. A group of one has no others: zero.
+    """
+    assert rewards.dim() == group.dim() == 1
+    size = torch.bincount(group)[group].to(rewards.dtype)
+    return group_relative(rewards, group, scale_by_std=False) * size / (size - 1).clamp(min=1)
+
+
+def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
+    """Sum of this and all later rewards, each step discounted by `gamma`; [B, T], zero on padding."""
+    assert rewards.shape == mask.shape and mask.dtype == torch.bool
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        following = (rewards[:, t] + gamma * following) * mask[:, t]
+        returns[:, t] = following
+    return returns
+
+
 def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
     """The reward of each rollout [B] placed on its last completion token, zero elsewhere; [B, T]."""
     assert rewards.dim() == 1 and mask.dim() == 2 and mask.dtype == torch.bool

@@ -1,11 +1,15 @@
-"""What the trainer asks of an algorithm. It never learns which one it has."""
+"""What the trainer asks of an algorithm. It never learns which one it has.
+
+The policy's loss is the same for all of them, with options; what makes an algorithm is how it turns
+rewards into advantages. So a new one is usually one method, and a variant a YAML file.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, final
 
 from rlswitch.options import choice, number
 
@@ -16,10 +20,27 @@ if TYPE_CHECKING:
     from rlswitch.types import Batch
 
 
+def needs_siblings(run: Run) -> Iterator[str]:
+    """A group baseline of a group of one is the reward itself."""
+    if run.rollout.group_size < 2:
+        yield (
+            f"rollout.group_size = {run.rollout.group_size}: a group baseline needs siblings, every"
+            " advantage would be 0; set at least 2"
+        )
+
+
 @dataclass(kw_only=True, slots=True)
 class Algorithm(ABC):
     """Settings and maths of one algorithm. Methods return per-token values; the trainer reduces them."""
 
+    surrogate: str = choice("clipped", "weighted")
+    """clipped: PPO's pessimistic ratio; weighted: CISPO's clipped weight, which drops no token."""
+    ratio_level: str = choice("token", "sequence")
+    """sequence: one ratio per completion, the geometric mean of its tokens' (GSPO)."""
+    ratio_clip_low: float = number(0.2, above=0, at_most=1)
+    ratio_clip_high: float = number(0.2, above=0)
+    dual_clip: float = number(0.0, at_least=0)
+    """Largest ratio that counts against a bad token, above 1 (arXiv:1912.09729); 0: no bound."""
     loss_aggregation: str = choice(
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     )
@@ -27,19 +48,21 @@ class Algorithm(ABC):
     kl_coef: float = number(0.0, at_least=0)
     """Weight of the KL divergence to the reference policy; 0: no reference model is loaded."""
     kl_estimator: str = choice("k3", "k2", "k1")
+    kl_in: str = choice("loss", "reward")
+    """Where the KL goes: a term of the loss, or a penalty in the reward of every token."""
     entropy_coef: float = number(0.0, at_least=0)
     """Weight of an entropy bonus."""
     value_clip: float = number(0.2, at_least=0)
     """How far a value may move from the old one before its gradient stops; 0: as far as it likes."""
+    mask_truncated: bool = False
+    """Completions cut at rollout.max_new_tokens teach nothing (DAPO's overlong filtering)."""
+    dynamic_sampling: int = number(0, at_least=0, at_most=100)
+    """Rounds of further prompts to replace groups whose rewards are all equal (DAPO); 0: keep them."""
 
     @property
     @abstractmethod
     def needs_critic(self) -> bool:
         """Whether the trainer has to keep a value model."""
-
-    @property
-    def needs_reference(self) -> bool:
-        return self.kl_coef > 0
 
     @abstractmethod
     def problems(self, run: Run) -> Iterator[str]:
@@ -47,10 +70,59 @@ class Algorithm(ABC):
 
     @abstractmethod
     def estimate_advantages(self, batch: Batch) -> None:
-        """Fills batch.advantages [B, T], and batch.returns [B, T] for the critic."""
+        """Fills batch.advantages [B, T], and batch.returns [B, T] for a critic."""
 
-    @abstractmethod
+    @final
+    def shared_problems(self) -> Iterator[str]:
+        """What is impossible about the options that all algorithms share."""
+        if 0 < self.dual_clip <= 1 + self.ratio_clip_high:
+            yield (
+                f"algorithm.dual_clip = {self.dual_clip}: inside the ordinary clip, it would replace it;"
+                f" set more than {1 + self.ratio_clip_high:g} (3 is usual), or 0 for no bound"
+            )
+        if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
+            yield (
+                "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+                " nothing; set k2 or k3, or algorithm.kl_in=reward"
+            )
+
+    @final
+    @property
+    def needs_reference(self) -> bool:
+        return self.kl_coef > 0
+
+    @final
+    def token_rewards(self, batch: Batch) -> Tensor:
+        """The reward on the last token, and the KL penalty on every token if it is in the reward; [B, T]."""
+        from rlswitch.algorithms.advantages import rewards_at_last_token
+        from rlswitch.algorithms.kl import kl_divergence
+
+        rewards = rewards_at_last_token(batch.rewards, batch.mask)
+        if self.needs_reference and self.kl_in == "reward":
+            kl = kl_divergence(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator)
+            rewards = rewards - self.kl_coef * kl * batch.mask
+        return rewards
+
+    @final
     def policy_loss(
         self, batch: Batch, logprobs: Tensor, entropy: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per token [B, T] from the current log-probabilities [B, T], and metrics per token."""
+        from rlswitch.algorithms.kl import kl_divergence
+        from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
+
+        log_ratio = logprobs - batch.old_logprobs
+        if self.ratio_level == "sequence":
+            log_ratio = sequence_log_ratio(log_ratio, batch.mask)
+        bounds = {"clip_low": self.ratio_clip_low, "clip_high": self.ratio_clip_high}
+        if self.surrogate == "weighted":
+            loss, metrics = weighted_surrogate(logprobs, log_ratio, batch.advantages, **bounds)
+        else:
+            loss, metrics = clipped_surrogate(log_ratio, batch.advantages, dual_clip=self.dual_clip, **bounds)
+        loss = loss - self.entropy_coef * entropy
+        if self.needs_reference:
+            kl = kl_divergence(logprobs, batch.reference_logprobs, self.kl_estimator)
+            metrics["actor/kl_ref"] = kl
+            if self.kl_in == "loss":
+                loss = loss + self.kl_coef * kl
+        return loss, metrics

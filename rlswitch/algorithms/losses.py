@@ -10,24 +10,55 @@ from torch import Tensor
 
 
 def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+    log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float, dual_clip: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's pessimistic policy loss (arXiv:1707.06347, equation 7) with a clip for each side; [B, T]."""
-    assert logprobs.shape == old_logprobs.shape == advantages.shape and logprobs.dim() == 2
-    log_ratio = logprobs - old_logprobs
+    """PPO's pessimistic policy loss (arXiv:1707.06347, equation 7) with a clip for each side; [B, T].
+
+    `dual_clip` > 1 bounds the ratio that a negative advantage can be multiplied by (arXiv:1912.09729).
+    """
+    assert log_ratio.shape == advantages.shape and log_ratio.dim() == 2
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if dual_clip > 0:
+        bounded = torch.minimum(loss, -dual_clip * advantages)
+        loss = torch.where(advantages < 0, bounded, loss)
+    return loss, _ratio_metrics(log_ratio, advantages, clip_low, clip_high)
+
+
+def weighted_surrogate(
+    logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """CISPO (arXiv:2506.13585, equation 4): REINFORCE with a clipped, constant importance weight; [B, T].
+
+    Every token keeps its gradient; the clip bounds how much it weighs.
+    """
+    assert logprobs.shape == log_ratio.shape == advantages.shape and logprobs.dim() == 2
+    weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high).detach()
+    metrics = _ratio_metrics(log_ratio, advantages, clip_low, clip_high)
+    return -weight * advantages * logprobs, metrics
+
+
+def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """GSPO's ratio (arXiv:2507.18071, equation 7): the mean over a completion's tokens, on each; [B, T]."""
+    assert log_ratio.shape == mask.shape and mask.dtype == torch.bool
+    lengths = mask.sum(-1, keepdim=True).clamp(min=1)
+    return ((log_ratio * mask).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
+
+
+def _ratio_metrics(
+    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    ratio = log_ratio.exp()
     low = (ratio < 1 - clip_low) & (advantages < 0)
     high = (ratio > 1 + clip_high) & (advantages > 0)
-    metrics = {
+    return {
         "actor/ratio_mean": ratio,
         "actor/ppo_kl": -log_ratio,
-        "actor/clip_ratio": (low | high).to(loss.dtype),
-        "actor/clip_ratio_low": low.to(loss.dtype),
-        "actor/clip_ratio_high": high.to(loss.dtype),
+        "actor/clip_ratio": (low | high).to(ratio.dtype),
+        "actor/clip_ratio_low": low.to(ratio.dtype),
+        "actor/clip_ratio_high": high.to(ratio.dtype),
     }
-    return loss, metrics
 
 
 def value_loss(

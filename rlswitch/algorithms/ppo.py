@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm
-from rlswitch.options import number
+from rlswitch.options import choice, number
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from rlswitch.config import Run
     from rlswitch.types import Batch
 
@@ -24,8 +22,7 @@ class PPO(Algorithm):
     arXiv:1909.08593), so that the critic sees it too.
     """
 
-    ratio_clip_low: float = number(0.2, above=0, below=1)
-    ratio_clip_high: float = number(0.2, above=0)
+    kl_in: str = choice("reward", "loss")
     gamma: float = number(1.0, at_least=0, at_most=1)
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
     whiten_advantages: bool = True
@@ -42,31 +39,13 @@ class PPO(Algorithm):
             )
 
     def estimate_advantages(self, batch: Batch) -> None:
-        from rlswitch.algorithms.advantages import gae, rewards_at_last_token, whiten
-        from rlswitch.algorithms.kl import kl_divergence
+        from rlswitch.algorithms.advantages import gae, whiten
 
-        token_rewards = rewards_at_last_token(batch.rewards, batch.mask)
-        if self.needs_reference:
-            kl = kl_divergence(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator)
-            token_rewards = token_rewards - self.kl_coef * kl * batch.mask
         advantages, batch.returns = gae(
-            token_rewards, batch.values, batch.mask, gamma=self.gamma, gae_lambda=self.gae_lambda
+            self.token_rewards(batch),
+            batch.values,
+            batch.mask,
+            gamma=self.gamma,
+            gae_lambda=self.gae_lambda,
         )
         batch.advantages = whiten(advantages, batch.mask) if self.whiten_advantages else advantages
-
-    def policy_loss(
-        self, batch: Batch, logprobs: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        from rlswitch.algorithms.kl import kl_divergence
-        from rlswitch.algorithms.losses import clipped_surrogate
-
-        loss, metrics = clipped_surrogate(
-            logprobs,
-            batch.old_logprobs,
-            batch.advantages,
-            clip_low=self.ratio_clip_low,
-            clip_high=self.ratio_clip_high,
-        )
-        if self.needs_reference:
-            metrics["actor/kl_ref"] = kl_divergence(logprobs, batch.reference_logprobs, self.kl_estimator)
-        return loss - self.entropy_coef * entropy, metrics

