@@ -19,6 +19,7 @@ from rlswitch.checkpoint import (
     SCHEMA,
     LoopState,
     find_fault,
+    finished,
     is_due,
     newest,
     read_state,
@@ -27,6 +28,7 @@ from rlswitch.checkpoint import (
     save,
 )
 from rlswitch.config import CheckpointConfig
+from rlswitch.models import refuse_longer_than_context
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError
 
@@ -286,3 +288,32 @@ def test_checkpoints_are_due_every_so_many_steps_and_at_the_end():
     assert [step for step in range(1, 11) if is_due(every, step, 10)] == [4, 8, 10]
     last_only = CheckpointConfig(every=0)
     assert [step for step in range(1, 11) if is_due(last_only, step, 10)] == [10]
+
+
+# -- refusals and the end ----------------------------------------------------------------------
+
+
+def test_a_checkpoint_of_an_algorithm_with_a_critic_is_refused_by_one_without(keep_step, make_run):
+    path = keep_step(1)  # of ppo
+    read_state(path, make_run("ppo"))
+    with pytest.raises(ConfigError, match="by an algorithm with a critic"):
+        read_state(path, make_run("grpo"))
+
+
+def test_a_run_is_finished_when_its_newest_valid_checkpoint_reaches_num_steps(keep_step, make_run, tmp_path):
+    run = make_run("ppo")
+    run.output_dir, run.resume, run.num_steps = str(tmp_path), "auto", 3
+    keep_step(2)
+    assert finished(run) is None
+    keep_step(5)
+    assert "has step 5 of 3" in finished(run)
+    run.resume = "never"
+    assert finished(run) is None
+
+
+def test_a_run_longer_than_the_models_context_is_refused(make_run):
+    run = make_run("grpo")
+    refuse_longer_than_context(run, run.model.path)
+    run.rollout.max_new_tokens = 100_000
+    with pytest.raises(ConfigError, match=r"rollout\.max_new_tokens = 100000: .* is \d+; set them"):
+        refuse_longer_than_context(run, run.model.path)

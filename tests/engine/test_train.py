@@ -2,12 +2,17 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parents[2]
 
 GROUPS = (
     "reward/mean reward/std reward/exact_match/mean reward/frac_zero_std reward/error_rate"
@@ -122,3 +127,25 @@ def test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3(run_train, tmp_p
     errors = [line for line in finished.stderr.splitlines() if line.startswith("rlswitch: error:")]
     assert len(errors) == 1 and "canary" in errors[0] and "limit 1e-12" in errors[0]
     assert "Traceback" not in finished.stderr
+
+
+def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["recipe=grpo", *SMALL, "evaluation.every=0", "num_steps=500", f"output_dir={out}", "logger=[]"]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as run:
+        for line in run.stdout:
+            if line.startswith("step ") and "/500" in line:
+                run.send_signal(signal.SIGTERM)
+                break
+        _, errors = run.communicate(timeout=120)
+    assert run.returncode == 75, errors
+    assert "SIGTERM" in errors and "checkpoint saved" in errors
+    steps = records(out / "metrics.jsonl")
+    saved = out / "checkpoints" / f"step_{steps[-1]['step']:06d}"
+    assert saved.is_dir() and steps[-1]["step"] < 500
