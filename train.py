@@ -10,9 +10,8 @@ Exit codes: 0 done; 1 a crash; 2 wrong configuration or input; 3 a push could no
 75 preempted, with a checkpoint saved: run the same command again.
 """
 
-import sys
-
 from rlswitch.cli import main
+from rlswitch.leave import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

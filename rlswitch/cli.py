@@ -36,6 +36,7 @@ from rich.table import Table
 from rlswitch import records
 from rlswitch.compose import Setting, Source, compose_run, planned, quoted, read, unique
 from rlswitch.config import Run, register
+from rlswitch.leave import leave
 from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
 
 DONE, FAILED, WRONG_CONFIG, NOT_PROVEN, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
@@ -392,4 +393,4 @@ def _refuse(message: str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())
