@@ -44,6 +44,7 @@ def evaluate(
         if run.evaluation.num_samples > 1:
             solved = _share_solved(engine.generate(held_out, sampled), scorer)
             metrics[f"val/{name}/pass@{run.evaluation.num_samples}"] = solved
+        engine.forget_prefixes()  # a resumed run has not just evaluated
     return metrics
 
 

@@ -106,6 +106,7 @@ def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> tuple
     first = int(batch.prompt_lengths.min()) - 1
     keep = batch.token_ids.shape[1] - first
     logits = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits
+    first = batch.token_ids.shape[1] - logits.shape[1]  # 0 for a model that ignores logits_to_keep
     rows, columns = batch.mask.nonzero(as_tuple=True)
     chosen = logits[rows, completion_positions(batch)[rows, columns] - first]  # [N, V]
     logprobs, entropy = token_statistics(chosen, completion_tokens(batch)[rows, columns], temperature)

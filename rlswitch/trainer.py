@@ -131,7 +131,8 @@ class Trainer:
         """Every pass and minibatch of one step; the version goes up by one. Returns its metrics."""
         config, totals = self.run.trainer, Totals()
         with self.ledger.work("update"):
-            self.policy.train()
+            # Checkpointing works in training mode only; dropout would make the ratios wrong.
+            self.policy.train(self.run.trainer.gradient_checkpointing)
             for epoch in range(config.epochs):
                 seed = request_seed(self.run.seed, self.version, -1, epoch)
                 for rows in minibatches(len(batch), config.minibatches, seed):

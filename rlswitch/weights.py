@@ -114,8 +114,14 @@ def canary_sequences(texts: Sequence[list[int]], vocabulary: int, length: int) -
     does. `length` exceeds a block of the prefix cache, so that a stale prefix would be found.
     """
     stream = [token for text in texts for token in text]
-    natural = [(stream[start:] + stream)[:length] for start in (0, len(stream) // 2) if len(stream) > 1]
     generator = random.Random(0)
+    # A first token of its own each: a prefix they shared would be cached by one for the other.
+    firsts = generator.sample(range(vocabulary), 2)
+    natural = [
+        [first, *stream[begin:], *stream][:length]
+        for first, begin in zip(firsts, (0, len(stream) // 2), strict=True)
+        if stream
+    ]
     return [
         *natural,
         *([generator.randrange(vocabulary) for _ in range(length)] for _ in range(2)),

@@ -260,6 +260,11 @@ class Engine:
             for prompt in prompts
         ]
 
+    def forget_prefixes(self) -> None:
+        """Empties the prefix cache, so that what comes next does not depend on what was asked before."""
+        self._expect(State.READY, "forget prefixes")
+        self.backend.reset_prefix_cache()
+
     def close(self) -> None:
         self.state = State.FAILED
         self.backend.close()

@@ -51,7 +51,7 @@ class SleepingCPUWorker(CPUWorker):
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         self.received = {}
-        with recording(self.get_model(), self.model_config.dtype) as self.received:
+        with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
             super().reload_weights(*args, **kwargs)
         self._repack_shared_weights()
 

@@ -68,10 +68,13 @@ class LocalBackend(Backend):
         return self.llm.llm_engine.vllm_config.cache_config.block_size
 
     def sleeping_bytes(self, level: str) -> int:
+        if self.device.kind == "cuda":  # only the first GPU's memory is looked at
+            worker = self.workers[0]
+            freed = {"0": 0, "kv": worker["kv_bytes"]}
+            return freed.get(level, worker["kv_bytes"] + worker["weight_bytes"])
         kv = sum(worker["kv_bytes"] for worker in self.workers)
         # On a CPU level 1 has nowhere to move the weights to: they are in host memory already.
-        weights = level == "2" or (level == "1" and self.device.kind == "cuda")
-        return {"0": 0}.get(level, kv) + (self.weight_bytes if weights else 0)
+        return {"0": 0}.get(level, kv) + (self.weight_bytes if level == "2" else 0)
 
     def sleep(self, level: str) -> None:
         if level in ("0", "kv"):

@@ -38,6 +38,9 @@ def process_tree(workers: Iterable[int]) -> list[psutil.Process]:
     tree: dict[int, psutil.Process] = {}
     for worker in workers:
         top = psutil.Process(worker)
+        if os.getpid() not in [parent.pid for parent in top.parents()]:
+            tree[worker] = top  # started by somebody else, whose other children are not ours to end
+            continue
         while (parent := top.parent()) is not None and parent.pid != os.getpid():
             top = parent
         for process in (top, *top.children(recursive=True)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from vllm.v1.worker.gpu_worker import Worker
 
+from rlswitch.device import Device
 from rlswitch.engines.processes import watch_owner
 from rlswitch.fingerprint import named_fingerprints, total_fingerprint
 
@@ -28,8 +29,12 @@ class ProvenWorker(Worker):
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         self.received = {}
-        with recording(self.get_model(), self.model_config.dtype) as self.received:
+        with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
             super().reload_weights(*args, **kwargs)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        Device("cuda").reclaim()  # vLLM itself does so from 0.27 on (vllm#49857)
+        super().wake_up(tags)
 
     def fingerprint(self) -> dict[str, Any]:
         sharded = self.parallel_config.tensor_parallel_size > 1
@@ -41,18 +46,19 @@ class ProvenWorker(Worker):
         return {
             "pid": os.getpid(),
             "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
         }
 
 
 @contextmanager
-def recording(model: Any, dtype: torch.dtype) -> Iterator[dict[str, int]]:
+def recording(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, int]]:
     """Fingerprints every tensor that the loader hands to `model` while the context is open."""
     received: dict[str, int] = {}
     load = model.load_weights
 
     def recorded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            received.update(named_fingerprints([(name, tensor)], dtype))
+            received.update(named_fingerprints([(name, tensor.to(device))], dtype))
             yield name, tensor
 
     model.load_weights = lambda weights, **kwargs: load(recorded(weights), **kwargs)
