@@ -7,6 +7,8 @@ import os
 import sys
 from typing import NoReturn
 
+DONE, FAILED, WRONG_CONFIG, NOT_PROVEN, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
+
 
 def leave(code: int) -> NoReturn:
     """Runs the exit handlers and ends the process without tearing the interpreter down.

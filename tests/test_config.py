@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 
 from rlswitch import cli
+from rlswitch.arguments import parse
 from rlswitch.compose import Source, compose_run
 from rlswitch.config import OPTIONS, Run, settings_of
+from rlswitch.sweep import sweep
 from rlswitch.types import ConfigError, EngineError, Preempted, ProofError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -350,8 +352,8 @@ def swept(tmp_path, monkeypatch):
     def run(program: str, *words: str) -> int:
         script = tmp_path / "job.py"
         script.write_text(program)
-        arguments = cli.parse(["-m", *words])
-        return cli.sweep(arguments, lambda job: [sys.executable, str(script), *job])
+        arguments = parse(["-m", *words])
+        return sweep(arguments, lambda job: [sys.executable, str(script), *job])
 
     return run
 
