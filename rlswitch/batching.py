@@ -1,8 +1,9 @@
-"""Rollouts to padded tensors, and a minibatch to micro-batches that fit a token budget."""
+"""Rollouts to tensors, a minibatch to micro-batches that fit a token budget, and their layout for a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,25 +31,65 @@ def to_batch(groups: Sequence[Group], pad_token_id: int, device: torch.device) -
     return batch.to(device)
 
 
-def micro_batches(batch: Batch, token_budget: int) -> Iterator[Tensor]:
+def micro_batches(batch: Batch, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
     """Row indices [N] of each micro-batch: neighbours in length, padded size within the budget.
 
-    A rollout longer than the budget gets a micro-batch of its own rather than being lost.
+    Packed, only the tokens themselves count. A rollout longer than the budget gets a micro-batch of its
+    own rather than being lost.
     """
     lengths = batch.attention_mask.sum(-1)
     order = torch.argsort(lengths, descending=True, stable=True)
+    sizes = lengths[order].tolist()
     start = 0
-    while start < len(order):
-        rows = max(token_budget // int(lengths[order[start]]), 1)
-        yield order[start : start + rows]
-        start += rows
+    while start < len(sizes):
+        stop, total = start + 1, sizes[start]
+        while stop < len(sizes) and (total := total + sizes[stop if packed else start]) <= token_budget:
+            stop += 1
+        yield order[start:stop]
+        start = stop
 
 
 def minibatches(size: int, count: int, seed: int) -> Iterator[Tensor]:
-    """A seeded permutation of `size` rollouts cut into `count` equal parts."""
-    assert size % count == 0, (size, count)
+    """A seeded permutation of `size` rollouts cut into `count` parts as equal as can be."""
+    assert size >= count, (size, count)
     generator = torch.Generator().manual_seed(seed)
-    yield from torch.randperm(size, generator=generator).chunk(count)
+    yield from torch.randperm(size, generator=generator).tensor_split(count)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Rollouts as a model takes them: a padded row each, or all in one row."""
+
+    inputs: dict[str, Tensor]
+    """Keyword arguments: token ids [R, L] and what tells the rollouts apart."""
+    positions: Tensor  # [N] into the R * L positions: those that predict the completion tokens
+    rows: Tensor  # [N] rollout of each
+    columns: Tensor  # [N] and its place among the rollout's completion tokens
+
+    def spread(self, values: Tensor, batch: Batch) -> Tensor:
+        """Values [N] to [B, T], zero on padding."""
+        empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
+        return empty.index_put((self.rows, self.columns), values)
+
+
+def lay_out(batch: Batch, packed: bool) -> Layout:
+    """Padded, or packed: no padding, and position ids that start at zero with every rollout.
+
+    transformers tells packed rollouts apart by their position ids when there is no attention mask.
+    """
+    rows, columns = batch.mask.nonzero(as_tuple=True)
+    within = completion_positions(batch)[rows, columns]
+    if not packed:
+        inputs = {"input_ids": batch.token_ids, "attention_mask": batch.attention_mask}
+        return Layout(inputs, rows * batch.token_ids.shape[1] + within, rows, columns)
+    real = batch.attention_mask.bool()
+    lengths = batch.attention_mask.sum(-1)
+    starts = lengths.cumsum(0) - lengths
+    inputs = {
+        "input_ids": batch.token_ids[real][None],
+        "position_ids": (batch.attention_mask.cumsum(-1) - 1)[real][None],
+    }
+    return Layout(inputs, starts[rows] + within, rows, columns)
 
 
 def completion_positions(batch: Batch) -> Tensor:

@@ -1,8 +1,9 @@
 """Checkpoints: safetensors and JSON only, complete or not there at all.
 
 checkpoints/step_000050/
-    policy/            loads with from_pretrained, tokenizer included
-    critic.safetensors optimizer.safetensors state.json
+    policy/            loads with from_pretrained, tokenizer included; with LoRA the adapter
+    merged/            with LoRA, if asked for: the whole model
+    critic.safetensors reference.safetensors optimizer.safetensors state.json
     manifest.json      size and SHA-256 of every other file, written last
 """
 
@@ -17,13 +18,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlswitch import lora
 from rlswitch.config import CheckpointConfig, Run
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError
+from rlswitch.weights import cast_state
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -59,17 +63,18 @@ def save(
     draft = directory / f".{final.name}.tmp"
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
-    policy = trainer.accelerator.unwrap_model(trainer.policy)
-    policy.save_pretrained(draft / "policy")
-    tokenizer.save_pretrained(draft / "policy")
+    _save_policy(trainer, tokenizer, draft)
     if trainer.critic is not None:
         critic = trainer.accelerator.unwrap_model(trainer.critic)
-        save_file(critic.state_dict(), draft / "critic.safetensors")
+        save_file(_learned(critic), draft / "critic.safetensors")
+    if trainer.reference is not None and (reference := trainer.reference.state()):
+        save_file(reference, draft / "reference.safetensors")
     tensors, scalars = _split(trainer.optimizer.state_dict())
     save_file(tensors, draft / "optimizer.safetensors")
     details = asdict(state) | {
         "optimizer": scalars,
         "schedule": trainer.schedule.state_dict(),
+        "memory": trainer.memory,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
     (draft / MANIFEST).write_text(json.dumps(_manifest(draft), indent=1))
@@ -169,22 +174,51 @@ def read_state(path: Path, run: Run) -> LoopState:
 def restore(path: Path, trainer: Trainer) -> None:
     """Puts the checkpoint's tensors into a freshly built trainer."""
     details = json.loads((path / "state.json").read_text())
-    policy = trainer.accelerator.unwrap_model(trainer.policy)
-    tensors: dict[str, Tensor] = {}
-    for file in sorted((path / "policy").glob("*.safetensors")):
-        tensors |= load_file(file)
-    _load_all(policy, tensors, tied=set(policy.all_tied_weights_keys), path=path)
+    policy = trainer.unwrapped_policy
+    if isinstance(policy, lora.PeftModel):
+        lora.load_adapter(policy, path / "policy")
+    else:
+        tensors: dict[str, Tensor] = {}
+        for file in sorted((path / "policy").glob("*.safetensors")):
+            tensors |= load_file(file)
+        _load_all(policy, tensors, known=set(policy.all_tied_weights_keys), path=path)
     if trainer.critic is not None:
         critic = trainer.accelerator.unwrap_model(trainer.critic)
-        _load_all(critic, load_file(path / "critic.safetensors"), tied=set(), path=path)
+        frozen = {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}
+        _load_all(critic, load_file(path / "critic.safetensors"), known=frozen, path=path)
+    if trainer.reference is not None and (path / "reference.safetensors").exists():
+        trainer.reference.load(load_file(path / "reference.safetensors", device=trainer.device.kind))
     trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), details["optimizer"]))
     trainer.schedule.load_state_dict(details["schedule"])
+    trainer.memory.update(details["memory"])
     trainer.version = details["step"]
 
 
-def _load_all(model: Any, tensors: dict[str, Tensor], tied: set[str], path: Path) -> None:
+def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Path) -> None:
+    policy = trainer.unwrapped_policy
+    directories = [draft / "policy"]
+    if isinstance(policy, lora.PeftModel):
+        lora.save_adapter(policy, draft / "policy")
+        if trainer.run.checkpoint.merged:
+            directories.append(draft / "merged")
+            whole = cast_state(policy, torch.float32)
+            lora.base_of(policy).save_pretrained(draft / "merged", state_dict=whole)
+    else:
+        policy.save_pretrained(draft / "policy")
+    for directory in directories:
+        tokenizer.save_pretrained(directory)
+
+
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """The state that training changes: of an adapted model the adapters and the head."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _load_all(model: Any, tensors: dict[str, Tensor], known: set[str], path: Path) -> None:
+    """Loads what was saved; `known` may be missing: tied to something else, or never changed."""
     missing, unexpected = model.load_state_dict(tensors, strict=False)
-    lost = [name for name in missing if name not in tied]
+    lost = [name for name in missing if name not in known]
     if lost or unexpected:
         raise ConfigError(
             f"resume = {path}: it does not fit the model (missing {lost[:2]}, unknown {unexpected[:2]})"

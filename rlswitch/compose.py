@@ -34,8 +34,8 @@ from rlswitch.types import ConfigError
 
 GROUPS = ("recipe", *OPTIONS)
 SHORT_FORMS = {"model": "model.path", "data": "data.path"}
-FREE_KEYS = "engine.vllm"
-"""The one mapping that takes any key: vLLM's own settings are vLLM's to check."""
+FREE_KEYS = ("engine.vllm", "trainer.lr_schedule_kwargs")
+"""The mappings that take any key: what is in them is checked by whom it is for."""
 SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++"}
 SIGNS[OverrideType.DEL] = "~"
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
@@ -123,7 +123,7 @@ class Setting:
 
     @property
     def is_free(self) -> bool:
-        return f"{self.key}.".startswith(f"{FREE_KEYS}.")
+        return f"{self.key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
 
     @property
     def is_hydra(self) -> bool:
@@ -340,7 +340,7 @@ def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
     ]
     if owners:
         return f"a setting of {', '.join(owners)} only"
-    extra = f" ('+' makes new keys under {FREE_KEYS} only)" if added else ""
+    extra = f" ('+' makes new keys under {' and '.join(FREE_KEYS)} only)" if added else ""
     return f"unknown setting{extra}{nearest_key(key, [*leaves, *GROUPS])}"
 
 

@@ -30,8 +30,16 @@ class ModelConfig:
     """Branch, tag or commit of a hub id."""
     dtype: str = choice("auto", "float32", "bfloat16", "float16")
     """What the engine computes in: auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16, float16."""
+    attn_implementation: str | None = None
+    """The trainer's attention as transformers names it, such as flash_attention_2; null: its choice."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for models whose authors you trust."""
+    lora_rank: int = number(0, at_least=0)
+    """Rank of the LoRA adapters that are trained instead of the weights; 0: train the weights."""
+    lora_alpha: float = number(0.0, at_least=0)
+    """Their scale is lora_alpha / lora_rank; 0: twice the rank."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get one, as q_proj; empty: all but the head."""
     warm_start_seed: int = number(0, at_least=0)
     """Seed of the built-in model: apart from `seed`, so that a sweep over seeds starts from one model."""
 
@@ -108,8 +116,19 @@ class SwitchConfig:
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
     lr: float = number(1e-6, above=0)
-    lr_schedule: str = choice("constant", "linear", "cosine")
-    """After the warm-up: stay, or fall to zero at num_steps."""
+    lr_schedule: str = choice(
+        "constant",
+        "linear",
+        "cosine",
+        "cosine_with_min_lr",
+        "cosine_with_restarts",
+        "polynomial",
+        "inverse_sqrt",
+        "warmup_stable_decay",
+    )
+    """What the learning rate does between the warm-up and num_steps; transformers' schedules."""
+    lr_schedule_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What else the schedule takes: trainer.lr_schedule_kwargs.min_lr_rate=0.1."""
     warmup_steps: int = number(0, at_least=0)
     """Optimizer steps over which the learning rate rises from zero."""
     critic_lr: float = number(1e-5, above=0)
@@ -123,6 +142,9 @@ class TrainerConfig:
     """Optimizer steps in one pass."""
     micro_batch_tokens: int = number(16384, at_least=1)
     """Tokens (padding included) in one forward and backward: memory only, never the result."""
+    packing: bool = False
+    """Rollouts of a micro-batch in one row without padding. Pays off with attn_implementation
+    flash_attention_2 and lengths that differ much; same result."""
     gradient_checkpointing: bool = False
     park: str = choice("auto", "nothing", "optimizer", "everything")
     """What leaves the GPU while the engine has it; auto: only what would not fit beside the engine."""
@@ -134,6 +156,8 @@ class CheckpointConfig:
     """Save after every so many steps, and at the end; 0: only at the end."""
     keep: int = number(2, at_least=1)
     """How many checkpoints to keep."""
+    merged: bool = False
+    """With LoRA: write merged/ beside the adapter, a whole model that needs no peft."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -234,11 +258,16 @@ def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
 def problems(run: Run) -> Iterator[str]:
     """Everything that is wrong with a composed run and can be told without loading anything."""
     yield from field_problems(run)
-    yield from run.algorithm.shared_problems()
+    yield from run.algorithm.shared_problems(run)
     yield from run.algorithm.problems(run)
     for key in run.engine.vllm:
         if key in OWNED_BY_SETTINGS:
             yield f"engine.vllm.{key}: has a setting of its own; set {OWNED_BY_SETTINGS[key]}"
+        elif key == "enable_lora":
+            yield (
+                "engine.vllm.enable_lora: a push carries the merged weights, so the engine needs no adapters,"
+                " and with them sleep level 2 loses their base; leave it out, set model.lora_rank"
+            )
         elif key in NEEDED_BY_PROOF:
             yield f"engine.vllm.{key}: is fixed, a push could not be proven otherwise; leave it out"
     rollouts = run.rollout.num_prompts * run.rollout.group_size
@@ -268,6 +297,11 @@ def problems(run: Run) -> Iterator[str]:
         yield (
             f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
             f" {run.rollout.max_new_tokens}, every completion would be punished; set less"
+        )
+    if run.model.lora_rank == 0 and run.checkpoint.merged:
+        yield (
+            "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+            " model.lora_rank above 0, or checkpoint.merged=false"
         )
     if not run.reward.functions:
         yield "reward.functions = []: nothing to learn from; name at least one reward function"

@@ -33,7 +33,7 @@ def train(run: Run) -> None:
 
             switch.give_to(trainer)  # the engine sleeps, the trainer comes back
             batch = trainer.prepare(groups)  # refuses rollouts of another policy version
-            run.algorithm.estimate_advantages(batch)
+            run.algorithm.estimate_advantages(batch, trainer.memory)
             metrics = trainer.update(batch)
 
             if evaluation.is_due(run.evaluation, trainer.version, run.num_steps):

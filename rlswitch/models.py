@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from rlswitch.batching import completion_positions, completion_tokens
+from rlswitch import lora
+from rlswitch.batching import completion_tokens, lay_out
 from rlswitch.config import ModelConfig, Run
 from rlswitch.options import did_you_mean
 from rlswitch.tasks import BUILTIN
@@ -25,20 +26,19 @@ LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to
 class Critic(nn.Module):
     """A value model: the policy's backbone with a scalar head that starts at zero."""
 
-    def __init__(self, backbone: PreTrainedModel):
+    def __init__(self, backbone: nn.Module, packed: bool):
         super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.config.get_text_config().hidden_size, 1)
+        self.backbone, self.packed = backbone, packed
+        self.head = nn.Linear(lora.base_of(backbone).config.get_text_config().hidden_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: Batch) -> Tensor:
         """Value [B, T] of the state before each completion token."""
-        hidden = self.backbone(
-            input_ids=batch.token_ids, attention_mask=batch.attention_mask
-        ).last_hidden_state
-        values = self.head(hidden).squeeze(-1).float()
-        return values.gather(1, completion_positions(batch)) * batch.mask
+        layout = lay_out(batch, self.packed)
+        hidden = self.backbone(**layout.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        values = self.head(hidden[layout.positions]).squeeze(-1).float()
+        return layout.spread(values, batch)
 
 
 def resolve_model(config: ModelConfig, say: Callable[[str], None]) -> str:
@@ -89,31 +89,49 @@ def refuse_longer_than_context(run: Run, path: str) -> None:
         )
 
 
-def load_policy(config: ModelConfig, path: str) -> PreTrainedModel:
-    """The causal language model in float32: bfloat16 alone would lose updates at small learning rates."""
-    return _load(AutoModelForCausalLM, config, path)
+def load_policy(config: ModelConfig, path: str, frozen_dtype: torch.dtype) -> nn.Module:
+    """The causal language model in float32: bfloat16 alone would lose updates at small learning rates.
+
+    With LoRA the weights themselves are never updated: they are in `frozen_dtype`, the adapters in float32.
+    """
+    if config.lora_rank == 0:
+        return load_causal(config, path, torch.float32)
+    return lora.add_adapters(load_causal(config, path, frozen_dtype), config, causal=True)
 
 
-def load_critic(config: ModelConfig, path: str) -> Critic:
-    return Critic(_load(AutoModel, config, path))
+def load_causal(config: ModelConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
+    return _load(AutoModelForCausalLM, config, path, dtype)
 
 
-def policy_logprobs(model: nn.Module, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
+def load_critic(config: ModelConfig, path: str, frozen_dtype: torch.dtype, packed: bool) -> Critic:
+    """A value model as load_policy loads the policy: with LoRA only adapters and head are trained."""
+    if config.lora_rank == 0:
+        return Critic(_load(AutoModel, config, path, torch.float32), packed)
+    backbone = _load(AutoModel, config, path, frozen_dtype)
+    return Critic(lora.add_adapters(backbone, config, causal=False), packed)
+
+
+def policy_logprobs(
+    model: nn.Module, batch: Batch, temperature: float, packed: bool = False
+) -> tuple[Tensor, Tensor]:
     """Log-probability and entropy of each completion token, both [B, T], zero on padding.
 
     Taken at the sampling temperature, as the engine reports them with processed_logprobs.
     """
-    first = int(batch.prompt_lengths.min()) - 1
-    keep = batch.token_ids.shape[1] - first
-    logits = model(input_ids=batch.token_ids, attention_mask=batch.attention_mask, logits_to_keep=keep).logits
-    first = batch.token_ids.shape[1] - logits.shape[1]  # 0 for a model that ignores logits_to_keep
-    rows, columns = batch.mask.nonzero(as_tuple=True)
-    chosen = logits[rows, completion_positions(batch)[rows, columns] - first]  # [N, V]
-    logprobs, entropy = token_statistics(chosen, completion_tokens(batch)[rows, columns], temperature)
-    shape = batch.mask.shape
-    empty = torch.zeros(shape, dtype=torch.float32, device=logits.device)
-    index = (rows, columns)
-    return empty.index_put(index, logprobs), empty.index_put(index, entropy)
+    layout = lay_out(batch, packed)
+    width = layout.inputs["input_ids"].shape[1]
+    # The logits of prompts are never looked at: packed, only those of completions are computed.
+    keep = layout.positions if packed else width - int(batch.prompt_lengths.min()) + 1
+    logits = model(**layout.inputs, logits_to_keep=keep, use_cache=False).logits
+    if logits.shape[1] == width:  # all: a model that ignores logits_to_keep
+        chosen = logits.flatten(0, 1)[layout.positions]  # [N, V]
+    elif packed:
+        chosen = logits[0]
+    else:
+        chosen = logits[layout.rows, layout.positions % width - (width - logits.shape[1])]
+    targets = completion_tokens(batch)[layout.rows, layout.columns]
+    logprobs, entropy = token_statistics(chosen, targets, temperature)
+    return layout.spread(logprobs, batch), layout.spread(entropy, batch)
 
 
 def token_statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -153,15 +171,21 @@ def _statistics(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Te
     return logprobs, entropy
 
 
-def _load(auto_class: Any, config: ModelConfig, path: str) -> PreTrainedModel:
+def _load(auto_class: Any, config: ModelConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         return auto_class.from_pretrained(
             path,
-            dtype=torch.float32,
+            dtype=dtype,
+            attn_implementation=config.attn_implementation,
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,  # a pickle could run code while it loads
         )
+    except ImportError as error:  # flash_attention_2 without its package
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(

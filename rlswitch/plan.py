@@ -121,13 +121,15 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     weights, own, kv = published // ranks, sizes.ENGINE_OWN[facts.kind], engine.get("kv_cache_memory_bytes")
     if kv is None:
         kv = max(int(engine["gpu_memory_utilization"] * facts.total_bytes) - weights - own, 0)
-    policy, algorithm = 4 * shape.parameters, run.algorithm
-    critic = 4 * (shape.backbone + shape.hidden + 1) if algorithm.needs_critic else 0
-    reference = published if algorithm.needs_reference else 0
+    algorithm = run.algorithm
+    policy = Trained.of(shape.parameters, shape.adapters, itemsize)
+    critic = Trained.of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
+    critic = critic if algorithm.needs_critic else Trained(0, 0)
+    reference = published if algorithm.needs_reference and not shape.adapters else 0
     park = run.trainer.park if cuda else "nothing"
     if park == "auto":
-        held = policy + critic + reference
-        park = parked_by_auto(held, 2 * (policy + critic), weights + kv + own, facts.total_bytes)
+        held, states = policy.held + critic.held + reference, 8 * (policy.learned + critic.learned)
+        park = parked_by_auto(held, states, weights + kv + own, facts.total_bytes)
     mixed = cuda and engine["dtype"] == "bfloat16"  # as in trainer.py
     tokens, checkpointing = sizes.largest_micro_batch(run), run.trainer.gradient_checkpointing
     activations = shape.activation_bytes(tokens, 2 if mixed else 4, checkpointing)
@@ -135,8 +137,8 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
     in_memory = 2 * published if directory == SHM else 0
     rows = [
-        *_trained("policy", policy, park),
-        *_trained("critic", critic, park),
+        *policy.rows("policy", park),
+        *critic.rows("critic", park),
         Row.of_trainer(f"reference, {engine['dtype']}", reference, park == "everything"),
         Row("activations and logits (estimate)", 0, activations),
         Row(f"engine weights, {engine['dtype']}", weights, min(keeps, weights)),
@@ -174,10 +176,24 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     return plan
 
 
-def _trained(name: str, size: int, park: str) -> Iterator[Row]:
-    yield Row.of_trainer(f"{name} parameters, float32", size, park == "everything")
-    yield Row(f"{name} gradients, float32", 0, size)
-    yield Row.of_trainer(f"{name} Adam states, float32", 2 * size, park != "nothing")
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a network takes that is trained, whole or by adapters."""
+
+    held: int
+    """Bytes of all its parameters."""
+    learned: int
+    """How many parameters have gradients: all, or the adapters' and a head's. They are in float32."""
+
+    @classmethod
+    def of(cls, parameters: int, adapters: int, itemsize: int, head: int = 0) -> Trained:
+        learned = (adapters or parameters) + head
+        return cls(4 * learned + (itemsize * parameters if adapters else 0), learned)
+
+    def rows(self, name: str, park: str) -> Iterator[Row]:
+        yield Row.of_trainer(f"{name} parameters", self.held, park == "everything")
+        yield Row(f"{name} gradients, float32", 0, 4 * self.learned)
+        yield Row.of_trainer(f"{name} Adam states, float32", 8 * self.learned, park != "nothing")
 
 
 def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:

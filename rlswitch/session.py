@@ -25,6 +25,7 @@ from rlswitch.ledger import Ledger
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.rewards.scorer import Scorer
+from rlswitch.schedule import refuse_unfit_schedule
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
 from rlswitch.types import Batch, ConfigError, Group, Prompt
@@ -149,6 +150,8 @@ def open_session(run: Run) -> Iterator[Session]:
         if resumed:
             checkpoint.restore(resumed, trainer)
             monitor.say(f"resumed from {resumed} at step {state.step}")
+        if trainer.updates_once:
+            monitor.say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
         switch.give_to(trainer)
         gc.collect()
         gc.freeze()  # a million objects of imported libraries: not worth a look at every hand-over
@@ -184,6 +187,7 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
     scorer = build_scorer(run)
     model_path = resolve_model(run.model, say)
     refuse_longer_than_context(run, model_path)
+    refuse_unfit_schedule(run)
     tokenizer = load_tokenizer(run.model, model_path)
     prompts, held_out = load_prompts(run, tokenizer, say)
     first = prompts.take(8)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlswitch.config import ModelConfig, Run
 from rlswitch.device import Device
+from rlswitch.lora import add_adapters
 from rlswitch.models import LOGITS_AT_ONCE
 from rlswitch.types import ConfigError
 
@@ -80,6 +81,8 @@ class ModelShape:
     parameters: int
     backbone: int
     """Parameters without the language-model head: what a critic is made of."""
+    adapters: int
+    """Parameters of the LoRA adapters; 0 without any."""
     layers: int
     hidden: int
     heads: int
@@ -93,10 +96,13 @@ class ModelShape:
         """Builds the model on the meta device: names and shapes, no weights."""
         model = _empty_model(config)
         text = model.config.get_text_config()
-        heads = text.num_attention_heads
+        heads, parameters, backbone = text.num_attention_heads, _count(model), _count(model.base_model)
+        if config.lora_rank:
+            model = add_adapters(model, config, causal=True)
         return cls(
-            parameters=_count(model),
-            backbone=_count(model.base_model),
+            parameters=parameters,
+            backbone=backbone,
+            adapters=_count(model) - parameters,
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
             heads=heads,

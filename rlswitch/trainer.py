@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel
 
+from rlswitch import lora
+from rlswitch.algorithms.base import Memory
 from rlswitch.algorithms.losses import token_weights, value_loss
 from rlswitch.algorithms.mismatch import mismatch_metrics
 from rlswitch.batching import micro_batches, minibatches, to_batch
@@ -22,14 +24,22 @@ from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.base import request_seed
 from rlswitch.ledger import Ledger
-from rlswitch.models import load_critic, load_policy, policy_logprobs, sequence_logprobs
+from rlswitch.models import (
+    load_causal,
+    load_critic,
+    load_policy,
+    policy_logprobs,
+    sequence_logprobs,
+)
 from rlswitch.parking import Parking
+from rlswitch.reference import FrozenModel, OtherAdapter, Reference
+from rlswitch.schedule import build_schedule
 from rlswitch.types import Batch, Canary, Group, PolicyWeights, RLSwitchError, SwitchError
 from rlswitch.weights import Publisher
 
 
 class Trainer:
-    """Owns the trained weights and their version: the number of finished steps."""
+    """Owns the trained weights, their version (the number of finished steps), and the algorithm's memory."""
 
     name = "trainer"
 
@@ -48,21 +58,23 @@ class Trainer:
         self.publisher, self.engine_dtype = publisher, engine_dtype
         self.pad_token_id, self.canary = pad_token_id, canary
         self.version = 0
+        self.memory: Memory = {}
         self.published: PolicyWeights | None = None
         mixed = "bf16" if device.kind == "cuda" and engine_dtype == torch.bfloat16 else "no"
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=device.kind == "cpu")
-        self.policy = load_policy(run.model, model_path)
+        with torch.random.fork_rng():  # adapters start at random: the same ones from the same seed
+            torch.manual_seed(run.seed)
+            self.policy = load_policy(run.model, model_path, engine_dtype)
+            self.critic = (
+                load_critic(run.model, model_path, engine_dtype, run.trainer.packing)
+                if run.algorithm.needs_critic
+                else None
+            )
         if run.trainer.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable()
-        self.reference = self._frozen(model_path) if run.algorithm.needs_reference else None
-        self.critic = load_critic(run.model, model_path) if run.algorithm.needs_critic else None
+            self._checkpoint_gradients()
+        self.reference = self._load_reference(model_path) if run.algorithm.needs_reference else None
         self.optimizer = self._build_optimizer()
-        self.schedule = get_scheduler(
-            {"constant": "constant_with_warmup"}.get(run.trainer.lr_schedule, run.trainer.lr_schedule),
-            self.optimizer,
-            num_warmup_steps=run.trainer.warmup_steps,
-            num_training_steps=run.num_steps * run.trainer.epochs * run.trainer.minibatches,
-        )
+        self.schedule = build_schedule(run, self.optimizer)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
         if self.critic is not None:
             self.critic = self.accelerator.prepare(self.critic)
@@ -92,7 +104,7 @@ class Trainer:
                 self.ledger.between(self.name, "rollout engine"),
                 self.ledger.phase("publish", [os.getpid()]) as phase,
             ):
-                model = self.accelerator.unwrap_model(self.policy).eval()
+                model = self.unwrapped_policy.eval()
                 with self.accelerator.autocast():
                     logprobs = sequence_logprobs(model, self.canary)
                 canary = Canary(sequences=self.canary, logprobs=logprobs)
@@ -100,11 +112,17 @@ class Trainer:
                 phase.bytes = self.published.nbytes
         return self.published
 
+    @property
+    def unwrapped_policy(self) -> PreTrainedModel:
+        """The policy as it was loaded, with its adapters if it has any, without accelerate's wrapping."""
+        return self.accelerator.unwrap_model(self.policy)
+
     # -- training ------------------------------------------------------------------------------
 
     def prepare(self, groups: Sequence[Group]) -> Batch:
         """Tensors with old and reference log-probabilities and values, at the current version.
 
+        With `updates_once` the old log-probabilities are left to the update, which computes them anyway.
         Raises SwitchError when a rollout was sampled from another version of the policy.
         """
         with self.ledger.work("prepare"):
@@ -117,12 +135,13 @@ class Trainer:
                             " be wrong; publish and generate again"
                         )
             batch = to_batch(groups, self.pad_token_id, self.device.torch)
-            batch.old_logprobs = self._evaluate(batch, lambda rows: self._logprobs(rows)[0])
+            if not self.updates_once:
+                batch.old_logprobs = self._evaluate(batch, lambda rows: self._logprobs(rows)[0])
             if self.reference is not None:
-                reference = self.reference
-                batch.reference_logprobs = self._evaluate(
-                    batch, lambda rows: self._logprobs(rows, reference)[0]
-                )
+                with self.reference.model() as reference:
+                    batch.reference_logprobs = self._evaluate(
+                        batch, lambda rows: self._logprobs(rows, reference)[0]
+                    )
             if self.critic is not None:
                 batch.values = self._evaluate(batch, self.critic)
             return batch
@@ -130,21 +149,41 @@ class Trainer:
     def update(self, batch: Batch) -> dict[str, float]:
         """Every pass and minibatch of one step; the version goes up by one. Returns its metrics."""
         config, totals = self.run.trainer, Totals()
+        if self.updates_once:
+            batch.old_logprobs = torch.zeros_like(batch.rollout_logprobs)  # filled in by the one pass
         with self.ledger.work("update"):
             # Checkpointing works in training mode only; dropout would make the ratios wrong.
             self.policy.train(self.run.trainer.gradient_checkpointing)
             for epoch in range(config.epochs):
                 seed = request_seed(self.run.seed, self.version, -1, epoch)
                 for rows in minibatches(len(batch), config.minibatches, seed):
-                    self._step(batch.rows(rows.to(self.device.torch)), totals)
+                    self._step(batch, rows.to(self.device.torch), totals)
             self.policy.eval()
         metrics = totals.means() | self._batch_metrics(batch)
         self.version += 1
+        if self.reference is not None:
+            metrics["actor/kl_coef"] = self.run.algorithm.current_kl_coef(self.memory)
+            self.run.algorithm.end_step(self.memory, metrics["actor/kl_ref"], len(batch))
+            refresh = self.run.algorithm.reference_refresh
+            if refresh and self.version % refresh == 0:
+                self.reference.refresh()
         return metrics
 
-    def _step(self, minibatch: Batch, totals: Totals) -> None:
-        """One optimizer step. Gradients are sums over tokens weighted once for the whole minibatch."""
-        algorithm = self.run.algorithm
+    @property
+    def updates_once(self) -> bool:
+        """Whether the policy is still what sampled when the one gradient of a step is taken.
+
+        The ratio is then 1 by definition, so old log-probabilities need no pass of their own: exact.
+        """
+        config = self.run.trainer
+        return config.epochs == config.minibatches == 1 and not self.run.algorithm.needs_old_logprobs
+
+    def _step(self, batch: Batch, chosen: Tensor, totals: Totals) -> None:
+        """One optimizer step on the rollouts `chosen` [N] of the batch.
+
+        Gradients are sums over tokens weighted once for the whole minibatch.
+        """
+        algorithm, minibatch = self.run.algorithm, batch.rows(chosen)
         counted = minibatch.mask
         if algorithm.mask_truncated:
             counted = counted & ~minibatch.truncated[:, None]
@@ -152,10 +191,13 @@ class Trainer:
             counted, algorithm.loss_aggregation, self.run.rollout.max_new_tokens
         )
         losses: dict[str, float] = defaultdict(float)
-        for index in micro_batches(minibatch, self.run.trainer.micro_batch_tokens):
+        for index in self._micro_batches(minibatch):
             rows = minibatch.rows(index)
             logprobs, entropy = self._logprobs(rows)
-            loss, metrics = algorithm.policy_loss(rows, logprobs, entropy)
+            if self.updates_once:
+                rows.old_logprobs = logprobs.detach()
+                batch.old_logprobs[chosen[index], : logprobs.shape[1]] = rows.old_logprobs
+            loss, metrics = algorithm.policy_loss(rows, logprobs, entropy, self.memory)
             policy_loss = (loss * rows.weights).sum()
             self.accelerator.backward(policy_loss)
             losses["actor/pg_loss"] += policy_loss.item()
@@ -172,7 +214,7 @@ class Trainer:
         losses["actor/grad_norm"] = self._clip(self.policy)
         if self.critic is not None:
             losses["critic/grad_norm"] = self._clip(self.critic)
-        losses["actor/lr"] = self.schedule.get_last_lr()[0]
+        losses["actor/lr"] = float(self.schedule.get_last_lr()[0])
         self._refuse_non_finite(losses)
         self.optimizer.step()
         self.schedule.step()
@@ -181,13 +223,20 @@ class Trainer:
 
     def _logprobs(self, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         with self.accelerator.autocast():
-            return policy_logprobs(model or self.policy, batch, self.run.rollout.temperature)
+            config = self.run
+            return policy_logprobs(
+                model or self.policy, batch, config.rollout.temperature, config.trainer.packing
+            )
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Tensor]:
+        config = self.run.trainer
+        return micro_batches(batch, config.micro_batch_tokens, config.packing)
 
     def _evaluate(self, batch: Batch, score) -> Tensor:
         """`score` of every row [B, T] without gradients, by micro-batches."""
         result = torch.zeros(batch.mask.shape, device=batch.mask.device)
         with torch.no_grad(), self.accelerator.autocast():
-            for index in micro_batches(batch, self.run.trainer.micro_batch_tokens):
+            for index in self._micro_batches(batch):
                 values = score(batch.rows(index))
                 result[index, : values.shape[1]] = values.float()
         return result
@@ -214,15 +263,24 @@ class Trainer:
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.run.trainer.max_grad_norm)
         return float(norm)
 
-    def _frozen(self, model_path: str) -> nn.Module:
-        model = load_policy(self.run.model, model_path).eval().requires_grad_(False)
-        return model.to(self.device.torch, self.engine_dtype)
+    def _load_reference(self, model_path: str) -> Reference:
+        if self.run.model.lora_rank:
+            return OtherAdapter(self.policy)
+        frozen = load_causal(self.run.model, model_path, self.engine_dtype)
+        frozen.to(self.device.torch)
+        return FrozenModel(frozen, self.policy)
+
+    def _checkpoint_gradients(self) -> None:
+        base = lora.base_of(self.policy)
+        base.gradient_checkpointing_enable()
+        if base is not self.policy:
+            base.enable_input_require_grads()  # frozen embeddings would cut the adapters' gradients off
 
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.run.trainer
-        groups = [{"params": list(self.policy.parameters()), "lr": config.lr}]
+        groups = [{"params": trained(self.policy), "lr": config.lr}]
         if self.critic is not None:
-            groups.append({"params": list(self.critic.parameters()), "lr": config.critic_lr})
+            groups.append({"params": trained(self.critic), "lr": config.critic_lr})
         return torch.optim.AdamW(
             groups,
             betas=(config.adam_beta1, config.adam_beta2),
@@ -231,7 +289,13 @@ class Trainer:
         )
 
     def _parts(self) -> Iterator[nn.Module]:
-        yield from (part for part in (self.policy, self.critic, self.reference) if part is not None)
+        yield from (part for part in (self.policy, self.critic) if part is not None)
+        if self.reference is not None:
+            yield from self.reference.parts
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 class Totals:

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
+from rlswitch import lora
 from rlswitch.fingerprint import named_fingerprints, total_fingerprint
 from rlswitch.types import Canary, ConfigError, PolicyWeights
 
@@ -35,17 +35,15 @@ class Publisher:
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner_tag()}-", dir=parent))
         self.published: list[Path] = []
 
-    def publish(
-        self, model: PreTrainedModel, dtype: torch.dtype, version: int, canary: Canary
-    ) -> PolicyWeights:
-        """Writes `model` in the engine's dtype as safetensors under a path of its own."""
+    def publish(self, model: nn.Module, dtype: torch.dtype, version: int, canary: Canary) -> PolicyWeights:
+        """Writes `model`, adapters merged, in the engine's dtype as safetensors under a path of its own."""
         tensors = cast_state(model, dtype)
         fingerprints = named_fingerprints(tensors.items())  # save_pretrained empties the dict
         path = self.root / f"v{version:06d}"
         for old in self.published[:-1]:  # before writing: room was found for two versions, not three
             shutil.rmtree(old, ignore_errors=True)
         del self.published[:-1]
-        model.save_pretrained(path, state_dict=tensors, safe_serialization=True)
+        lora.base_of(model).save_pretrained(path, state_dict=tensors, safe_serialization=True)
         self.published.append(path)
         return PolicyWeights(
             version=version,
@@ -60,10 +58,10 @@ class Publisher:
         shutil.rmtree(self.root, ignore_errors=True)
 
 
-def cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+def cast_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The checkpoint of `model` by name, floating tensors in `dtype`, a tied tensor once."""
-    tied = set(model.all_tied_weights_keys)
-    state = model.state_dict()
+    tied = set(lora.base_of(model).all_tied_weights_keys)
+    state = lora.merged_state(model)
     return {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
         for name, tensor in state.items()

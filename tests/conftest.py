@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 
 from rlswitch.config import OPTIONS, DataConfig, EngineConfig, ModelConfig, RolloutConfig, Run
@@ -17,6 +18,9 @@ from rlswitch.types import Group, Prompt, Rollout
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+hypothesis.settings.register_profile("rlswitch", deadline=None)  # nothing is timed in a test
+hypothesis.settings.load_profile("rlswitch")
 
 PAD = 12  # of the character tokenizer
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rlswitch.algorithms.advantages import gae, group_relative, rewards_at_last_token, whiten
 from rlswitch.algorithms.grpo import GRPO
-from rlswitch.algorithms.kl import kl_divergence
+from rlswitch.algorithms.kl import adapted_coefficient, kl_divergence
 from rlswitch.algorithms.losses import clipped_surrogate, token_weights, value_loss
-from rlswitch.algorithms.mismatch import mismatch_metrics
+from rlswitch.algorithms.mismatch import correction_weights, mismatch_metrics
 from rlswitch.algorithms.ppo import PPO
 from rlswitch.config import OPTIONS
 from rlswitch.types import Batch
@@ -305,9 +305,9 @@ def test_padding_never_changes_a_value(name: str, lengths: list[int], columns: i
     results = []
     for extra in (0, columns):
         batch = make_batch(lengths, seed, extra)
-        algorithm.estimate_advantages(batch)
+        algorithm.estimate_advantages(batch, {})
         logprobs = padded(noise((len(lengths), max(lengths)), 50) * mask_of(lengths), extra)
-        loss, metrics = algorithm.policy_loss(batch, logprobs, logprobs.abs())
+        loss, metrics = algorithm.policy_loss(batch, logprobs, logprobs.abs(), {})
         sums = [(loss * token_weights(batch.mask, aggregation, 8)).sum() for aggregation in AGGREGATIONS]
         returns = [] if batch.returns is None else [batch.returns[batch.mask]]
         named = [metrics[key][batch.mask] for key in sorted(metrics)]
@@ -334,8 +334,8 @@ def test_what_stands_on_masked_tokens_never_changes_a_value(name: str):
         batch = make_batch([1, 4, 2], 0)
         batch.values = torch.where(batch.mask, batch.values, junk)
         batch.old_logprobs = torch.where(batch.mask, batch.old_logprobs, -junk)
-        algorithm.estimate_advantages(batch)
-        loss, _ = algorithm.policy_loss(batch, noise((3, 4), 9), noise((3, 4), 8))
+        algorithm.estimate_advantages(batch, {})
+        loss, _ = algorithm.policy_loss(batch, noise((3, 4), 9), noise((3, 4), 8), {})
         losses.append(float((loss * token_weights(batch.mask, "token-mean", 8)).sum()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
@@ -343,7 +343,7 @@ def test_what_stands_on_masked_tokens_never_changes_a_value(name: str):
 def test_grpo_gives_every_token_of_a_rollout_its_group_advantage():
     batch = make_batch([2, 3, 1, 3], 0)
     batch.rewards = torch.tensor([0.0, 1.0, 5.0, 5.0])
-    GRPO(scale_by_std=False).estimate_advantages(batch)
+    GRPO(scale_by_std=False).estimate_advantages(batch, {})
     assert batch.advantages.tolist() == [
         [-0.5, -0.5, 0],
         [0.5, 0.5, 0.5],
@@ -354,7 +354,7 @@ def test_grpo_gives_every_token_of_a_rollout_its_group_advantage():
 
 def test_ppo_puts_the_kl_penalty_into_the_reward_that_the_critic_learns():
     batch = make_batch([3, 2], 0)
-    PPO(kl_coef=0.5, kl_estimator="k1", gae_lambda=1.0).estimate_advantages(batch)
+    PPO(kl_coef=0.5, kl_estimator="k1", gae_lambda=1.0).estimate_advantages(batch, {})
     penalty = 0.5 * (batch.old_logprobs - batch.reference_logprobs)
     expected = batch.rewards - (penalty * batch.mask).sum(-1)
     torch.testing.assert_close(batch.returns[:, 0], expected)
@@ -364,9 +364,9 @@ def test_grpo_adds_its_kl_and_entropy_terms_to_the_loss():
     batch = make_batch([3, 2], 0)
     logprobs, entropy = noise((2, 3), 5), noise((2, 3), 6).abs()
     plain, with_terms = GRPO(), GRPO(kl_coef=0.1, entropy_coef=0.2)
-    plain.estimate_advantages(batch)
-    base, _ = plain.policy_loss(batch, logprobs, entropy)
-    loss, metrics = with_terms.policy_loss(batch, logprobs, entropy)
+    plain.estimate_advantages(batch, {})
+    base, _ = plain.policy_loss(batch, logprobs, entropy, {})
+    loss, metrics = with_terms.policy_loss(batch, logprobs, entropy, {})
     torch.testing.assert_close(loss, base + 0.1 * metrics["actor/kl_ref"] - 0.2 * entropy)
 
 
@@ -387,3 +387,94 @@ def test_gradients_of_losses_and_divergences_are_those_of_finite_differences(est
         return loss + critic + kl_divergence(x, advantages, estimator)
 
     assert torch.autograd.gradcheck(objective, (logprobs,))
+
+
+# -- mismatch correction -----------------------------------------------------------------------
+
+
+def weights_of(ratios: list[list[float]], lengths: list[int], kind: str, level: str = "token") -> list:
+    log_ratio = torch.tensor(ratios, dtype=torch.float64).log()
+    mask = mask_of(lengths, len(ratios[0]))
+    return correction_weights(log_ratio, mask, kind=kind, level=level, low=0.5, high=2.0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("tis", [1.0, 0.25, 2.0, 2.0, 0.0]),
+        ("mis", [1.0, 0.25, 2.0, 0.0, 0.0]),
+        ("icepop", [1.0, 0.0, 2.0, 0.0, 0.0]),
+    ],
+)
+def test_mismatch_weights_by_hand(kind: str, expected: list[float]):
+    assert weights_of([[1.0, 0.25, 2.0, 8.0, 1.0]], [4], kind) == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("tis", 2.0), ("mis", 0.0), ("icepop", 0.0)])
+def test_a_completions_weight_is_the_product_of_its_tokens_bounded_once(kind: str, expected: float):
+    found = weights_of([[1.5, 1.5, 9.0], [1.5, 0.5, 1.0]], [2, 3], kind, "sequence")
+    assert found[0] == pytest.approx([expected, expected, 0.0])
+    assert found[1] == pytest.approx([0.75] * 3)
+
+
+@given(lengths=LENGTHS, seed=st.integers(0, 99), kind=st.sampled_from(["tis", "mis", "icepop"]))
+def test_weights_are_bounded_and_constant_to_the_gradient(lengths: list[int], seed: int, kind: str):
+    mask = mask_of(lengths)
+    log_ratio = (30 * noise(mask.shape, seed)).requires_grad_()
+    for level in ("token", "sequence"):
+        found = correction_weights(log_ratio, mask, kind=kind, level=level, low=0.5, high=2.0)
+        assert not found.requires_grad and torch.isfinite(found).all()
+        assert float(found.min()) >= 0 and float(found.max()) <= 2.0
+        assert not found[~mask].any()
+
+
+def test_without_a_mismatch_every_weight_is_one():
+    mask = mask_of([3, 1, 2])
+    for kind in ("tis", "mis", "icepop"):
+        for level in ("token", "sequence"):
+            found = correction_weights(
+                torch.zeros(mask.shape), mask, kind=kind, level=level, low=0.5, high=2.0
+            )
+            assert torch.equal(found, mask.float())
+
+
+def test_a_correction_is_off_unless_asked_for():
+    batch, logprobs = make_batch([2, 3], 0), noise((2, 3), 9)
+    batch.advantages = noise((2, 3), 7)
+    losses = {
+        kind: GRPO(mismatch_correction=kind).policy_loss(batch, logprobs, logprobs * 0, {})
+        for kind in ("off", "mis")
+    }
+    batch.rollout_logprobs = batch.old_logprobs
+    exact, _ = GRPO().policy_loss(batch, logprobs, logprobs * 0, {})
+    torch.testing.assert_close(losses["off"][0], exact)
+    assert not torch.equal(losses["mis"][0], exact)
+    assert "mismatch/weight_mean" in losses["mis"][1] and "mismatch/weight_mean" not in losses["off"][1]
+
+
+# -- the KL coefficient ------------------------------------------------------------------------
+
+
+def test_the_coefficient_moves_towards_its_target_by_hand():
+    assert adapted_coefficient(0.1, kl=0.11, target=0.1, share=1.0) == pytest.approx(0.11)
+    assert adapted_coefficient(0.1, kl=9.0, target=0.1, share=0.5) == pytest.approx(0.1 * 1.1)
+    assert adapted_coefficient(0.1, kl=-9.0, target=0.1, share=0.5) == pytest.approx(0.1 * 0.9)
+
+
+@given(kl=st.floats(-1, 10), share=st.floats(0.001, 5))
+def test_it_rises_above_the_target_falls_below_it_and_never_far_at_once(kl: float, share: float):
+    found = adapted_coefficient(1.0, kl, 0.5, share)
+    assert (found > 1) == (kl > 0.5) or found == 1
+    assert 0.8 - 1e-9 <= found <= 1.2 + 1e-9
+
+
+# -- whitening, for all ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS["algorithm"]))
+def test_any_algorithm_can_whiten_its_advantages(name: str):
+    raw, white = make_batch([3, 1, 4, 2], 0), make_batch([3, 1, 4, 2], 0)
+    OPTIONS["algorithm"][name](whiten_advantages=False).estimate_advantages(raw, {})
+    OPTIONS["algorithm"][name](whiten_advantages=True).estimate_advantages(white, {})
+    torch.testing.assert_close(white.advantages, whiten(raw.advantages, raw.mask))
+    assert not torch.equal(white.advantages, raw.advantages)

@@ -20,6 +20,7 @@ VENDORS = {
     "vllm": {"engines/"},
     "wandb": {"monitor.py"},
     "accelerate": {"trainer.py", "monitor.py"},
+    "peft": {"lora.py"},
 }
 ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}

@@ -59,7 +59,7 @@ def keep_step(tmp_path: Path, build, tiny_model) -> Callable[..., Path]:
 
 def update(trainer: Trainer, make_groups) -> None:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch)
+    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
 
 

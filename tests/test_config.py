@@ -28,18 +28,19 @@ GIVEN = ["model=m", "data=d"]
 TWO_SECTIONS = "unknown setting; did you mean 'checkpoint.every' or 'evaluation.every'?"
 NO_VARIABLE = "environment variable NOPE is not set; set it, or use ${oc.env:NOPE,DEFAULT}"
 SEVERAL = "several values; add -m to try each, or put the value in quotes if it is one"
+NO_NEW_KEY = "unknown setting ('+' makes new keys under engine.vllm and trainer.lr_schedule_kwargs only)"
 MISTAKES = [
     ("trainer.lrr=1", ["trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?"]),
     ("lr=1", ["lr = 1: unknown setting; did you mean 'trainer.lr'?"]),
     ("trainer.every=5", [f"trainer.every = 5: {TWO_SECTIONS}"]),
     (
         "+trainer.lrr=1",
-        [
-            "+trainer.lrr = 1: unknown setting ('+' makes new keys under engine.vllm only);"
-            " did you mean 'trainer.lr'?"
-        ],
+        [f"+trainer.lrr = 1: {NO_NEW_KEY}; did you mean 'trainer.lr'?"],
     ),
-    ("++zzz=1", ["++zzz = 1: unknown setting ('+' makes new keys under engine.vllm only)"]),
+    (
+        "++zzz=1",
+        [f"++zzz = 1: {NO_NEW_KEY}"],
+    ),
     ("+trainer.lr=1", ["+trainer.lr = 1: is a setting already; write trainer.lr=1"]),
     ("~trainer.lr", ["~trainer.lr: a setting cannot be removed; give it another value"]),
     (
@@ -57,7 +58,22 @@ MISTAKES = [
             "engine.vllm.dtype: has a setting of its own; set model.dtype",
         ],
     ),
-    ("trainer.lr_schedule=foo", ["trainer.lr_schedule = foo: not one of constant, linear, cosine"]),
+    ("trainer.kl=1", ["trainer.kl = 1: unknown setting"]),
+    ("model.dtype=foo", ["model.dtype = foo: not one of auto, float32, bfloat16, float16"]),
+    (
+        "algorithm.kl_target=0.1",
+        [
+            "algorithm.kl_target = 0.1: there is no reference while algorithm.kl_coef is 0,"
+            " it would do nothing; set algorithm.kl_coef above 0, or algorithm.kl_target=0"
+        ],
+    ),
+    (
+        "checkpoint.merged=true",
+        [
+            "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole"
+            " already; set model.lora_rank above 0, or checkpoint.merged=false"
+        ],
+    ),
     ("rollout.temperature=1e-12", ["rollout.temperature = 1e-12: must be at least 0.01"]),
     (
         "algorithm.kl_coef=0.1 algorithm.kl_estimator=k1 algorithm.kl_in=loss",
@@ -101,7 +117,7 @@ MISTAKES = [
             "'model': expected key=value",
             "trainer.lr = abc: must be a number",
             "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
-            "+zzz = 1: unknown setting ('+' makes new keys under engine.vllm only)",
+            f"+zzz = 1: {NO_NEW_KEY}",
             "seed = -1: must be at least 0",
             "mode = x: not one of train, plan",
         ],

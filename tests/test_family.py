@@ -47,7 +47,7 @@ def batch_of(logprobs, old, advantages, mask, reference=None):
 
 
 def loss_of(algorithm, logprobs, batch):
-    loss, _ = algorithm.policy_loss(batch, logprobs, torch.zeros_like(logprobs))
+    loss, _ = algorithm.policy_loss(batch, logprobs, torch.zeros_like(logprobs), {})
     return loss
 
 
@@ -78,10 +78,10 @@ def test_reinforce_pp_with_a_group_baseline_is_blind_to_a_constant_reward():
     batch.group = torch.tensor([0, 0, 1, 1])
     algorithm = ReinforcePP(group_baseline=True)
     batch.rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    algorithm.estimate_advantages(batch)
+    algorithm.estimate_advantages(batch, {})
     before = batch.advantages
     batch.rewards = batch.rewards + torch.tensor([5.0, 5.0, -3.0, -3.0])
-    algorithm.estimate_advantages(batch)
+    algorithm.estimate_advantages(batch, {})
     torch.testing.assert_close(batch.advantages, before)
 
 
@@ -130,7 +130,7 @@ def test_kl_goes_into_the_loss_or_into_the_reward_never_both():
     for place in ("loss", "reward"):
         algorithm = GRPO(kl_coef=0.5, kl_in=place)
         changed = not torch.equal(loss_of(algorithm, logprobs, batch), loss_of(plain, logprobs, batch))
-        punished = not torch.equal(algorithm.token_rewards(batch), plain.token_rewards(batch))
+        punished = not torch.equal(algorithm.token_rewards(batch, {}), plain.token_rewards(batch, {}))
         assert (changed, punished) == (place == "loss", place == "reward")
 
 

@@ -33,6 +33,7 @@ CPU = replace(GPU, kind="cpu", name="CPU", total_bytes=16 * GIB, free_bytes=12 *
 ROUND = ModelShape(
     parameters=10**9,
     backbone=9 * 10**8,
+    adapters=0,
     layers=10,
     hidden=1000,
     heads=10,

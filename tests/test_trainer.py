@@ -40,7 +40,7 @@ def build(make_run, make_trainer) -> Callable[..., Trainer]:
 
 def step(trainer: Trainer, groups: list[Group]) -> dict[str, float]:
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch)
+    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     return trainer.update(batch)
 
 
@@ -144,7 +144,7 @@ def test_a_step_without_clipping_or_spread_moves_towards_the_better_completion(b
     trainer = build(trainer={"lr": 1e-3})
     groups = make_groups()
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch)
+    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
     after, _ = policy_logprobs(trainer.policy, batch, 1.0)
     gain = ((after - batch.old_logprobs) * batch.advantages).sum()
@@ -170,7 +170,7 @@ def test_the_first_pass_over_a_batch_has_ratio_one(build, make_groups):
 
 
 def test_the_rollouts_own_logprobs_show_no_mismatch(build, make_groups):
-    trainer = build(rollout={"temperature": 0.7})
+    trainer = build(rollout={"temperature": 0.7}, trainer={"minibatches": 2})
     groups = make_groups()
     batch = trainer.prepare(groups)
     rows = iter(batch.old_logprobs)
@@ -206,7 +206,7 @@ def test_rollouts_of_another_version_are_refused(build, make_groups):
 def test_an_update_that_is_not_finite_is_refused(build, make_groups, algorithm, poison):
     trainer = build(algorithm)
     batch = trainer.prepare(make_groups())
-    trainer.run.algorithm.estimate_advantages(batch)
+    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     batch.advantages[0, 0] = poison
     before = parameters(trainer)
     with pytest.raises(RLSwitchError, match=r"step 1: .*actor/pg_loss.*was not applied"):
@@ -218,7 +218,7 @@ def test_an_update_that_is_not_finite_is_refused(build, make_groups, algorithm, 
 def test_a_broken_critic_stops_the_policys_update_too(build, make_groups):
     trainer = build("ppo")
     batch = trainer.prepare(make_groups())
-    trainer.run.algorithm.estimate_advantages(batch)
+    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     batch.returns[0, 0] = math.nan
     before = parameters(trainer)
     with pytest.raises(RLSwitchError, match="critic/vf_loss = nan"):
@@ -240,7 +240,7 @@ def test_only_what_the_algorithm_needs_is_loaded(build):
     grpo, ppo = build("grpo"), build("ppo", options={"kl_coef": 0.1})
     assert (grpo.critic, grpo.reference) == (None, None)
     assert ppo.critic is not None and ppo.reference is not None
-    assert not any(p.requires_grad for p in ppo.reference.parameters())
+    assert not any(p.requires_grad for part in ppo.reference.parts for p in part.parameters())
     trained = {id(p) for group in ppo.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for part in (ppo.policy, ppo.critic) for p in part.parameters()}
 
@@ -248,9 +248,10 @@ def test_only_what_the_algorithm_needs_is_loaded(build):
 def test_the_reference_stays_while_the_policy_moves(build, make_groups):
     trainer = build("grpo", options={"kl_coef": 0.1}, trainer={"lr": 1e-3})
     assert step(trainer, make_groups())["actor/kl_ref"] == 0
-    frozen = [p.clone() for p in trainer.reference.parameters()]
+    with trainer.reference.model() as reference:
+        frozen = [p.clone() for p in reference.parameters()]
     assert step(trainer, make_groups(version=1))["actor/kl_ref"] > 0
-    assert same(list(trainer.reference.parameters()), frozen)
+    assert same(list(reference.parameters()), frozen)
 
 
 def test_a_new_critic_values_everything_at_zero_and_learns(build, make_groups):

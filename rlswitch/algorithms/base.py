@@ -1,7 +1,9 @@
 """What the trainer asks of an algorithm. It never learns which one it has.
 
 The policy's loss is the same for all of them, with options; what makes an algorithm is how it turns
-rewards into advantages. So a new one is usually one method, and a variant a YAML file.
+rewards into advantages. So a new one is usually one method, and a variant a YAML file. An algorithm
+holds settings only: what it has to remember from step to step lies in a Memory, which the trainer owns
+and checkpoints.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, ClassVar, final
 
 from rlswitch.options import choice, number
 
@@ -18,6 +20,9 @@ if TYPE_CHECKING:
 
     from rlswitch.config import Run
     from rlswitch.types import Batch
+
+Memory = dict[str, float]
+"""What an algorithm remembers between steps, by name: a running baseline, an adapted coefficient."""
 
 
 def needs_siblings(run: Run) -> Iterator[str]:
@@ -32,6 +37,9 @@ def needs_siblings(run: Run) -> Iterator[str]:
 @dataclass(kw_only=True, slots=True)
 class Algorithm(ABC):
     """Settings and maths of one algorithm. Methods return per-token values; the trainer reduces them."""
+
+    needs_critic: ClassVar[bool] = False
+    """Whether the trainer has to keep a value model."""
 
     surrogate: str = choice("clipped", "weighted")
     """clipped: PPO's pessimistic ratio; weighted: CISPO's clipped weight, which drops no token."""
@@ -50,8 +58,23 @@ class Algorithm(ABC):
     kl_estimator: str = choice("k3", "k2", "k1")
     kl_in: str = choice("loss", "reward")
     """Where the KL goes: a term of the loss, or a penalty in the reward of every token."""
+    kl_target: float = number(0.0, at_least=0)
+    """KL per token that the coefficient is steered towards, from kl_coef on; 0: it stays kl_coef."""
+    kl_horizon: int = number(10_000, at_least=1)
+    """Rollouts over which the steering works (kl.adapted_coefficient); fewer: more nervous."""
+    reference_refresh: int = number(0, at_least=0)
+    """The reference becomes a copy of the policy after every so many steps; 0: it stays the first one."""
+    mismatch_correction: str = choice("off", "tis", "mis", "icepop")
+    """Weighs tokens by trainer/rollout probability: truncated, masked above mismatch_max (mis), or
+    masked outside mismatch_min..mismatch_max (icepop); see mismatch.correction_weights."""
+    mismatch_level: str = choice("token", "sequence")
+    """sequence: one weight per completion, the product of its tokens' ratios."""
+    mismatch_max: float = number(2.0, at_least=1)
+    mismatch_min: float = number(0.5, above=0, at_most=1)
     entropy_coef: float = number(0.0, at_least=0)
     """Weight of an entropy bonus."""
+    whiten_advantages: bool = False
+    """Advantages of a step's tokens are shifted and scaled to mean 0 and variance 1."""
     value_clip: float = number(0.2, at_least=0)
     """How far a value may move from the old one before its gradient stops; 0: as far as it likes."""
     mask_truncated: bool = False
@@ -59,22 +82,29 @@ class Algorithm(ABC):
     dynamic_sampling: int = number(0, at_least=0, at_most=100)
     """Rounds of further prompts to replace groups whose rewards are all equal (DAPO); 0: keep them."""
 
-    @property
-    @abstractmethod
-    def needs_critic(self) -> bool:
-        """Whether the trainer has to keep a value model."""
-
     @abstractmethod
     def problems(self, run: Run) -> Iterator[str]:
         """What is impossible about this algorithm in this run, one line each."""
 
     @abstractmethod
-    def estimate_advantages(self, batch: Batch) -> None:
-        """Fills batch.advantages [B, T], and batch.returns [B, T] for a critic."""
+    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+        """Advantage of every token [B, T], zero on padding; with a critic, fills batch.returns too."""
 
     @final
-    def shared_problems(self) -> Iterator[str]:
+    def shared_problems(self, run: Run) -> Iterator[str]:
         """What is impossible about the options that all algorithms share."""
+        if self.whiten_advantages and run.rollout.num_prompts * run.rollout.group_size < 2:
+            yield (
+                "algorithm.whiten_advantages = true: one rollout has no spread to divide by;"
+                " set rollout.num_prompts >= 2 or algorithm.whiten_advantages=false"
+            )
+        if self.kl_coef == 0:
+            for name in ("kl_target", "reference_refresh"):
+                if value := getattr(self, name):
+                    yield (
+                        f"algorithm.{name} = {value}: there is no reference while algorithm.kl_coef is 0,"
+                        f" it would do nothing; set algorithm.kl_coef above 0, or algorithm.{name}=0"
+                    )
         if 0 < self.dual_clip <= 1 + self.ratio_clip_high:
             yield (
                 f"algorithm.dual_clip = {self.dual_clip}: inside the ordinary clip, it would replace it;"
@@ -92,7 +122,35 @@ class Algorithm(ABC):
         return self.kl_coef > 0
 
     @final
-    def token_rewards(self, batch: Batch) -> Tensor:
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether advantages depend on the log-probabilities before the update."""
+        return self.needs_reference and self.kl_in == "reward"
+
+    @final
+    def estimate_advantages(self, batch: Batch, memory: Memory) -> None:
+        """Fills batch.advantages [B, T], and batch.returns [B, T] for a critic."""
+        from rlswitch.algorithms.advantages import whiten
+
+        advantages = self.advantages(batch, memory)
+        batch.advantages = whiten(advantages, batch.mask) if self.whiten_advantages else advantages
+
+    @final
+    def current_kl_coef(self, memory: Memory) -> float:
+        return memory.get("kl_coef", self.kl_coef)
+
+    @final
+    def end_step(self, memory: Memory, kl: float, rollouts: int) -> None:
+        """Steers the KL coefficient: `kl` to the reference per token, over a step of so many rollouts."""
+        from rlswitch.algorithms.kl import adapted_coefficient
+
+        if self.kl_target > 0:
+            memory["kl_coef"] = adapted_coefficient(
+                self.current_kl_coef(memory), kl, self.kl_target, rollouts / self.kl_horizon
+            )
+
+    @final
+    def token_rewards(self, batch: Batch, memory: Memory) -> Tensor:
         """The reward on the last token, and the KL penalty on every token if it is in the reward; [B, T]."""
         from rlswitch.algorithms.advantages import rewards_at_last_token
         from rlswitch.algorithms.kl import kl_divergence
@@ -100,16 +158,17 @@ class Algorithm(ABC):
         rewards = rewards_at_last_token(batch.rewards, batch.mask)
         if self.needs_reference and self.kl_in == "reward":
             kl = kl_divergence(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator)
-            rewards = rewards - self.kl_coef * kl * batch.mask
+            rewards = rewards - self.current_kl_coef(memory) * kl * batch.mask
         return rewards
 
     @final
     def policy_loss(
-        self, batch: Batch, logprobs: Tensor, entropy: Tensor
+        self, batch: Batch, logprobs: Tensor, entropy: Tensor, memory: Memory
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per token [B, T] from the current log-probabilities [B, T], and metrics per token."""
         from rlswitch.algorithms.kl import kl_divergence
         from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
+        from rlswitch.algorithms.mismatch import correction_weights
 
         log_ratio = logprobs - batch.old_logprobs
         if self.ratio_level == "sequence":
@@ -119,10 +178,22 @@ class Algorithm(ABC):
             loss, metrics = weighted_surrogate(logprobs, log_ratio, batch.advantages, **bounds)
         else:
             loss, metrics = clipped_surrogate(log_ratio, batch.advantages, dual_clip=self.dual_clip, **bounds)
+        if self.mismatch_correction != "off":
+            gap = batch.old_logprobs - batch.rollout_logprobs
+            weights = correction_weights(
+                gap,
+                batch.mask,
+                kind=self.mismatch_correction,
+                level=self.mismatch_level,
+                low=self.mismatch_min,
+                high=self.mismatch_max,
+            )
+            loss = loss * weights
+            metrics["mismatch/weight_mean"] = weights
         loss = loss - self.entropy_coef * entropy
         if self.needs_reference:
             kl = kl_divergence(logprobs, batch.reference_logprobs, self.kl_estimator)
             metrics["actor/kl_ref"] = kl
             if self.kl_in == "loss":
-                loss = loss + self.kl_coef * kl
+                loss = loss + self.current_kl_coef(memory) * kl
         return loss, metrics

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlswitch.algorithms.base import Algorithm, needs_siblings
+from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlswitch.config import Run
     from rlswitch.types import Batch
 
@@ -23,16 +25,12 @@ class GRPO(Algorithm):
     scale_by_std: bool = True
     """Divide by the group's standard deviation (False: Dr.GRPO, arXiv:2503.20783)."""
 
-    @property
-    def needs_critic(self) -> bool:
-        return False
-
     def problems(self, run: Run) -> Iterator[str]:
         yield from needs_siblings(run)
 
-    def estimate_advantages(self, batch: Batch) -> None:
+    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
         from rlswitch.algorithms.advantages import group_relative
 
-        rewards = self.token_rewards(batch).sum(-1)
+        rewards = self.token_rewards(batch, memory).sum(-1)
         scores = group_relative(rewards, batch.group, scale_by_std=self.scale_by_std)
-        batch.advantages = scores[:, None] * batch.mask
+        return scores[:, None] * batch.mask

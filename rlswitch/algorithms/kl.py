@@ -10,7 +10,7 @@ from torch import Tensor
 
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate, same shape as its arguments. k1 and k3 are unbiased, k2 and k3 never negative."""
-    assert logprobs.shape == reference_logprobs.shape
+    assert logprobs.shape == reference_logprobs.shape and logprobs.is_floating_point()
     log_ratio = logprobs - reference_logprobs
     if estimator == "k1":
         return log_ratio
@@ -18,3 +18,16 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) 
         return log_ratio**2 / 2
     assert estimator == "k3", estimator
     return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x would round to below zero
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float, share: float) -> float:
+    """The next coefficient of a KL penalty that is to keep the divergence at `target`.
+
+    It moves in proportion to the error, which is bounded to 20 %, and to `share`: the rollouts of the
+    step over the horizon. Source: Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
+
+    Example: adapted_coefficient(0.1, kl=0.3, target=0.1, share=0.5) == 0.1 * (1 + 0.2 * 0.5)
+    """
+    assert target > 0 and share > 0
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * min(share, 1.0))

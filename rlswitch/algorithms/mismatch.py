@@ -1,4 +1,8 @@
-"""How far the engine's log-probabilities are from the trainer's: pure functions of tensors."""
+"""How far the engine's log-probabilities are from the trainer's, and what to do about it.
+
+Pure functions of tensors. Shapes: B rollouts, T completion tokens padded on the right; mask is bool
+[B, T]. Ratios are trainer over rollout, both at the version that sampled.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ def mismatch_metrics(rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: T
     sample size of the ratios as a share of the tokens (1: no mismatch).
     """
     assert rollout_logprobs.shape == trainer_logprobs.shape == mask.shape
+    assert mask.dim() == 2 and mask.dtype == torch.bool
     log_ratio = (trainer_logprobs - rollout_logprobs)[mask].to(torch.float64)
     ratio = log_ratio.exp()
     gap = log_ratio.abs()
@@ -24,3 +29,32 @@ def mismatch_metrics(rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: T
         "mismatch/is_max": float(ratio.max()),
         "mismatch/is_ess": float(ratio.sum() ** 2 / (ratio**2).sum() / ratio.numel()),
     }
+
+
+def correction_weights(
+    log_ratio: Tensor, mask: Tensor, *, kind: str, level: str, low: float, high: float
+) -> Tensor:
+    """What each token's loss is multiplied by so that it counts as the trainer's own sample; [B, T].
+
+    `log_ratio` is log trainer - log rollout. At level "sequence" the ratio is that of the whole
+    completion, on each of its tokens. Constants to the gradient. Kinds:
+    tis: ratio, at most `high` (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
+    Framework Secretly Brings You Off-Policy RL Training");
+    mis: ratio, 0 above `high` (masked importance sampling, Liu et al. 2025, "When Speed Kills
+    Stability");
+    icepop: ratio, 0 outside `low`..`high` (Ling team 2025, arXiv:2510.18855).
+    """
+    assert log_ratio.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
+    assert log_ratio.is_floating_point() and level in ("token", "sequence")
+    log_ratio = log_ratio.detach() * mask
+    if level == "sequence":
+        log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(mask)
+    ratio = log_ratio.exp()
+    if kind == "tis":
+        return ratio.clamp(max=high) * mask
+    kept = ratio <= high
+    if kind == "icepop":
+        kept = kept & (ratio >= low)
+    else:
+        assert kind == "mis", kind
+    return torch.where(kept & mask, ratio, torch.zeros_like(ratio))

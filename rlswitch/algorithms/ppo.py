@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from rlswitch.algorithms.base import Algorithm
+from rlswitch.algorithms.base import Algorithm, Memory
 from rlswitch.options import choice, number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlswitch.config import Run
     from rlswitch.types import Batch
 
@@ -22,30 +24,24 @@ class PPO(Algorithm):
     arXiv:1909.08593), so that the critic sees it too.
     """
 
+    needs_critic: ClassVar[bool] = True
+
     kl_in: str = choice("reward", "loss")
     gamma: float = number(1.0, at_least=0, at_most=1)
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
     whiten_advantages: bool = True
 
-    @property
-    def needs_critic(self) -> bool:
-        return True
-
     def problems(self, run: Run) -> Iterator[str]:
-        if self.whiten_advantages and run.rollout.num_prompts * run.rollout.group_size < 2:
-            yield (
-                "algorithm.whiten_advantages = true: one rollout has no spread to divide by;"
-                " set rollout.num_prompts >= 2 or algorithm.whiten_advantages=false"
-            )
+        return iter(())
 
-    def estimate_advantages(self, batch: Batch) -> None:
-        from rlswitch.algorithms.advantages import gae, whiten
+    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+        from rlswitch.algorithms.advantages import gae
 
         advantages, batch.returns = gae(
-            self.token_rewards(batch),
+            self.token_rewards(batch, memory),
             batch.values,
             batch.mask,
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
         )
-        batch.advantages = whiten(advantages, batch.mask) if self.whiten_advantages else advantages
+        return advantages

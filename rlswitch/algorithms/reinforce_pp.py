@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlswitch.algorithms.base import Algorithm, needs_siblings
+from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
 from rlswitch.options import choice, number
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlswitch.config import Run
     from rlswitch.types import Batch
 
@@ -19,30 +21,24 @@ class ReinforcePP(Algorithm):
     """No critic and no group needed: the return to go of every token, normalised over the whole batch."""
 
     kl_in: str = choice("reward", "loss")
+    whiten_advantages: bool = True
     gamma: float = number(1.0, at_least=0, at_most=1)
     group_baseline: bool = False
     """Subtract the group's mean reward first (the paper's REINFORCE++-baseline)."""
 
-    @property
-    def needs_critic(self) -> bool:
-        return False
-
     def problems(self, run: Run) -> Iterator[str]:
         if self.group_baseline:
             yield from needs_siblings(run)
-        elif run.rollout.num_prompts * run.rollout.group_size < 2:
-            yield "rollout.num_prompts = 1: one rollout cannot be normalised over its batch; set at least 2"
 
-    def estimate_advantages(self, batch: Batch) -> None:
+    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
         from rlswitch.algorithms.advantages import (
             discounted_returns,
             group_relative,
             rewards_at_last_token,
-            whiten,
         )
 
-        rewards = self.token_rewards(batch)
+        rewards = self.token_rewards(batch, memory)
         if self.group_baseline:
             centred = group_relative(batch.rewards, batch.group, scale_by_std=False)
             rewards = rewards + rewards_at_last_token(centred - batch.rewards, batch.mask)
-        batch.advantages = whiten(discounted_returns(rewards, batch.mask, gamma=self.gamma), batch.mask)
+        return discounted_returns(rewards, batch.mask, gamma=self.gamma)

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlswitch.algorithms.base import Algorithm, needs_siblings
+from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
 from rlswitch.options import choice
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from rlswitch.config import Run
     from rlswitch.types import Batch
 
@@ -20,15 +22,11 @@ class RLOO(Algorithm):
 
     kl_in: str = choice("reward", "loss")
 
-    @property
-    def needs_critic(self) -> bool:
-        return False
-
     def problems(self, run: Run) -> Iterator[str]:
         yield from needs_siblings(run)
 
-    def estimate_advantages(self, batch: Batch) -> None:
+    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
         from rlswitch.algorithms.advantages import leave_one_out
 
-        scores = leave_one_out(self.token_rewards(batch).sum(-1), batch.group)
-        batch.advantages = scores[:, None] * batch.mask
+        scores = leave_one_out(self.token_rewards(batch, memory).sum(-1), batch.group)
+        return scores[:, None] * batch.mask

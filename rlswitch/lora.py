@@ -1,0 +1,125 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) by peft: train little, push the whole model.
+
+The engine never hears of adapters: a push carries the merged weights, so sleep level 2 loses nothing
+that the next push would not bring, and the engine runs its plain, fast kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlswitch.config import ModelConfig
+from rlswitch.types import ConfigError
+
+ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
+LORA = ".lora_"
+
+
+def add_adapters(model: Any, config: ModelConfig, *, causal: bool) -> PeftModel:
+    """`model` frozen, with trainable float32 adapters that start as no change at all."""
+    try:
+        adapted = get_peft_model(
+            model,
+            LoraConfig(
+                r=config.lora_rank,
+                lora_alpha=config.lora_alpha or 2 * config.lora_rank,  # type: ignore[arg-type]  # 0.5 is fine
+                target_modules=list(config.lora_targets) or "all-linear",
+                bias="none",
+                task_type="CAUSAL_LM" if causal else None,
+            ),
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"model.lora_targets = {config.lora_targets}: {str(error).splitlines()[0]};"
+            " name linear layers of the model, as q_proj, or [] for all of them"
+        ) from error
+    adapted.peft_config[ADAPTER].base_model_name_or_path = config.path
+    return adapted
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model below the adapters, if there are any."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's checkpoint by name with the adapters added in float32; the model is left as it is.
+
+    Merging in place and back would round the frozen weights a little more at every push.
+    """
+    base = base_of(model)
+    if base is model:
+        return model.state_dict()
+    state = {}
+    for name, tensor in base.state_dict().items():
+        if LORA not in name:
+            state[name.replace(".base_layer.", ".")] = tensor
+    with torch.no_grad():
+        for name, layer in base.named_modules():
+            if isinstance(layer, Linear):
+                frozen: Any = layer.get_base_layer().weight
+                state[f"{name}.weight"] = frozen.float() + layer.get_delta_weight(ADAPTER).float()
+    return state
+
+
+def save_adapter(model: PeftModel, directory: Path) -> None:
+    """The adapter as peft writes it: AutoModelForCausalLM.from_pretrained loads it with its base."""
+    # "auto" would ask the hub whether the vocabulary of the base model has grown.
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    (directory / "README.md").unlink(missing_ok=True)  # a model card with nothing in it
+
+
+def load_adapter(model: PeftModel, directory: Path) -> None:
+    """The reverse of save_adapter, into adapters of the same shape. Raises ConfigError for another."""
+    try:
+        result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
+        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if LORA in key)]
+    except (OSError, RuntimeError) as error:
+        wrong = [str(error).splitlines()[0]]
+    if wrong:
+        raise ConfigError(
+            f"resume = {directory.parent}: its adapter does not fit model.lora_rank and"
+            f" model.lora_targets ({wrong[0]}); set what it was trained with, or another output_dir"
+        )
+
+
+def adapter_copy(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of the adapters' tensors by name."""
+    return {name: tensor.detach().clone() for name, tensor in _adapter(model)}
+
+
+@contextmanager
+def adapter_replaced(model: Any, adapter: dict[str, Tensor] | None) -> Iterator[None]:
+    """The model with another adapter, or with none at all, while the context is open."""
+    if adapter is None:
+        with model.disable_adapter():
+            yield
+        return
+    trained = adapter_copy(model)
+    _put(model, adapter)
+    try:
+        yield
+    finally:
+        _put(model, trained)
+
+
+def _put(model: nn.Module, adapter: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, tensor in _adapter(model):
+            tensor.copy_(adapter[name])
+
+
+def _adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from ((name, tensor) for name, tensor in model.named_parameters() if LORA in name)
