@@ -12,6 +12,15 @@ from rlswitch.wording import printable
 WIDTH, HEIGHT = 560, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 8, 24
 MAX_POINTS, MAX_BARS = 240, 110
+LEGEND_COLUMNS = 4
+COLORS = "#3568d4 #d07f1e #3f9152 #9a5fb5 #2f949b #c2413b #7a6a2b #67717e".split()
+STANDALONE_CSS = (
+    "text{font-family:system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}"
+    ".rule{stroke:#e3e7ec}.tick{fill:#67717e;font-size:11px}.title{fill:#1b232d;font-size:13px;font-weight:600}"
+    ".line{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}"
+    ".dots{fill:#ffffff;stroke-width:1.8}"
+    + "".join(f".c{i}{{stroke:{color}}}" for i, color in enumerate(COLORS))
+)
 
 Point = tuple[float, float]
 
@@ -64,6 +73,30 @@ def line_chart(
     body = _grid(axes) + "".join(_line(s, axes) for s in series) + _tooltips(series, axes, x_name)
     legend = [(s.name, s.css) for s in series if not s.faint]
     return _figure(title, body, legend if len(legend) > 1 else [], note)
+
+
+def standalone_chart(title: str, series: Sequence[Series], *, x_name: str) -> str:
+    """Lines over steps as an SVG file of its own: light, with its style, its legend and a white page."""
+    series = [s for s in series if s.points]
+    xs, ys = ([point[i] for s in series for point in s.points] for i in (0, 1))
+    axes = Axes((min(xs), max(xs)), _padded(min(ys), max(ys), False))
+    keys, rows = [], 0
+    for i, s in enumerate(series):
+        column, rows = i % LEGEND_COLUMNS, i // LEGEND_COLUMNS + 1
+        x, y = LEFT + column * (WIDTH - LEFT) / LEGEND_COLUMNS, HEIGHT + 14 + 18 * (rows - 1)
+        keys.append(
+            f'<line class="line {s.css}" x1="{x:.0f}" x2="{x + 16:.0f}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{x + 22:.0f}" y="{y + 4}">{_text(s.name)}</text>'
+        )
+    height = HEIGHT + 26 + 18 * rows
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -22 {WIDTH} {height}" width="{WIDTH}"'
+        f' height="{height}" role="img" aria-label="{_text(title)}"><style>{STANDALONE_CSS}</style>'
+        f'<rect x="0" y="-22" width="{WIDTH}" height="{height}" fill="#ffffff"/>'
+        f'<text class="title" x="{LEFT}" y="-6">{_text(title)}</text>'
+        f'<text class="tick" text-anchor="end" x="{WIDTH - RIGHT}" y="-6">by {_text(x_name)}</text>'
+        f"{_grid(axes)}{''.join(_line(s, axes) for s in series)}{''.join(keys)}</svg>\n"
+    )
 
 
 def stacked_chart(

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from rlswitch import records
 from rlswitch.arguments import Arguments, refuse_broken_environment, run_hydra
+from rlswitch.comparison import write_comparison
 from rlswitch.compose import Setting, Source, compose_run, quoted, read, unique
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG
 from rlswitch.types import ConfigError
@@ -236,6 +237,9 @@ def _summarise(jobs: list[Job], root: Path) -> None:
     # Without a terminal rich assumes 80 columns and would break the overrides apart.
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     console.print(table)
+    if comparison := write_comparison(jobs, root):
+        console.print(comparison)
+        console.print(f"compared in {root}/comparison.md and comparison.svg")
 
 
 def _decimal(value: float | None) -> str:
