@@ -121,11 +121,8 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
     weights, own, kv = published // ranks, sizes.ENGINE_OWN[facts.kind], engine.get("kv_cache_memory_bytes")
     if kv is None:
         kv = max(int(engine["gpu_memory_utilization"] * facts.total_bytes) - weights - own, 0)
-    algorithm = run.algorithm
-    policy = Trained.of(shape.parameters, shape.adapters, itemsize)
-    critic = Trained.of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
-    critic = critic if algorithm.needs_critic else Trained(0, 0)
-    reference = published if algorithm.needs_reference and not shape.adapters else 0
+    policy, critic = Trained.policy(shape, itemsize), Trained.critic(shape, itemsize, run)
+    reference = published if run.algorithm.needs_reference and not shape.adapters else 0
     park = run.trainer.park if cuda else "nothing"
     if park == "auto":
         held, states = policy.held + critic.held + reference, 8 * (policy.learned + critic.learned)
@@ -186,7 +183,17 @@ class Trained:
     """How many parameters have gradients: all, or the adapters' and a head's. They are in float32."""
 
     @classmethod
-    def of(cls, parameters: int, adapters: int, itemsize: int, head: int = 0) -> Trained:
+    def policy(cls, shape: ModelShape, itemsize: int) -> Trained:
+        return cls._of(shape.parameters, shape.adapters, itemsize, head=0)
+
+    @classmethod
+    def critic(cls, shape: ModelShape, itemsize: int, run: Run) -> Trained:
+        if not run.algorithm.needs_critic:
+            return cls(0, 0)
+        return cls._of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
+
+    @classmethod
+    def _of(cls, parameters: int, adapters: int, itemsize: int, head: int) -> Trained:
         learned = (adapters or parameters) + head
         return cls(4 * learned + (itemsize * parameters if adapters else 0), learned)
 
