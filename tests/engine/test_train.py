@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.engine
@@ -149,3 +150,28 @@ def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -
     steps = records(out / "metrics.jsonl")
     saved = out / "checkpoints" / f"step_{steps[-1]['step']:06d}"
     assert saved.is_dir() and steps[-1]["step"] < 500
+
+
+def test_adapters_are_pushed_merged_and_proven(run_train, tmp_path: Path) -> None:
+    """With packing, a KL to the bare model, a mismatch correction and one update a step beside it."""
+    out = tmp_path / "run"
+    words = [
+        *("recipe=grpo", *SMALL, "num_steps=2", "evaluation.every=0", f"output_dir={out}"),
+        *("model.lora_rank=8", "checkpoint.merged=true", "trainer.packing=true", "trainer.minibatches=1"),
+        *("trainer.warmup_steps=0", "trainer.lr=3e-3", "algorithm.kl_coef=0.01", "algorithm.kl_target=0.05"),
+        "algorithm.mismatch_correction=tis",
+    ]
+    printed = run_train(*words).stdout
+    assert "not recomputed" in printed
+    first, second = records(out / "metrics.jsonl")
+    for record in (first, second):
+        assert record["switch/verified"] == 1
+        assert 0 < record["mismatch/logp_abs_diff_max"] <= 1e-3
+        assert record["mismatch/weight_mean"] == pytest.approx(1, abs=1e-3)
+        assert record["actor/ratio_mean"] == 1
+    assert first["actor/kl_ref"] == 0 < second["actor/kl_ref"], "the second rollouts are by other weights"
+    saved = out / "checkpoints" / "step_000002"
+    adapted, merged = (AutoModelForCausalLM.from_pretrained(saved / name) for name in ("policy", "merged"))
+    tokens = torch.tensor([[13, 1, 2, 10, 3, 4, 11]])
+    logits = [model(input_ids=tokens).logits for model in (adapted, merged)]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
