@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from rlswitch.algorithms.base import Algorithm
 from rlswitch.algorithms.grpo import GRPO
 from rlswitch.algorithms.ppo import PPO
+from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
 from rlswitch.options import Leaf, choice, field_problems, leaves_of, number
@@ -225,7 +226,13 @@ NEEDED_BY_PROOF = (
 """Arguments of vLLM without which a push could not be proven."""
 
 OPTIONS: dict[str, dict[str, type]] = {
-    "algorithm": {"ppo": PPO, "grpo": GRPO, "rloo": RLOO, "reinforce_pp": ReinforcePP},
+    "algorithm": {
+        "ppo": PPO,
+        "grpo": GRPO,
+        "rloo": RLOO,
+        "reinforce_pp": ReinforcePP,
+        "reinforce": Reinforce,
+    },
     "engine": {"local": EngineConfig},
 }
 """What can be chosen by name: one line here makes a new algorithm or engine an option."""

@@ -1,0 +1,34 @@
+"""REINFORCE with a running mean of the reward as its baseline (Williams 1992)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlswitch.algorithms.base import Algorithm, Memory
+from rlswitch.options import number
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlswitch.config import Run
+    from rlswitch.types import Batch
+
+
+@dataclass(kw_only=True, slots=True)
+class Reinforce(Algorithm):
+    """The baseline comes from earlier steps, so it needs neither siblings nor a critic."""
+
+    baseline_decay: float = number(0.9, at_least=0, below=1)
+    """Share of the baseline that a step keeps; 0: the baseline is the mean reward of the last step."""
+
+    def problems(self, run: Run) -> Iterator[str]:
+        yield from ()
+
+    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+        scores = self.token_rewards(batch, memory).sum(-1)
+        mean = scores.mean().item()
+        baseline = memory.get("baseline", mean)
+        memory["baseline"] = self.baseline_decay * baseline + (1 - self.baseline_decay) * mean
+        return (scores - baseline)[:, None] * batch.mask
