@@ -161,6 +161,7 @@ class Trainer:
             self.policy.eval()
         metrics = totals.means() | self._batch_metrics(batch)
         self.version += 1
+        metrics |= {f"algorithm/{name}": value for name, value in self.memory.items()}
         if self.reference is not None:
             metrics["actor/kl_coef"] = self.run.algorithm.current_kl_coef(self.memory)
             self.run.algorithm.end_step(self.memory, metrics["actor/kl_ref"], len(batch))

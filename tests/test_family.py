@@ -13,6 +13,7 @@ from torch import Tensor
 from rlswitch.algorithms.advantages import discounted_returns, gae, group_relative, leave_one_out
 from rlswitch.algorithms.grpo import GRPO
 from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
+from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.compose import Source, compose_run
 from rlswitch.loop import collect
@@ -202,3 +203,19 @@ def test_without_dynamic_sampling_every_group_is_kept_in_order():
     asked, session = session_with([DULL, USEFUL, DULL, DULL], rounds=0, wanted=4)
     assert [group.prompt.index for group in collect(session)] == [0, 1, 2, 3]
     assert asked == [4]
+
+
+# -- the worked example of CONTRIBUTING.md -----------------------------------------------------
+
+
+def test_the_baseline_of_reinforce_is_the_running_mean_of_earlier_steps():
+    algorithm, memory, seen = Reinforce(baseline_decay=0.75), {}, []
+    mask = torch.tensor([[True, True], [True, False]])
+    for rewards in ([1.0, 3.0], [4.0, 0.0], [0.0, 0.0]):
+        batch = batch_of(noise((2, 2)), noise((2, 2)), None, mask)
+        batch.rewards = torch.tensor(rewards)
+        algorithm.estimate_advantages(batch, memory)
+        seen.append(batch.advantages.tolist())
+    # baselines: its own mean 2; 0.75 x 2 + 0.25 x 2 = 2; 2 again
+    assert seen == [[[-1, -1], [1, 0]], [[2, 2], [-2, 0]], [[-2, -2], [-2, 0]]]
+    assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}

@@ -24,7 +24,7 @@ class Reinforce(Algorithm):
     """Share of the baseline that a step keeps; 0: the baseline is the mean reward of the last step."""
 
     def problems(self, run: Run) -> Iterator[str]:
-        yield from ()
+        return iter(())
 
     def advantages(self, batch: Batch, memory: Memory) -> Tensor:
         scores = self.token_rewards(batch, memory).sum(-1)
