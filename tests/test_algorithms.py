@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,15 @@ AGGREGATIONS = (
     "seq-mean-token-sum-norm",
 )
 LENGTHS = st.lists(st.integers(1, 6), min_size=2, max_size=5)
+VARIANTS = st.sampled_from(
+    [
+        {},
+        {"ratio_level": "sequence", "dual_clip": 3.0},
+        {"surrogate": "weighted", "kl_in": "reward"},
+        {"mismatch_correction": "icepop", "whiten_advantages": True},
+        {"mismatch_correction": "tis", "mismatch_level": "sequence", "kl_estimator": "k2"},
+    ]
+)
 
 
 def mask_of(lengths: list[int], width: int = 0) -> Tensor:
@@ -239,6 +249,24 @@ def test_expectations_of_k1_and_k3_are_the_kl_divergence_and_of_k2_nearly():
     assert expected["k2"] == pytest.approx(exact, rel=0.05)
 
 
+@given(seed=st.integers(0, 99))
+def test_the_expectations_of_k1_k2_and_k3_agree_to_second_order(seed: int):
+    """Halve the step from reference to policy: the KL falls to a quarter, what sets them apart to an eighth."""
+    q, direction = noise((6,), seed).log_softmax(0), noise((6,), seed + 1)
+
+    def expected(step: float) -> dict[str, float]:
+        p = (q + step * direction).log_softmax(0)
+        return {k: float((p.exp() * kl_divergence(p, q, k)).sum()) for k in ("k1", "k2", "k3")}
+
+    whole, half = expected(0.02), expected(0.01)
+    for found in (whole, half):
+        assert found["k1"] == pytest.approx(found["k3"], rel=1e-6)
+    assert whole["k1"] / half["k1"] == pytest.approx(4, rel=0.1)
+    apart, closer = (abs(found["k2"] - found["k1"]) for found in (whole, half))
+    assert apart <= 0.05 * whole["k1"]
+    assert closer <= apart / 6 + 1e-9
+
+
 @pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
 def test_k2_and_k3_are_never_negative_in_float32_either(scale: float):
     logprobs, reference = (noise((40, 50)) * scale).float(), torch.zeros(40, 50)
@@ -299,9 +327,11 @@ def make_batch(lengths: list[int], seed: int, columns: int = 0) -> Batch:
 
 @pytest.mark.parametrize("name", sorted(OPTIONS["algorithm"]))
 @settings(max_examples=25)
-@given(lengths=LENGTHS, columns=st.integers(1, 4), seed=st.integers(0, 99))
-def test_padding_never_changes_a_value(name: str, lengths: list[int], columns: int, seed: int):
-    algorithm = OPTIONS["algorithm"][name](kl_coef=0.1, entropy_coef=0.1)
+@given(lengths=LENGTHS, columns=st.integers(1, 4), seed=st.integers(0, 99), options=VARIANTS)
+def test_padding_never_changes_a_value(
+    name: str, lengths: list[int], columns: int, seed: int, options: dict[str, Any]
+):
+    algorithm = OPTIONS["algorithm"][name](kl_coef=0.1, entropy_coef=0.1, **options)
     results = []
     for extra in (0, columns):
         batch = make_batch(lengths, seed, extra)
