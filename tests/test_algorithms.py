@@ -251,7 +251,7 @@ def test_expectations_of_k1_and_k3_are_the_kl_divergence_and_of_k2_nearly():
 
 @given(seed=st.integers(0, 99))
 def test_the_expectations_of_k1_k2_and_k3_agree_to_second_order(seed: int):
-    """Halve the step from reference to policy: the KL falls to a quarter, what sets them apart to an eighth."""
+    """Halve the step from the reference: the KL falls to a quarter, what sets them apart to an eighth."""
     q, direction = noise((6,), seed).log_softmax(0), noise((6,), seed + 1)
 
     def expected(step: float) -> dict[str, float]:
