@@ -135,6 +135,7 @@ def open_session(run: Run) -> Iterator[Session]:
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
         ledger = Ledger(device, output_dir, state.step)
         ledger.on_phase = monitor.phase
+        inputs.scorer.say = monitor.say
         publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
         monitor.phase("engine start")
