@@ -169,7 +169,7 @@ class Run:
     seed: int = number(0, at_least=0, below=2**32)
     resume: str = "auto"
     """auto: from the newest valid checkpoint in output_dir; never; or the path of a checkpoint."""
-    mode: str = choice("train", "plan")
+    mode: str = choice("train", "plan", "rewards")
     logger: list[str] = field(default_factory=lambda: ["wandb"])
     """Trackers of accelerate by name: wandb (offline without a key), tensorboard, ...; [] for none."""
     project: str = "rlswitch"

@@ -182,22 +182,25 @@ def listen_for_signals(stack: ExitStack) -> list[str]:
 
 def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
     """Model directory, tokenizer, prompts and rewards. Raises ConfigError, and has made nothing then."""
-    scorer = build_scorer(run)
-    model_path = resolve_model(run.model, say)
-    refuse_longer_than_context(run, model_path)
-    tokenizer = load_tokenizer(run.model, model_path)
-    prompts, held_out = load_prompts(run, tokenizer, say)
-    first = prompts.take(8)
-    scorer.check([*first, *held_out])
-    refuse_missing_features(run)
-    return Inputs(
-        model_path=model_path,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        held_out=held_out,
-        scorer=scorer,
-        first=first,
-    )
+    with ExitStack() as undo:
+        scorer = build_scorer(run)
+        undo.callback(scorer.close)
+        model_path = resolve_model(run.model, say)
+        refuse_longer_than_context(run, model_path)
+        tokenizer = load_tokenizer(run.model, model_path)
+        prompts, held_out = load_prompts(run, tokenizer, say)
+        first = prompts.take(8)
+        scorer.check([*first, *held_out])
+        refuse_missing_features(run)
+        undo.pop_all()
+        return Inputs(
+            model_path=model_path,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            held_out=held_out,
+            scorer=scorer,
+            first=first,
+        )
 
 
 def start_engine(

@@ -83,7 +83,7 @@ MISTAKES = [
     ("trainer.lr=${model.path}", ["trainer.lr = ${model.path}: must be a number"]),
     ("trainer.lr=-1", ["trainer.lr = -1.0: must be greater than 0"]),
     ("trainer.lr=nan", ["trainer.lr = nan: must be a finite number"]),
-    ("mode=trian", ["mode = trian: not one of train, plan; did you mean 'train'?"]),
+    ("mode=trian", ["mode = trian: not one of train, plan, rewards; did you mean 'train'?"]),
     (
         "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",
         [
@@ -103,7 +103,7 @@ MISTAKES = [
             "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
             "+zzz = 1: unknown setting ('+' makes new keys under engine.vllm only)",
             "seed = -1: must be at least 0",
-            "mode = x: not one of train, plan",
+            "mode = x: not one of train, plan, rewards",
         ],
     ),
 ]
