@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -175,6 +177,44 @@ def test_close_ends_what_is_still_at_work_and_its_files(scorer, tmp_path):
     with pytest.raises(RewardError):
         scorer.collect(pending)
     assert not Path(note.read_text()).exists()
+
+
+def test_a_killed_trainer_takes_its_workers_along(tmp_path):
+    note = tmp_path / "note"
+    (tmp_path / "mine.py").write_text(
+        "import os, time\n"
+        "def hang(prompts, **columns):\n"
+        f"    open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}\\n')\n"
+        "    time.sleep(1000)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(tmp_path / "mine.py")])
+    while not (note.exists() and note.read_text().endswith("\n")):
+        assert trainer.poll() is None
+        os.sched_yield()
+    family = [psutil.Process(int(pid)) for pid in note.read_text().split()]
+    trainer.kill()
+    trainer.wait()
+    assert len(family) == 2 and not psutil.wait_procs(family, timeout=60)[1]
+
+
+TRAINER = """
+import sys
+from rlswitch.config import RewardConfig
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.types import Group, Prompt, Rollout
+prompt = Prompt(index=0, messages="x", token_ids=[1])
+rollout = Rollout(prompt=prompt, sample=0, token_ids=[1], logprobs=[0.0], text="", finish_reason="stop",
+                  policy_version=0)
+Scorer(RewardConfig(functions=[sys.argv[1] + ":hang"])).score([Group(prompt=prompt, rollouts=[rollout])])
+"""
+
+
+def test_a_signal_to_every_process_of_the_job_loses_no_row(scorer):
+    body = "os.kill(os.getppid(), signal.SIGTERM)\nos.kill(os.getppid(), signal.SIGUSR1)"
+    scorer = scorer(body)
+    groups = step(0)
+    scorer.score(groups)
+    assert not any(group.failed for group in groups)
 
 
 def test_more_errors_than_allowed_stop_the_run_and_change_nothing(scorer):

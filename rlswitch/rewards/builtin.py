@@ -48,10 +48,13 @@ def make_format(settings: Settings) -> Format:
 def make_code(settings: Settings) -> CodeReward:
     limits = Limits(seconds=min(10.0, settings.timeout_s / 2), memory_bytes=settings.memory_bytes)
     try:
-        return CodeReward(Sandbox(limits, settings.allow_unsandboxed))
+        sandbox = Sandbox(limits, settings.allow_unsandboxed)
     except SandboxError as error:
         raise ConfigError(
             f"reward.functions = code: {error}; what the model writes would run with this user's rights and"
             " network; allow namespaces (containers: --security-opt seccomp=unconfined), or set"
             " reward.allow_unsandboxed=true to run it under limits only"
         ) from error
+    if sandbox.missing:
+        print(f"warning: reward.allow_unsandboxed: programs run under limits only: {sandbox.missing}")
+    return CodeReward(sandbox)

@@ -60,6 +60,8 @@ def main() -> None:
     status = int(sys.argv[1])
     spec: Spec = json.loads(_read_line(0))
     os.set_inheritable(status, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)  # a scheduler sends them to every process of a job
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, not to init
     directory = Path(tempfile.mkdtemp(prefix="rlswitch-"))
     try:

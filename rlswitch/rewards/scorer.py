@@ -144,7 +144,7 @@ class Scorer:
         for line in lines[:NAMED]:
             self.say(f"warning: {line}; left out")
         if lines[NAMED:]:
-            self.say(f"warning: {len(lines) - NAMED} more left out, under `errors` in rollouts.jsonl")
+            self.say(f"warning: {len(lines) - NAMED} more rewards could not be had, and were left out")
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """What the scored groups say: rewards, errors, and lengths in tokens."""
@@ -192,7 +192,7 @@ class Scorer:
         ends = [0]
         for group in groups:
             ends.append(ends[-1] + len(group.rollouts))
-        share = math.ceil(len(groups) / self._config.workers)
+        share = math.ceil(len(groups) / self._config.workers) or 1
         chunks = [
             tuple(range(ends[i], ends[min(i + share, len(groups))])) for i in range(0, len(groups), share)
         ]

@@ -149,3 +149,11 @@ def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -
     steps = records(out / "metrics.jsonl")
     saved = out / "checkpoints" / f"step_{steps[-1]['step']:06d}"
     assert saved.is_dir() and steps[-1]["step"] < 500
+
+
+def test_mode_rewards_scores_gold_answers_and_samples_and_leaves_nothing(run_train, tmp_path) -> None:
+    printed = run_train("recipe=ppo", "mode=rewards", cwd=tmp_path).stdout
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["exact_match", "gold", "answers", "64", "0", "1.000", "1.000", "1.000"] in lines
+    assert [line for line in lines if line[:5] == ["exact_match", "the", "model's", "8", "0"]]
+    assert not list(tmp_path.iterdir())
