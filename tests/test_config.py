@@ -83,6 +83,13 @@ MISTAKES = [
     ("trainer.lr=${model.path}", ["trainer.lr = ${model.path}: must be a number"]),
     ("trainer.lr=-1", ["trainer.lr = -1.0: must be greater than 0"]),
     ("trainer.lr=nan", ["trainer.lr = nan: must be a finite number"]),
+    (
+        "reward.format_pattern='('",
+        [
+            "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at"
+            " position 0); set one that a whole completion has to match"
+        ],
+    ),
     ("mode=trian", ["mode = trian: not one of train, plan, rewards; did you mean 'train'?"]),
     (
         "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",

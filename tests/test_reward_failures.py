@@ -217,6 +217,16 @@ def test_a_signal_to_every_process_of_the_job_loses_no_row(scorer):
     assert not any(group.failed for group in groups)
 
 
+def test_a_worker_that_dies_between_two_steps_loses_no_row(scorer, tmp_path):
+    pid = tmp_path / "pid"
+    scorer = scorer(f"open({str(pid)!r}, 'w').write(str(os.getpid()))")
+    scorer.score(step(0))
+    psutil.Process(int(pid.read_text())).kill()
+    groups = step()
+    scorer.score(groups)
+    assert not any(group.failed for group in groups)
+
+
 def test_more_errors_than_allowed_stop_the_run_and_change_nothing(scorer):
     scorer = scorer("raise ValueError('no')", max_error_rate=0.1)
     scorer.score(step(1, 2))

@@ -186,7 +186,10 @@ class Pool:
 
     def check(self, columns: Sequence[str]) -> list[str]:
         """A line for each function that cannot be called with these columns."""
-        return self._idle[0].ask(("check", list(columns)), LOAD_SECONDS)["problems"]
+        try:
+            return self._idle[0].ask(("check", list(columns)), LOAD_SECONDS)["problems"]
+        except Lost as lost:
+            raise RewardError(f"reward.functions = {self._entries}: the process with them {lost}") from lost
 
     def run(
         self, calls: deque[Call], arguments: Callable[[Sequence[int]], Mapping[str, Any]]
@@ -218,13 +221,12 @@ class Pool:
         self, call: Call, arguments: Callable[[Sequence[int]], Mapping[str, Any]]
     ) -> Iterator[Answer]:
         worker = self._idle.pop() if self._idle else self._start()[0]
-        worker.call = call
+        worker.call, worker.since = call, time.monotonic()
         self._busy.append(worker)
         try:
             worker.send(("score", call.functions, dict(arguments(call.rows))))
         except Lost as lost:
             yield self._give_up(worker, str(lost))
-        worker.since = time.monotonic()
 
     def _collect(self) -> Iterator[Answer]:
         limit = self._settings.timeout_s

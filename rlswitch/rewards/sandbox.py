@@ -2,7 +2,7 @@
 
 own session; own PID, network, IPC and mount namespaces; user nobody, or a user namespace
 CPU seconds, wall seconds, address space, processes, file size, open files, output
-an environment of five variables; no descriptor but the first three
+an environment of six variables; no descriptor but the first three
 a read-only file system of the interpreter and /usr; a /tmp of its own, in memory
 """
 

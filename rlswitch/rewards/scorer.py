@@ -6,7 +6,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice, product
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,7 @@ class Pending:
     """Groups on their way through the reward functions; Scorer.collect waits for them."""
 
     groups: Sequence[Group]
-    rollouts: list[Rollout] = field(default_factory=list)
+    rollouts: list[Rollout]
     scores: Future[Scores]
 
 
