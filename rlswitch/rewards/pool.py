@@ -160,7 +160,7 @@ class Worker:
         last = self._line.decode(errors="replace").strip().splitlines()[-1:]
         status = os.read(self.status, 1 << 16)
         ended = json.loads(status) if status else {}
-        how = f"with exit code {ended['exit']}" if "exit" in ended else "without a word"
+        how = f"with exit code {ended['exit']}" if "exit" in ended else ended.get("refused", "without a word")
         if "signal" in ended:
             how = f"by {signal_name(ended['signal'])}"
         return ": ".join([f"ended its process {how}", *last])[:300]
