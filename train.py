@@ -3,6 +3,7 @@
     python train.py recipe=ppo                           one run
     python train.py recipe=grpo num_steps=20 seed=1      with other settings
     python train.py recipe=ppo mode=plan                 what would be parked, and stop
+    python train.py recipe=ppo mode=rewards              what the rewards say, and stop
     python train.py -m recipe=ppo,grpo seed=1,2          a sweep, a process per job
     python train.py --help                               every choice and every setting
 

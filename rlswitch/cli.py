@@ -59,6 +59,11 @@ def train_once(arguments: Arguments) -> int:
 
         show(run)
         return DONE
+    if run.mode == "rewards":
+        from rlswitch.preview import show as show_rewards
+
+        show_rewards(run)
+        return DONE
     from rlswitch.loop import train  # torch and vLLM come with it
 
     train(run)

@@ -7,6 +7,7 @@ torch or vLLM: a typing mistake is answered before either could have been loaded
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -72,6 +73,18 @@ class RewardConfig:
     """One weight per function; empty: all 1."""
     overlong_buffer: int = number(0, at_least=0)
     """Completions that use the last so many tokens lose up to 1 of their reward (DAPO); 0: none do."""
+    workers: int = number(1, at_least=1)
+    """Processes that the functions run in; each is given whole groups of a step, `code` one program."""
+    timeout_s: float = number(60.0, above=0)
+    """A call of a function that takes longer is killed, and repeated in parts to find the guilty rows."""
+    memory_gib: float = number(4.0, at_least=0.25)
+    """Memory that a worker, and each program in the sandbox, may take."""
+    max_error_rate: float = number(0.1, at_least=0, at_most=1)
+    """Share of a step's rollouts that may have no reward and be left out; more stops the run."""
+    format_pattern: str | None = None
+    """What the built-in `format` asks for: a regular expression for the whole completion."""
+    allow_unsandboxed: bool = False
+    """Run programs that the model wrote where the kernel gives no isolation: with limits only."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -181,7 +194,7 @@ class Run:
     seed: int = number(0, at_least=0, below=2**32)
     resume: str = "auto"
     """auto: from the newest valid checkpoint in output_dir; never; or the path of a checkpoint."""
-    mode: str = choice("train", "plan")
+    mode: str = choice("train", "plan", "rewards")
     logger: list[str] = field(default_factory=lambda: ["wandb"])
     """Trackers of accelerate by name: wandb (offline without a key), tensorboard, ...; [] for none."""
     project: str = "rlswitch"
@@ -310,5 +323,13 @@ def problems(run: Run) -> Iterator[str]:
             "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
             " model.lora_rank above 0, or checkpoint.merged=false"
         )
+    if run.reward.format_pattern is not None:
+        try:
+            re.compile(run.reward.format_pattern)
+        except re.error as error:
+            yield (
+                f"reward.format_pattern = {run.reward.format_pattern}: is no regular expression ({error});"
+                " set one that a whole completion has to match"
+            )
     if not run.reward.functions:
         yield "reward.functions = []: nothing to learn from; name at least one reward function"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rlswitch.config import EvaluationConfig, Run
 from rlswitch.engines.base import Engine
 from rlswitch.ledger import Ledger
-from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import Group, Prompt, Sampling
+from rlswitch.rewards.scorer import Pending, Scorer
+from rlswitch.types import Prompt, Sampling
 
 CORRECT = 1.0
 """A completion is correct when the first reward function gives it at least this much."""
@@ -40,12 +40,12 @@ def evaluate(
         step=engine.version,
     )
     with ledger.work("evaluation"):
-        metrics = {f"val/{name}/acc": _share_solved(engine.generate(held_out, greedy), scorer)}
-        if run.evaluation.num_samples > 1:
-            solved = _share_solved(engine.generate(held_out, sampled), scorer)
-            metrics[f"val/{name}/pass@{run.evaluation.num_samples}"] = solved
+        pending = [(f"val/{name}/acc", scorer.submit(engine.generate(held_out, greedy)))]
+        if run.evaluation.num_samples > 1:  # while the first are being scored
+            key = f"val/{name}/pass@{run.evaluation.num_samples}"
+            pending.append((key, scorer.submit(engine.generate(held_out, sampled))))
         engine.forget_prefixes()  # a resumed run has not just evaluated
-    return metrics
+        return {key: _share_solved(scores, scorer) for key, scores in pending}
 
 
 def dataset_name(path: str) -> str:
@@ -56,10 +56,13 @@ def dataset_name(path: str) -> str:
     return path.rstrip("/").split("/")[-1].split(":")[-1].rsplit(".", 1)[0]
 
 
-def _share_solved(groups: Sequence[Group], scorer: Scorer) -> float:
-    scorer.score(groups)
+def _share_solved(pending: Pending, scorer: Scorer) -> float:
+    """Of the groups of which at least one rollout has a reward."""
+    scorer.collect(pending)
     first = scorer.names[0]
     solved = [
-        any((rollout.rewards.get(first) or 0.0) >= CORRECT for rollout in group.rollouts) for group in groups
+        any((rollout.rewards.get(first) or 0.0) >= CORRECT for rollout in group.rollouts)
+        for group in pending.groups
+        if group.rollouts
     ]
     return sum(solved) / len(solved)

@@ -25,7 +25,7 @@ from rlswitch.console import SAMPLE_EVERY, Sample, View, make_display, stdout_co
 from rlswitch.options import did_you_mean
 from rlswitch.provenance import write_config
 from rlswitch.records import LineFile, Summary, numbers, read, trim
-from rlswitch.types import ConfigError, Group
+from rlswitch.types import ConfigError, Group, Rollout
 from rlswitch.wording import summary_rows
 
 if TYPE_CHECKING:  # accelerate imports torch
@@ -186,25 +186,31 @@ def metrics_record(step: int, values: Mapping[str, float]) -> dict[str, Any]:
 
 
 def rollout_records(step: int, groups: Sequence[Group], advantages: Sequence[float]) -> list[dict[str, Any]]:
+    """One record per rollout; those without a reward come last, with `errors` instead of one."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     assert not advantages or len(advantages) == len(rollouts), "one advantage per rollout"
     records = []
     for i, rollout in enumerate(rollouts):
-        record = {
-            "step": step,
-            "prompt_index": rollout.prompt.index,
-            "sample": rollout.sample,
-            "prompt": rollout.prompt.messages,
-            "completion": rollout.text,
-            "rewards": {name: finite_or_none(value) for name, value in rollout.rewards.items()},
-            "reward": finite_or_none(rollout.reward),
-            "policy_version": rollout.policy_version,
-            "finish_reason": rollout.finish_reason,
-        }
+        record = rollout_record(step, rollout) | {"reward": finite_or_none(rollout.reward)}
         if advantages:
             record["advantage"] = finite_or_none(advantages[i])
         records.append(record)
-    return records
+    failed = [rollout for group in groups for rollout in group.failed]
+    return [*records, *(rollout_record(step, it) | {"errors": it.errors} for it in failed)]
+
+
+def rollout_record(step: int, rollout: Rollout) -> dict[str, Any]:
+    record = {
+        "step": step,
+        "prompt_index": rollout.prompt.index,
+        "sample": rollout.sample,
+        "prompt": rollout.prompt.messages,
+        "completion": rollout.text,
+        "rewards": {name: finite_or_none(value) for name, value in rollout.rewards.items()},
+        "policy_version": rollout.policy_version,
+        "finish_reason": rollout.finish_reason,
+    }
+    return record | ({"extra": rollout.extra} if rollout.extra else {})
 
 
 def finite_or_none(value: float) -> float | None:

@@ -136,6 +136,7 @@ def open_session(run: Run) -> Iterator[Session]:
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
         ledger = Ledger(device, output_dir, state.step)
         ledger.on_phase = monitor.phase
+        inputs.scorer.say = monitor.say
         publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
         monitor.phase("engine start")
@@ -184,23 +185,26 @@ def listen_for_signals(stack: ExitStack) -> list[str]:
 
 def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
     """Model directory, tokenizer, prompts and rewards. Raises ConfigError, and has made nothing then."""
-    scorer = build_scorer(run)
-    model_path = resolve_model(run.model, say)
-    refuse_longer_than_context(run, model_path)
-    refuse_unfit_schedule(run)
-    tokenizer = load_tokenizer(run.model, model_path)
-    prompts, held_out = load_prompts(run, tokenizer, say)
-    first = prompts.take(8)
-    scorer.check([*first, *held_out])
-    refuse_missing_features(run)
-    return Inputs(
-        model_path=model_path,
-        tokenizer=tokenizer,
-        prompts=prompts,
-        held_out=held_out,
-        scorer=scorer,
-        first=first,
-    )
+    with ExitStack() as undo:
+        scorer = build_scorer(run)
+        undo.callback(scorer.close)
+        model_path = resolve_model(run.model, say)
+        refuse_longer_than_context(run, model_path)
+        refuse_unfit_schedule(run)
+        tokenizer = load_tokenizer(run.model, model_path)
+        prompts, held_out = load_prompts(run, tokenizer, say)
+        first = prompts.take(8)
+        scorer.check([*first, *held_out])
+        refuse_missing_features(run)
+        undo.pop_all()
+        return Inputs(
+            model_path=model_path,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            held_out=held_out,
+            scorer=scorer,
+            first=first,
+        )
 
 
 def start_engine(

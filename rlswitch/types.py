@@ -39,7 +39,7 @@ class ProofError(RLSwitchError, RuntimeError):
 
 
 class RewardError(RLSwitchError, RuntimeError):
-    """A reward function raised, or returned something that is not one finite number per completion."""
+    """Reward functions could not be called at all, or failed on too many rollouts of a step."""
 
 
 class Preempted(RLSwitchError):
@@ -81,6 +81,10 @@ class Rollout:
     """Raw score by reward function name."""
     reward: float = 0.0
     """The weighted sum of `rewards`, less what shaping took: what the algorithm learns from."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """Why it has no reward, by reward function name; such a rollout is left out of training."""
+    extra: dict[str, str] = field(default_factory=dict)
+    """What reward functions had to say about it (TRL's log_extra), by column."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -89,6 +93,8 @@ class Group:
 
     prompt: Prompt
     rollouts: list[Rollout]
+    failed: list[Rollout] = field(default_factory=list)
+    """Those that no reward could be had for: recorded, never trained on."""
 
     @property
     def is_informative(self) -> bool:

@@ -100,7 +100,14 @@ MISTAKES = [
     ("trainer.lr=${model.path}", ["trainer.lr = ${model.path}: must be a number"]),
     ("trainer.lr=-1", ["trainer.lr = -1.0: must be greater than 0"]),
     ("trainer.lr=nan", ["trainer.lr = nan: must be a finite number"]),
-    ("mode=trian", ["mode = trian: not one of train, plan; did you mean 'train'?"]),
+    (
+        "reward.format_pattern='('",
+        [
+            "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at"
+            " position 0); set one that a whole completion has to match"
+        ],
+    ),
+    ("mode=trian", ["mode = trian: not one of train, plan, rewards; did you mean 'train'?"]),
     (
         "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",
         [
@@ -120,7 +127,7 @@ MISTAKES = [
             "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
             f"+zzz = 1: {NO_NEW_KEY}",
             "seed = -1: must be at least 0",
-            "mode = x: not one of train, plan",
+            "mode = x: not one of train, plan, rewards",
         ],
     ),
 ]

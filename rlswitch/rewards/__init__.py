@@ -1,5 +1,7 @@
 """What a completion is worth: functions with TRL's signature, and the Scorer that calls them.
 
-functions.py holds the built-in ones. To add one, write `def name(prompts, completions, **columns)`
-there, one number (or None: not applicable) per completion, and name it in its BUILTIN table.
+scorer.py, pool.py are the trainer's side; worker.py, resolve.py, builtin.py run in the worker processes,
+keeper.py around them; sandbox.py runs what a model wrote. To add a built-in function, write
+`def name(prompts, completions, **columns)` in functions.py, one number (or None: not applicable) per
+completion, and name it in builtin.py's table.
 """

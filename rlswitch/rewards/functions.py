@@ -1,18 +1,25 @@
-"""The built-in reward functions: pure, on the CPU, with TRL's signature.
+"""The built-in reward functions: on the CPU, with TRL's signature.
 
     prompts        list of strings, or of lists of chat messages
     completions    list of strings, or of [{"role": "assistant", "content": text}]
     **columns      completion_ids (the sampled tokens), and each other column of the dataset
 
 all of one length; the answer has it too. None means not applicable: left out of the weighted sum.
+An exception in the place of a number means that this row has no reward, and why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 Completion = str | list[dict[str, str]]
+MATH_SECONDS = 5.0
+"""For reading one completion and comparing it with the answer; then it has no reward."""
 
 
 def completion_text(completion: Completion) -> str:
@@ -35,5 +42,62 @@ def length(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **co
     return [float(len(token_ids)) for token_ids in completion_ids]
 
 
-BUILTIN: dict[str, Callable[..., Any]] = {"exact_match": exact_match, "length": length}
-"""What reward.functions can name without a module or a file."""
+def math(
+    prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
+) -> list[float | TimeoutError | None]:
+    """1 where the completion's last number or LaTeX expression equals the answer's; else 0.
+
+    By math-verify: 1/2, 0.5 and \\boxed{\\frac{1}{2}} are equal, and what it cannot read or compare is
+    wrong. None where it cannot read the answer itself.
+    """
+    return [_same(completion_text(given), right) for given, right in zip(completions, answer, strict=True)]
+
+
+class Format:
+    """1 where the pattern matches the whole completion, a dot matching line ends too; else 0."""
+
+    def __init__(self, pattern: str):
+        self._pattern = re.compile(pattern, re.DOTALL)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any
+    ) -> list[float]:
+        return [float(bool(self._pattern.fullmatch(completion_text(given)))) for given in completions]
+
+
+class _Late(BaseException):
+    """No Exception: math-verify and sympy swallow those and go on."""
+
+
+def _same(given: str, right: Any) -> float | TimeoutError | None:
+    from math_verify import parse, verify
+
+    for module in ("math_verify.parser", "math_verify.grader"):  # each warns that its own alarm is off
+        logging.getLogger(module).setLevel(logging.ERROR)
+    try:
+        with _alarm(MATH_SECONDS):
+            gold = [] if right is None else parse(str(right), parsing_timeout=None)
+            if not gold:
+                return None
+            return float(verify(gold, parse(given, parsing_timeout=None), timeout_seconds=None))
+    except _Late:
+        return TimeoutError(f"{MATH_SECONDS:g} s were not enough")
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raises _Late inside when it takes longer. For the main thread, which a worker calls functions in.
+
+    math-verify's own time-out counts as a wrong answer, and cannot be told from one.
+    """
+
+    def ring(*_: object) -> None:
+        raise _Late
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

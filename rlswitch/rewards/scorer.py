@@ -1,166 +1,271 @@
-"""Call the reward functions on a step's rollouts, and refuse what is not one number per rollout."""
+"""What the rollouts of a step are worth, and which of them no reward could be had for."""
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import importlib.util
-import inspect
 import math
-import sys
-import traceback
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import import_module
-from pathlib import Path
+from itertools import islice, product
 from statistics import fmean, pstdev
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import TYPE_CHECKING, Any
 
-from rlswitch.options import did_you_mean
-from rlswitch.rewards.functions import BUILTIN, Completion
+from rlswitch.rewards.builtin import ONE_BY_ONE, Settings
+from rlswitch.rewards.functions import Completion
+from rlswitch.rewards.pool import Answer, Call, Pool
+from rlswitch.rewards.resolve import GIVEN
+from rlswitch.rewards.worker import shown
 from rlswitch.types import ConfigError, Group, Prompt, RewardError, Rollout
 
 if TYPE_CHECKING:
     from rlswitch.config import RewardConfig
 
-_GIVEN = ("prompts", "completions", "completion_ids")
-_OWN = ("prompt", "completion", *_GIVEN)
+OWN = ("prompt", "completion", *GIVEN)
 """No column of the dataset is passed by one of these names, as in TRL."""
+PARTS = 8
+"""A call that fails is repeated in so many parts, and a part of it again, down to single rollouts."""
+RETRY_TIMEOUTS = 8.0
+"""So many times reward.timeout_s may go into that in one step; then what is left has no reward."""
+NAMED, CAUSES = 5, 3
+"""So many rollouts without a reward are named on the console at a time, so many in a RewardError."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Function:
-    name: str
-    """What its metrics are called by."""
-    entry: str
-    """Its entry in reward.functions."""
-    call: Callable[..., Any]
-    weight: float
+@dataclass(kw_only=True, slots=True)
+class Scores:
+    """What the functions said about some rollouts, by row and name."""
 
-    @property
-    def is_async(self) -> bool:
-        call = self.call
-        return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
-            getattr(call, "__call__", None)  # noqa: B004  (an object with an async __call__)
-        )
+    rewards: list[dict[str, float]]
+    errors: list[dict[str, str]]
+    extra: list[dict[str, str]]
+    retried: float = 0.0
+    """Seconds spent on parts of calls that failed."""
+    gave_up: bool = False
+    """Too many errors: the rest was not asked any more."""
+
+    def count_errors(self) -> int:
+        return sum(map(bool, self.errors))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pending:
+    """Groups on their way through the reward functions; Scorer.collect waits for them."""
+
+    groups: Sequence[Group]
+    rollouts: list[Rollout]
+    scores: Future[Scores]
 
 
 class Scorer:
-    """The reward functions of a run, resolved and checked by name at construction."""
+    """The reward functions of a run, in processes of their own.
 
-    def __init__(self, config: RewardConfig):
-        weights = config.weights or [1.0] * len(config.functions)
+    Example: `pending = scorer.submit(groups)`, something else meanwhile, `scorer.collect(pending)`
+    """
+
+    def __init__(self, config: RewardConfig, say: Callable[[str], None] = print):
+        """Starts a worker. Raises ConfigError for what is no function, or cannot be run safely."""
+        self.say = say
+        """Takes the lines for the console: rollouts without a reward, and what functions print."""
+        self._config = config
+        self._weights = config.weights or [1.0] * len(config.functions)
         problems = [
             f"reward.weights = {config.weights}: {weight} is not a finite number"
-            for weight in weights
+            for weight in self._weights
             if not math.isfinite(weight)
         ]
-        self._functions: list[_Function] = []
-        for entry, weight in zip(config.functions, weights, strict=True):
-            try:
-                name, call = _resolve(entry)
-            except ConfigError as error:
-                problems += error.problems
-            else:
-                unique = _unique(name, [other.name for other in self._functions])
-                self._functions.append(_Function(unique, entry, call, weight))
+        settings = Settings(
+            format_pattern=config.format_pattern,
+            timeout_s=config.timeout_s,
+            memory_bytes=int(config.memory_gib * 2**30),
+            allow_unsandboxed=config.allow_unsandboxed,
+        )
+        try:
+            self._pool = Pool(config.functions, settings, config.workers, lambda line: self.say(line))
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            if problems:
+                self._pool.close()
         if problems:
             raise ConfigError(*problems)
-        # One event loop for all steps: a client that a function keeps is bound to its first one
-        self._runner = asyncio.Runner()
+        # A thread of its own, so that deadlines are kept while this one generates.
+        self._thread = ThreadPoolExecutor(1, "rewards")
 
     def close(self) -> None:
-        """Ends the event loop of the async functions."""
-        self._runner.close()
+        """Ends the workers, and what they have started."""
+        self._pool.stop()
+        self._thread.shutdown(cancel_futures=True)
+        self._pool.close()
 
     @property
     def names(self) -> list[str]:
         """What the functions are called in Rollout.rewards and in the metrics, in their order."""
-        return [function.name for function in self._functions]
+        return self._pool.names
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError where a function cannot be called with the columns of `prompts`."""
         columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
-        passed = _passed(columns)
         problems = [
             f"data.path: column '{name}' has the name of an argument of reward functions; rename it"
             for name in columns
-            if name in _GIVEN
+            if name in GIVEN
         ]
-        for function in self._functions:
-            try:
-                # a C function has no signature (ValueError): its first call will tell
-                with suppress(ValueError):
-                    inspect.signature(function.call).bind(**dict.fromkeys((*_GIVEN, *passed)))
-            except TypeError as error:
-                problems.append(
-                    f"reward.functions = {function.entry}: cannot be called ({error}); it gets"
-                    f" {', '.join((*_GIVEN, *passed))}; let it take the unnamed as **columns"
-                )
+        problems += self._pool.check(_passed(columns))
         if problems:
             raise ConfigError(*problems)
 
     def score(self, groups: Sequence[Group]) -> None:
-        """Fill `rewards` and `reward` of every rollout, or raise RewardError and fill nothing."""
+        """`submit` and `collect` in one."""
+        self.collect(self.submit(groups))
+
+    def submit(self, groups: Sequence[Group]) -> Pending:
+        """Sends the groups to the reward functions, and returns at once."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        if not rollouts:
-            return
-        returned = self._call_all(rollouts)
-        scores = [
-            _numbers(function, result, rollouts)
-            for function, result in zip(self._functions, returned, strict=True)
-        ]
-        for rollout, row in zip(rollouts, zip(*scores, strict=True), strict=True):
-            if all(score is None for score in row):
-                raise RewardError(
-                    f"no reward for {_row(rollout)}: {', '.join(self.names)} returned None;"
-                    " leave such rows out of the dataset, or return a number"
-                )
-        for rollout, row in zip(rollouts, zip(*scores, strict=True), strict=True):
-            given = [(f, x) for f, x in zip(self._functions, row, strict=True) if x is not None]
-            rollout.rewards = {function.name: score for function, score in given}
-            rollout.reward = math.fsum(function.weight * score for function, score in given)
+        scores = self._thread.submit(self._ask, groups, rollouts)
+        return Pending(groups=groups, rollouts=rollouts, scores=scores)
+
+    def collect(self, pending: Pending) -> None:
+        """Fills in `rewards` and `reward`; a rollout without moves to the `failed` of its group.
+
+        Raises RewardError, and changes nothing, when more than reward.max_error_rate have none, or all.
+        """
+        scores = pending.scores.result()
+        self._refuse_too_many(pending.rollouts, scores)
+        weights = dict(zip(self.names, self._weights, strict=True))
+        rows = zip(pending.rollouts, scores.rewards, scores.errors, scores.extra, strict=True)
+        for rollout, rewards, errors, extra in rows:
+            rollout.errors, rollout.extra = errors, extra
+            rollout.rewards = {name: rewards[name] for name in self.names if name in rewards}
+            rollout.reward = math.fsum(weights[name] * score for name, score in rollout.rewards.items())
+        for group in pending.groups:
+            group.failed += [rollout for rollout in group.rollouts if rollout.errors]
+            group.rollouts = [rollout for rollout in group.rollouts if not rollout.errors]
+        lines = [self._line(*it, rollout) for rollout in pending.rollouts for it in rollout.errors.items()]
+        for line in lines[:NAMED]:
+            self.say(f"warning: {line}; left out")
+        if lines[NAMED:]:
+            self.say(f"warning: {len(lines) - NAMED} more rewards could not be had, and were left out")
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """What the scored groups say: rewards, and lengths in tokens."""
+        """What the scored groups say: rewards, errors, and lengths in tokens."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
+        failed = [rollout for group in groups for rollout in group.failed]
         assert rollouts, "no rollouts to describe"
         rewards = [rollout.reward for rollout in rollouts]
         result = {
             "reward/mean": fmean(rewards),
             "reward/std": pstdev(rewards),
             "reward/frac_zero_std": fmean(
-                len({rollout.reward for rollout in group.rollouts}) == 1 for group in groups
+                len({rollout.reward for rollout in group.rollouts}) == 1 for group in groups if group.rollouts
             ),
-            "reward/error_rate": 0.0,  # an error stops the run
+            "reward/error_rate": len(failed) / (len(rollouts) + len(failed)),
         }
+        errors = Counter(name for rollout in failed for name in rollout.errors)
         for name in self.names:
             given = [rollout.rewards[name] for rollout in rollouts if name in rollout.rewards]
             if given:
-                result[f"reward/{name}/mean"] = fmean(given)
+                result |= {f"reward/{name}/mean": fmean(given), f"reward/{name}/std": pstdev(given)}
+            result[f"reward/{name}/error_rate"] = errors[name] / (len(rollouts) + len(failed))
         return result | length_metrics(groups)
 
-    def _call_all(self, rollouts: Sequence[Rollout]) -> list[Any]:
-        """What each function returns, in their order; the async ones run together."""
-        results: dict[str, Any] = {}
-        for function in self._functions:
-            if not function.is_async:
-                with _blaming(function):
-                    results[function.name] = function.call(**_arguments(rollouts))
+    def _ask(self, groups: Sequence[Group], rollouts: Sequence[Rollout]) -> Scores:
+        """Calls every function on every rollout, and again on parts where that fails."""
+        scores = Scores(
+            rewards=[{} for _ in rollouts], errors=[{} for _ in rollouts], extra=[{} for _ in rollouts]
+        )
+        calls = deque(self._first_calls(groups))
+        for answer in self._pool.run(calls, lambda rows: _arguments([rollouts[row] for row in rows])):
+            if answer.call.after:
+                scores.retried += answer.seconds
+            calls.extendleft(reversed(self._take(answer, scores)))
+            self._give_up(calls, scores)
+        for rewards, errors in zip(scores.rewards, scores.errors, strict=True):
+            if not rewards and not errors and not scores.gave_up:
+                errors[self.names[0]] = (
+                    "returned None, as every function did (leave such rows out of the dataset, or return a"
+                    " number)"
+                )
+        return scores
 
-        async def call(function: _Function) -> None:
-            with _blaming(function):
-                results[function.name] = await function.call(**_arguments(rollouts))
+    def _first_calls(self, groups: Sequence[Group]) -> Iterable[Call]:
+        """Whole groups, one call for each worker; the async functions share theirs."""
+        ends = [0]
+        for group in groups:
+            ends.append(ends[-1] + len(group.rollouts))
+        share = math.ceil(len(groups) / self._config.workers) or 1
+        chunks = [
+            tuple(range(ends[i], ends[min(i + share, len(groups))])) for i in range(0, len(groups), share)
+        ]
+        waiting = tuple(i for i, is_async in enumerate(self._pool.is_async) if is_async)
+        alone = [(i,) for i, is_async in enumerate(self._pool.is_async) if not is_async]
+        for functions in [*alone, *filter(None, [waiting])]:
+            one_by_one = self._config.functions[functions[0]] in ONE_BY_ONE
+            for rows in [(row,) for row in range(ends[-1])] if one_by_one else chunks:
+                if rows:
+                    yield Call(functions=functions, rows=rows)
 
-        async def gather() -> None:
-            await asyncio.gather(*(call(f) for f in self._functions if f.is_async))
+    def _take(self, answer: Answer, scores: Scores) -> list[Call]:
+        """Notes down what an answer says; the calls to make because of what it does not say."""
+        call = answer.call
+        if answer.results is None and len(call.functions) > 1:
+            return [Call(functions=(f,), rows=call.rows, after=answer.lost) for f in call.functions]
+        results: list[dict[str, Any]] = answer.results or [{"error": answer.lost}]
+        again: list[Call] = []
+        for function, result in zip(call.functions, results, strict=True):
+            name = self.names[function]
+            if "error" in result:
+                again += self._again(function, call.rows, result["error"], scores)
+                continue
+            bad = dict(result["bad"])
+            for i, row in enumerate(call.rows):
+                if i in bad:
+                    scores.errors[row][name] = bad[i]
+                elif (score := result["scores"][i]) is not None:
+                    scores.rewards[row][name] = score
+                scores.extra[row] |= {column: values[i] for column, values in result["extra"].items()}
+        return again
 
-        if any(function.is_async for function in self._functions):
-            self._runner.run(gather())
-        return [results[name] for name in self.names]
+    def _again(self, function: int, rows: Sequence[int], why: str, scores: Scores) -> list[Call]:
+        if len(rows) == 1:
+            scores.errors[rows[0]][self.names[function]] = why
+            return []
+        parts = iter(rows)
+        size = math.ceil(len(rows) / PARTS)
+        return [
+            Call(functions=(function,), rows=part, after=why)
+            for part in iter(lambda: tuple(islice(parts, size)), ())
+        ]
+
+    def _give_up(self, calls: deque[Call], scores: Scores) -> None:
+        """Drops the calls that are not worth making: the step is lost already, or the budget is."""
+        scores.gave_up |= scores.count_errors() > self._config.max_error_rate * len(scores.errors)
+        if scores.gave_up:
+            calls.clear()
+        elif scores.retried > RETRY_TIMEOUTS * self._config.timeout_s:
+            for call in [call for call in calls if call.after]:
+                calls.remove(call)
+                why = f"{call.after} (it or another of {len(call.rows)} that were tried together)"
+                for function, row in product(call.functions, call.rows):
+                    scores.errors[row].setdefault(self.names[function], why)
+
+    def _refuse_too_many(self, rollouts: Sequence[Rollout], scores: Scores) -> None:
+        count, limit = scores.count_errors(), self._config.max_error_rate
+        if count <= limit * len(rollouts) and (count < len(rollouts) or not rollouts):
+            return
+        lines = [
+            self._line(name, why, rollout)
+            for rollout, errors in zip(rollouts, scores.errors, strict=True)
+            for name, why in errors.items()
+        ]
+        at_least = "at least " if scores.gave_up else ""
+        raise RewardError(
+            f"{at_least}{count} of {len(rollouts)} rollouts have no reward, more than reward.max_error_rate ="
+            f" {limit:g} allows: {'; '.join(lines[:CAUSES])}{'; ...' if lines[CAUSES:] else ''}"
+        )
+
+    def _line(self, name: str, why: str, rollout: Rollout) -> str:
+        entry = self._config.functions[self.names.index(name)]
+        return f"reward '{entry}' {why} for {_row(rollout)}"
 
 
 def length_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -178,37 +283,18 @@ def length_metrics(groups: Sequence[Group]) -> dict[str, float]:
     }
 
 
-# ---- calling
-
-
-@contextmanager
-def _blaming(function: _Function) -> Iterator[None]:
-    """Turn what the function raises into a RewardError that says which function, and where."""
-    try:
-        yield
-    except Exception as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        raise RewardError(
-            f"reward '{function.entry}' raised {type(error).__name__}: {error}"
-            f" (at {Path(last.filename).name}:{last.lineno})"
-        ) from error
-
-
 def _passed(columns: Iterable[str]) -> list[str]:
-    return [name for name in columns if name not in _OWN]
+    return [name for name in columns if name not in OWN]
 
 
 def _arguments(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-    """TRL's keyword arguments, one value per rollout.
-
-    A copy for every call: a function that edits a message in place must not edit the dataset.
-    """
+    """TRL's keyword arguments, one value per rollout."""
     prompts = [rollout.prompt for rollout in rollouts]
-    shared = {name: [p.columns[name] for p in prompts] for name in _passed(prompts[0].columns)}
     return {
-        **copy.deepcopy({"prompts": [prompt.messages for prompt in prompts], **shared}),
+        "prompts": [prompt.messages for prompt in prompts],
         "completions": [_completion(rollout) for rollout in rollouts],
         "completion_ids": [list(rollout.token_ids) for rollout in rollouts],
+        **{name: [prompt.columns[name] for prompt in prompts] for name in _passed(prompts[0].columns)},
     }
 
 
@@ -218,96 +304,7 @@ def _completion(rollout: Rollout) -> Completion:
     return [{"role": "assistant", "content": rollout.text}]
 
 
-def _numbers(function: _Function, result: Any, rollouts: Sequence[Rollout]) -> list[float | None]:
-    """What a function returned as finite floats, None where it does not apply."""
-    blame = f"reward '{function.entry}' returned"
-    if isinstance(result, str | bytes | Mapping) or not isinstance(result, Iterable):
-        raise RewardError(f"{blame} {_shown(result)}, expected a list of {len(rollouts)} numbers")
-    with _blaming(function):  # it may be a generator
-        values = list(result)
-    if len(values) != len(rollouts):
-        raise RewardError(f"{blame} {len(values)} rewards for {len(rollouts)} completions")
-    scores = [None if value is None else _float(value) for value in values]
-    for value, score, rollout in zip(values, scores, rollouts, strict=True):
-        if score is not None and not math.isfinite(score):
-            raise RewardError(f"{blame} {_shown(value)} for {_row(rollout)}, expected a number")
-    return scores
-
-
-def _float(value: Any) -> float:
-    """The number that `value` is; nan when it is none (a string is none)."""
-    if not isinstance(value, SupportsFloat):
-        return math.nan
-    try:
-        return float(value)
-    except Exception:  # an array of many elements, an integer beyond the range of floats
-        return math.nan
-
-
 def _row(rollout: Rollout) -> str:
     messages = rollout.prompt.messages
     text = messages if isinstance(messages, str) else messages[-1]["content"]
-    return f"row {rollout.prompt.index}, sample {rollout.sample} (prompt {_shown(text)})"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# ---- finding
-
-
-def _resolve(entry: str) -> tuple[str, Callable[..., Any]]:
-    """The name and the function of an entry of reward.functions."""
-    blame = f"reward.functions = {entry}:"
-    place, colon, name = entry.rpartition(":")
-    if not colon and entry in BUILTIN:
-        return entry, BUILTIN[entry]
-    if not colon:
-        known = f"{', '.join(BUILTIN)}{did_you_mean(entry, BUILTIN)}"
-        what = "no function named" if entry.endswith(".py") else "no such built-in function"
-        raise ConfigError(
-            f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"
-        )
-    if place.endswith(".py") and not Path(place).expanduser().is_file():
-        raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}")
-    try:
-        module = _load_file(Path(place).expanduser()) if place.endswith(".py") else import_module(place)
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
-        what = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"{blame} cannot import '{place}' ({what})") from error
-    call = getattr(module, name, None)
-    if call is None:
-        hint = did_you_mean(name, [key for key, value in vars(module).items() if callable(value)])
-        raise ConfigError(f"{blame} '{place}' has no '{name}'{hint}")
-    if not callable(call) or inspect.isclass(call):
-        raise ConfigError(f"{blame} is a {type(call).__name__}; name a function")
-    return name, call
-
-
-def _load_file(path: Path) -> ModuleType:
-    """The module in a file, run once per process however many functions it gives."""
-    path = path.resolve()
-    name = f"rlswitch_reward_{path.stem}_{zlib.crc32(bytes(path)):08x}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs: dataclasses look their module up by its name
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
-
-
-def _unique(name: str, taken: Sequence[str]) -> str:
-    """`name`, or name_2, name_3, ... when an earlier function has it."""
-    unique, n = name, 1
-    while unique in taken:
-        n += 1
-        unique = f"{name}_{n}"
-    return unique
+    return f"row {rollout.prompt.index}, sample {rollout.sample} (prompt {shown(text)})"

@@ -177,3 +177,11 @@ def test_adapters_are_pushed_merged_and_proven(run_train, tmp_path: Path) -> Non
     tokens = torch.tensor([[13, 1, 2, 10, 3, 4, 11]])
     logits = [model(input_ids=tokens).logits for model in (adapted, merged)]
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_mode_rewards_scores_gold_answers_and_samples_and_leaves_nothing(run_train, tmp_path) -> None:
+    printed = run_train("recipe=ppo", "mode=rewards", cwd=tmp_path).stdout
+    lines = [line.split() for line in printed.splitlines()]
+    assert ["exact_match", "gold", "answers", "64", "0", "1.000", "1.000", "1.000"] in lines
+    assert [line for line in lines if line[:5] == ["exact_match", "the", "model's", "8", "0"]]
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,139 @@
+"""What the rewards say before anything is trained: of the dataset's own answers, and of the base model.
+
+Leaves nothing behind. A reward that does not give the right answers full marks is better found here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from statistics import fmean
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch.config import Run
+from rlswitch.device import Device
+from rlswitch.engines.base import Request, request_seed
+from rlswitch.ledger import Ledger
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.session import Inputs, load_inputs, start_engine
+from rlswitch.types import EngineError, Group, Prompt, Rollout
+from rlswitch.weights import Publisher
+
+ANSWER_COLUMNS = ("answer", "solution", "completion")
+GOLD, SAMPLED, SAMPLES = 64, 4, 2
+"""Rows whose own answer is scored; rows that the model is asked, and how often each."""
+
+
+def show(run: Run) -> None:
+    """Prints how the reward functions score gold answers and a few samples; trains nothing."""
+    inputs = load_inputs(run, print)
+    console = Console(highlight=False)
+    with ExitStack() as stack:
+        stack.callback(inputs.scorer.close)
+        prompts = inputs.held_out or inputs.first
+        scored = {"gold answers": gold(prompts[:GOLD], inputs.tokenizer)}
+        if not scored["gold answers"]:
+            console.print(f"no gold answers: the dataset has none of the columns {', '.join(ANSWER_COLUMNS)}")
+        try:
+            scored["the model's"] = sample(run, inputs, prompts[:SAMPLED])
+        except EngineError as error:
+            console.print(f"no samples of the model: {str(error).splitlines()[0]}")
+        for groups in scored.values():
+            inputs.scorer.score(groups)
+        for part in render(scored, inputs.scorer):
+            console.print(part)
+
+
+def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Group]:
+    """Each row's own answer as its completion."""
+    groups = []
+    for prompt in prompts:
+        column = next((name for name in ANSWER_COLUMNS if prompt.columns.get(name) is not None), None)
+        if column is not None:
+            text = str(prompt.columns[column])
+            groups.append(_group(prompt, [(text, tokenizer.encode(text, add_special_tokens=False))]))
+    return groups
+
+
+def sample(run: Run, inputs: Inputs, prompts: Sequence[Prompt]) -> list[Group]:
+    """A few completions by the checkpoint as it is, from the real engine, which is ended again.
+
+    Raises EngineError when it cannot be started.
+    """
+    requests = [
+        Request(
+            prompt.token_ids,
+            seed=request_seed(run.seed, 0, prompt.index, number),
+            max_new_tokens=run.rollout.max_new_tokens,
+            temperature=run.rollout.temperature,
+        )
+        for prompt in prompts
+        for number in range(SAMPLES)
+    ]
+    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
+        device, directory = Device.detect(), Path(name)
+        publisher = Publisher("disk", 0, directory)
+        stack.callback(publisher.close)
+        ledger = Ledger(device, directory)
+        engine = start_engine(run, inputs, device, ledger, publisher, directory / "engine.log")
+        stack.callback(engine.close)
+        # Not Engine.generate, which is for weights that were pushed: this asks the checkpoint itself.
+        completions = [completion.token_ids for completion in engine.backend.generate(requests)]
+    texts = inputs.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    rows = list(zip(texts, completions, strict=True))
+    return [
+        _group(prompt, rows[SAMPLES * place : SAMPLES * (place + 1)]) for place, prompt in enumerate(prompts)
+    ]
+
+
+def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[RenderableType]:
+    """A table of means, lowest and highest by function, and every sample with its rewards."""
+    table = Table("rewards", box=box.SIMPLE)
+    for heading in ("of", "rollouts", "errors", "mean", "lowest", "highest"):
+        table.add_column(heading, justify="left" if heading == "of" else "right")
+    for source, groups in scored.items():
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        failed = [rollout for group in groups for rollout in group.failed]
+        for name in scorer.names if rollouts else ():
+            given = [rollout.rewards[name] for rollout in rollouts if name in rollout.rewards]
+            numbers = [fmean(given), min(given), max(given)] if given else []
+            errors = sum(name in rollout.errors for rollout in failed)
+            cells = [f"{number:.3f}" for number in numbers]
+            table.add_row(name, source, str(len(rollouts) + len(failed)), str(errors), *cells)
+    yield table
+    samples = Table("prompt", "completion", *scorer.names, box=box.SIMPLE)
+    for group in scored.get("the model's", []):
+        for rollout in group.rollouts:
+            scores = (
+                f"{rollout.rewards[name]:.3f}" if name in rollout.rewards else "" for name in scorer.names
+            )
+            samples.add_row(_tail(group.prompt), rollout.text[-80:], *scores)
+    if samples.rows:
+        yield samples
+
+
+def _group(prompt: Prompt, rows: Sequence[tuple[str, list[int]]]) -> Group:
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=number,
+            token_ids=token_ids,
+            logprobs=[0.0] * len(token_ids),
+            text=text,
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for number, (text, token_ids) in enumerate(rows)
+    ]
+    return Group(prompt=prompt, rollouts=rollouts)
+
+
+def _tail(prompt: Prompt) -> str:
+    messages = prompt.messages
+    return (messages if isinstance(messages, str) else messages[-1]["content"])[-80:]

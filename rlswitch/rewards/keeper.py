@@ -1,0 +1,248 @@
+"""Runs one program under limits and ends everything that it has started. Standard library only.
+
+    python -I -S keeper.py STATUS_FD        with one line of JSON on standard input: a Spec
+
+Whatever comes after that line on standard input, its end included, asks for the end; so the program
+dies with whoever started it, even by kill -9. When this process has ended nothing is left: neither
+a process, whatever it did with sessions and double forks, nor a file in its private directory.
+
+STATUS_FD gets one JSON object: {"exit": 3}, {"signal": 9}, or {"refused": why} when the kernel did
+not let the program be started like this; nothing when the end was asked for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn, TypedDict
+
+NOBODY = 65534
+SYS_MOUNT_SETATTR = 442
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x4000000, 0x8000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 0x40000
+MNT_DETACH = 2
+MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
+AT_FDCWD, AT_RECURSIVE = -100, 0x8000
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Spec(TypedDict):
+    """What to run, and how."""
+
+    argv: list[str]
+    env: dict[str, str] | None
+    """The whole environment; None: this process's own."""
+    limits: dict[str, int]
+    """Soft and hard value by name: RLIMIT_CPU, RLIMIT_AS, ..."""
+    isolate: bool
+    """In namespaces of its own: no network, no other process, no file but `visible`, and as nobody."""
+    visible: list[str]
+    """What an isolated program sees of the file system, read-only."""
+    files: dict[str, str]
+    """Written into the program's directory before it starts, where it starts; `stdin` is its input."""
+    keep: list[int]
+    """Descriptors that the program inherits beside the first three."""
+
+
+def main() -> None:
+    status = int(sys.argv[1])
+    spec: Spec = json.loads(_read_line(0))
+    os.set_inheritable(status, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: None)  # a scheduler sends them to every process of a job
+    _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, not to init
+    directory = Path(tempfile.mkdtemp(prefix="rlswitch-"))
+    try:
+        if spec["isolate"]:
+            _enter_namespaces()
+        child = os.fork()
+        if child == 0:
+            _be_child(spec, directory, status)
+        if _ends_before_asked(child) and not spec["isolate"]:
+            _report(status, _ended(os.waitpid(child, 0)[1]))
+    except OSError as error:
+        _report(status, {"refused": str(error)})
+    finally:
+        end_descendants()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def end_descendants() -> None:
+    """Kills and reaps until there is no child left; the children of the killed become ours."""
+    while True:
+        for pid in _descendants(os.getpid()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return
+
+
+def _ends_before_asked(child: int) -> bool:
+    poller = select.poll()
+    pidfd = os.pidfd_open(child)
+    poller.register(pidfd, select.POLLIN)
+    poller.register(0, select.POLLIN)
+    return any(fd == pidfd for fd, _ in poller.poll())
+
+
+def _descendants(root: int) -> list[int]:
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):  # not a process, or gone meanwhile
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    found = [root]
+    for pid in found:
+        found += [child for child, parent in parents.items() if parent == pid]
+    return found[1:]
+
+
+def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
+    """The program itself, or the first process of its namespaces: when that ends, the kernel ends all."""
+    try:
+        _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if spec["isolate"]:
+            _build_root(directory, spec["visible"])
+            directory = Path("/tmp")
+        for name, text in spec["files"].items():
+            (directory / name).write_text(text)
+        if not spec["isolate"]:
+            _become_program(spec, directory, status)
+        if os.getuid() == 0:  # the limit on processes is none for root
+            os.setgroups([])
+            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresuid(NOBODY, NOBODY, NOBODY)
+        program = os.fork()
+        if program == 0:
+            _become_program(spec, directory, status)
+        while (ended := os.wait())[0] != program:
+            continue
+        _report(status, _ended(ended[1]))
+    except BaseException as error:
+        _report(status, {"refused": f"{type(error).__name__}: {error}"})
+    os._exit(0)
+
+
+def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:
+    try:
+        os.setsid()
+        env = dict(os.environ) if spec["env"] is None else spec["env"]
+        env["TMPDIR"] = str(directory)
+        if spec["files"]:
+            os.chdir(directory)
+        os.dup2(_open_input(directory if "stdin" in spec["files"] else None), 0)
+        kept = sorted({2, status, *spec["keep"]})
+        for low, high in zip(kept, [*kept[1:], 1 << 20], strict=True):
+            os.closerange(low + 1, high)
+        for name, value in spec["limits"].items():
+            kind = getattr(resource, name)
+            hard = resource.getrlimit(kind)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            resource.setrlimit(kind, (value, value))
+        if spec["isolate"]:
+            _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        os.execve(spec["argv"][0], spec["argv"], env)
+    except BaseException as error:
+        _report(status, {"refused": f"{type(error).__name__}: {error}"})
+    os._exit(1)
+
+
+def _open_input(directory: Path | None) -> int:
+    if directory is None:
+        return os.open("/dev/null", os.O_RDONLY)
+    fd = os.open(directory / "stdin", os.O_RDONLY)
+    os.unlink(directory / "stdin")  # a program that has read it can forget it
+    return fd
+
+
+# ---- namespaces
+
+
+def _enter_namespaces() -> None:
+    """Of this process's children to come; root needs no user namespace, anybody else has to make one."""
+    flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+    uid, gid = os.getuid(), os.getgid()
+    if uid == 0:
+        _call("unshare", flags)
+        return
+    _call("unshare", flags | CLONE_NEWUSER)
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
+    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
+
+
+def _build_root(root: Path, visible: list[str]) -> None:
+    """A root file system in memory that shows `visible` read-only and has an empty /tmp."""
+    _call("unshare", CLONE_NEWNS)
+    _mount(None, "/", None, MS_REC | MS_PRIVATE)
+    _mount("tmpfs", str(root), "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    for path in map(Path, visible):
+        target = root / path.relative_to("/")
+        if path.is_dir():
+            target.mkdir(parents=True, exist_ok=True)
+        else:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.touch()
+        _mount(str(path), str(target), None, MS_BIND | MS_REC)
+    for name in ("tmp", "proc"):
+        (root / name).mkdir(exist_ok=True)
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
+    _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, str(root).encode(), AT_RECURSIVE, attributes, 32)
+    _mount("tmpfs", str(root / "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=777")
+    with suppress(OSError):  # a container may forbid it; Python can do without
+        _mount("proc", str(root / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
+    os.chdir(root)
+    _call("pivot_root", b".", b".")
+    _call("umount2", b".", MNT_DETACH)
+    os.chdir("/")
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
+    words = [None if word is None else word.encode() for word in (source, target, kind)]
+    _call("mount", *words, ctypes.c_ulong(flags), options.encode())
+
+
+def _call(name: str, *arguments: object) -> None:
+    """A function of the C library; raises OSError when it answers with -1."""
+    if getattr(libc, name)(*arguments) == -1:
+        code = ctypes.get_errno()
+        raise OSError(code, f"{name}: {os.strerror(code)}")
+
+
+# ---- words
+
+
+def _read_line(fd: int) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(fd, 1 << 16)
+        if not piece:
+            raise SystemExit(0)
+        line += piece
+    return line
+
+
+def _ended(wait_status: int) -> dict[str, int]:
+    code = os.waitstatus_to_exitcode(wait_status)
+    return {"exit": code} if code >= 0 else {"signal": -code}
+
+
+def _report(status: int, what: dict[str, int] | dict[str, str]) -> None:
+    os.write(status, json.dumps(what).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

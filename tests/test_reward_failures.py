@@ -1,0 +1,300 @@
+"""Reward functions that fail: each is stopped and named, the rest is kept, nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlswitch.config import RewardConfig
+from rlswitch.monitor import rollout_records
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.types import ConfigError, Group, Prompt, RewardError, Rollout
+
+ROWS = 20
+
+
+def step(*odd: int, rows: int = ROWS) -> list[Group]:
+    """Groups of four; the completions at the places `odd` are `odd`, the others `fine`."""
+    texts = ["odd" if place in odd else "fine" for place in range(rows)]
+    groups = []
+    for index in range(rows // 4):
+        prompt = Prompt(index=index, messages=f"prompt {index}", token_ids=[1], columns={})
+        rollouts = [
+            Rollout(
+                prompt=prompt,
+                sample=sample,
+                token_ids=[5],
+                logprobs=[0.0],
+                text=texts[4 * index + sample],
+                finish_reason="stop",
+                policy_version=0,
+            )
+            for sample in range(4)
+        ]
+        groups.append(Group(prompt=prompt, rollouts=rollouts))
+    return groups
+
+
+@pytest.fixture
+def scorer(tmp_path: Path):
+    """scorer(body, **settings): a function that does `body` when it meets an odd completion."""
+    made: list[Scorer] = []
+
+    def build(body: str, before: str = "", kind: str = "def", **options) -> Scorer:
+        lines = body.replace("\n", "\n        ")
+        file = tmp_path / f"mine{len(made)}.py"
+        file.write_text(
+            "import asyncio, os, signal, sys, time\n"
+            f"{before}\n{kind} bad(prompts, completions, **columns):\n"
+            f"    if 'odd' in completions:\n        {lines}\n    return [1.0] * len(prompts)\n"
+        )
+        options = {"timeout_s": 60.0, **options}
+        functions = options.pop("functions", ["length"])
+        made.append(Scorer(RewardConfig(functions=[*functions, f"{file}:bad"], **options)))
+        made[-1].say = said.append
+        return made[-1]
+
+    said: list[str] = []
+    build.said = said
+    yield build
+    for one in made:
+        one.close()
+    me = psutil.Process()
+    assert not [p for p in me.children(recursive=True) if "keeper.py" in " ".join(p.cmdline())]
+
+
+def names_of(rollouts: list[Rollout]) -> list[tuple[int, int]]:
+    return [(rollout.prompt.index, rollout.sample) for rollout in rollouts]
+
+
+CRIMES = {
+    "raises": ("raise ValueError('no')", "raised ValueError: no (at mine0.py:5)"),
+    "exits": ("sys.exit(3)", "raised SystemExit: 3"),
+    "ends its process": ("os._exit(3)", "ended its process with exit code 3"),
+    "crashes": ("os.kill(os.getpid(), signal.SIGSEGV)", "ended its process by SIGSEGV"),
+    "loops": ("while True: pass", "took longer than 2 s"),
+    "waits where no exception reaches it": (
+        "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\nwhile True: time.sleep(1)",
+        "took longer than 2 s",
+    ),
+    "eats memory": ("x = [bytearray(1 << 20) for _ in range(1 << 20)]", "raised MemoryError"),
+    "prints a gigabyte": ("for _ in range(1024): print('x' * (1 << 20))", "printed more than 1048576 bytes"),
+    "forks and lets the child return": ("if os.fork(): os.wait(); raise OSError('parent')", "parent"),
+    "returns nothing": ("return None", "returned None instead of a list of 1 numbers"),
+    "returns too few": ("return [1.0] * (len(prompts) - 1)", "returned 0 rewards for 1 completions"),
+}
+
+
+@pytest.mark.parametrize("crime", CRIMES)
+def test_the_guilty_row_is_named_and_the_others_are_kept(scorer, crime):
+    body, says = CRIMES[crime]
+    short = {"timeout_s": 2.0} if "2 s" in says else {}
+    scorer, said = scorer(body, memory_gib=0.5, **short), scorer.said
+    groups = step(6)
+    scorer.score(groups)
+    (failed,) = groups[1].failed
+    assert names_of([failed]) == [(1, 2)]
+    assert says in failed.errors["bad"]
+    assert "reward '" in said[-1] and says in said[-1] and "row 1, sample 2" in said[-1]
+    kept = [rollout for group in groups for rollout in group.rollouts]
+    assert len(kept) == ROWS - 1 and all(rollout.reward == 2.0 for rollout in kept)
+    metrics = scorer.metrics(groups)
+    assert metrics["reward/error_rate"] == metrics["reward/bad/error_rate"] == 1 / ROWS
+    assert metrics["reward/length/error_rate"] == 0.0
+    scorer.score(step())  # and it goes on
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("float('nan')", "returned nan instead of a number"),
+        ("float('-inf')", "returned -inf instead"),
+        ("'1.0'", "returned '1.0' instead"),
+        ("[2.0]", "returned [2.0] instead"),
+        ("10**400", "instead of a number"),
+        ("KeyError('why')", "returned KeyError('why') instead"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_what_is_no_number_costs_its_own_row_only(scorer, kind, value, says):
+    body = f"return [{value} if text == 'odd' else 1.0 for text in completions]"
+    scorer = scorer(body, kind=kind)
+    groups = step(0, 19)
+    scorer.score(groups)
+    failed = [rollout for group in groups for rollout in group.failed]
+    assert names_of(failed) == [(0, 0), (4, 3)]
+    assert all(says in rollout.errors["bad"] for rollout in failed)
+
+
+def test_async_functions_that_share_a_call_are_told_apart(scorer):
+    other = "async def good(prompts, **columns): return [3.0] * len(prompts)"
+    scorer = scorer("while True: pass", before=other, kind="async def", timeout_s=2.0)
+    entry = scorer._config.functions[1]
+    both = Scorer(RewardConfig(functions=[entry, entry.replace(":bad", ":good")], timeout_s=2.0))
+    groups = step(3)
+    try:
+        both.score(groups)
+    finally:
+        both.close()
+    (failed,) = groups[0].failed
+    assert failed.rewards == {"good": 3.0} and list(failed.errors) == ["bad"]
+
+
+def test_processes_that_a_function_leaves_behind_are_ended_with_it(scorer, tmp_path):
+    pids = tmp_path / "pids"
+    body = f"""
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')
+        while True: time.sleep(1)
+    os._exit(0)
+while not os.path.exists({str(pids)!r}): time.sleep(0.01)
+while True: time.sleep(1)
+"""
+    scorer = scorer(body.strip(), timeout_s=2.0)
+    groups = step(0)
+    scorer.score(groups)
+    assert len(groups[0].failed) == 1
+    left = pids.read_text().split()
+    assert left and not [pid for pid in left if psutil.pid_exists(int(pid))]
+
+
+def test_close_ends_what_is_still_at_work_and_its_files(scorer, tmp_path):
+    note = tmp_path / "note"
+    body = f"import tempfile\nd = tempfile.mkdtemp()\nopen({str(note)!r}, 'w').write(d)\ntime.sleep(1000)"
+    scorer = scorer(body, functions=[], timeout_s=1000.0)
+    pending = scorer.submit(step(0))
+    while not (note.exists() and note.read_text()):
+        os.sched_yield()
+    scorer.close()
+    with pytest.raises(RewardError):
+        scorer.collect(pending)
+    assert not Path(note.read_text()).exists()
+
+
+def test_a_killed_trainer_takes_its_workers_along(tmp_path):
+    note = tmp_path / "note"
+    (tmp_path / "mine.py").write_text(
+        "import os, time\n"
+        "def hang(prompts, **columns):\n"
+        f"    open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}\\n')\n"
+        "    time.sleep(1000)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(tmp_path / "mine.py")])
+    while not (note.exists() and note.read_text().endswith("\n")):
+        assert trainer.poll() is None
+        os.sched_yield()
+    family = [psutil.Process(int(pid)) for pid in note.read_text().split()]
+    trainer.kill()
+    trainer.wait()
+    assert len(family) == 2 and not psutil.wait_procs(family, timeout=60)[1]
+
+
+TRAINER = """
+import sys
+from rlswitch.config import RewardConfig
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.types import Group, Prompt, Rollout
+prompt = Prompt(index=0, messages="x", token_ids=[1])
+rollout = Rollout(prompt=prompt, sample=0, token_ids=[1], logprobs=[0.0], text="", finish_reason="stop",
+                  policy_version=0)
+Scorer(RewardConfig(functions=[sys.argv[1] + ":hang"])).score([Group(prompt=prompt, rollouts=[rollout])])
+"""
+
+
+def test_a_signal_to_every_process_of_the_job_loses_no_row(scorer):
+    body = "os.kill(os.getppid(), signal.SIGTERM)\nos.kill(os.getppid(), signal.SIGUSR1)"
+    scorer = scorer(body)
+    groups = step(0)
+    scorer.score(groups)
+    assert not any(group.failed for group in groups)
+
+
+def test_a_worker_that_dies_between_two_steps_loses_no_row(scorer, tmp_path):
+    pid = tmp_path / "pid"
+    scorer = scorer(f"open({str(pid)!r}, 'w').write(str(os.getpid()))")
+    scorer.score(step(0))
+    psutil.Process(int(pid.read_text())).kill()
+    groups = step()
+    scorer.score(groups)
+    assert not any(group.failed for group in groups)
+
+
+def test_more_errors_than_allowed_stop_the_run_and_change_nothing(scorer):
+    scorer = scorer("raise ValueError('no')", max_error_rate=0.1)
+    scorer.score(step(1, 2))
+    groups = step(1, 2, 3)
+    with pytest.raises(RewardError) as caught:
+        scorer.score(groups)
+    text = str(caught.value)
+    assert "3 of 20 rollouts" in text and "reward.max_error_rate = 0.1" in text
+    assert "mine0.py:bad' raised ValueError: no (at mine0.py:5) for row 0, sample 1" in text
+    assert all(r.rewards == {} and not group.failed for group in groups for r in group.rollouts)
+    scorer.score(step())
+
+
+def test_a_function_that_always_hangs_stops_the_run_within_its_budget(scorer, monkeypatch):
+    monkeypatch.setattr("rlswitch.rewards.scorer.RETRY_TIMEOUTS", 1.0)
+    scorer = scorer("while True: pass", timeout_s=2.0, max_error_rate=0.9)
+    with pytest.raises(RewardError, match=r"took longer than 2 s \(it or another of \d+ that were tried"):
+        scorer.score(step(*range(ROWS)))
+
+
+def test_no_rollout_left_is_an_error_whatever_the_rate(scorer):
+    scorer = scorer("raise ValueError('no')", max_error_rate=1.0)
+    with pytest.raises(RewardError, match="4 of 4 rollouts"):
+        scorer.score(step(0, 1, 2, 3, rows=4))
+
+
+def test_a_rollout_that_no_function_scores_is_left_out(scorer):
+    body = "return [None if text == 'odd' else 1.0 for text in completions]"
+    scorer = scorer(body, functions=[])
+    groups = step(5)
+    scorer.score(groups)
+    (failed,) = groups[1].failed
+    assert failed.errors["bad"].startswith("returned None, as every function did")
+
+
+def test_what_functions_print_reaches_the_console(scorer):
+    scorer, said = scorer("print('seen')"), scorer.said
+    scorer.score(step(0))
+    assert said == ["seen"]
+
+
+def test_failed_rollouts_are_recorded_with_their_errors_and_no_advantage(scorer):
+    scorer = scorer("raise ValueError('no')")
+    groups = step(6)
+    scorer.score(groups)
+    *good, bad = rollout_records(1, groups, [0.5] * (ROWS - 1))
+    assert all("errors" not in record and record["advantage"] == 0.5 for record in good)
+    assert bad["errors"] == groups[1].failed[0].errors and bad["sample"] == 2
+    assert "advantage" not in bad and "reward" not in bad
+
+
+def test_importing_may_not_take_the_process_down(tmp_path):
+    (tmp_path / "dies.py").write_text("import os; os._exit(4)")
+    with pytest.raises(RewardError, match="importing them ended its process with exit code 4"):
+        Scorer(RewardConfig(functions=[f"{tmp_path / 'dies.py'}:f"]))
+
+
+def test_a_function_has_no_gpu_and_no_descriptor_of_the_trainer(scorer, tmp_path):
+    body = "raise OSError([os.environ['CUDA_VISIBLE_DEVICES'], len(os.listdir('/proc/self/fd'))])"
+    scorer = scorer(body, max_error_rate=1.0)
+    with open(tmp_path / "open", "w") as file:
+        os.set_inheritable(file.fileno(), True)
+        groups = step(0)
+        scorer.score(groups)
+    # standard input, output and error, the connection, and the listing itself; asyncio's three
+    assert "['', 8]" in groups[0].failed[0].errors["bad"]
+
+
+def test_format_wants_a_pattern():
+    with pytest.raises(ConfigError, match=r"reward\.format_pattern = null: "):
+        Scorer(RewardConfig(functions=["format"]))

@@ -1,0 +1,118 @@
+"""Rewards that rest on other libraries: math-verify's answers, and TRL's own functions unchanged."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from rlswitch.config import RewardConfig
+from rlswitch.rewards import functions
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.types import Group, Prompt, Rollout
+
+needs_trl = pytest.mark.skipif(
+    importlib.util.find_spec("trl") is None, reason="trl is not installed: requirements/test.txt has it"
+)
+needs_math = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
+)
+
+
+def chat(texts: list[str], **columns) -> Group:
+    messages = [{"role": "user", "content": "How much?"}]
+    prompt = Prompt(index=0, messages=messages, token_ids=[1], columns=columns)
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=[5],
+            logprobs=[0.0],
+            text=text,
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for sample, text in enumerate(texts)
+    ]
+    return Group(prompt=prompt, rollouts=rollouts)
+
+
+@pytest.fixture
+def score():
+    """score(entry, group, **settings): the rewards by that one function."""
+
+    def run(entry: str, group: Group, **settings) -> list[float]:
+        scorer = Scorer(RewardConfig(functions=[entry], **settings))
+        try:
+            scorer.check([group.prompt])
+            scorer.score([group])
+        finally:
+            scorer.close()
+        assert not group.failed
+        return [rollout.reward for rollout in group.rollouts]
+
+    return run
+
+
+@needs_math
+@pytest.mark.parametrize(
+    ("answer", "right", "wrong"),
+    [
+        ("7", ["7", "so it is 7.", r"\boxed{7}", "7.0", "$14/2$"], ["8", "", "seven", "7 or rather 8"]),
+        (r"\frac{1}{2}", ["0.5", "1/2", r"$\frac{2}{4}$", r"\boxed{\frac12}"], ["0.25", r"\boxed{\frac{1}"]),
+        ("$x^2 - 1$", ["$(x-1)(x+1)$"], ["$x^2$", "$(x - 1"]),
+        (72, ["It is 72"], ["71"]),
+    ],
+)
+def test_math_knows_equal_answers(answer, right, wrong):
+    texts = [*right, *wrong]
+    found = functions.math([None] * len(texts), texts, answer=[answer] * len(texts))
+    assert found == [1.0] * len(right) + [0.0] * len(wrong)
+
+
+@needs_math
+def test_math_passes_on_what_has_no_answer():
+    assert functions.math([None] * 2, ["7", "7"], answer=[None, "no number at all"]) == [None, None]
+
+
+@needs_math
+def test_math_that_takes_too_long_is_an_error_and_not_a_zero(monkeypatch):
+    import math_verify
+
+    def loop(*_: object, **__: object) -> bool:
+        while True:
+            try:
+                pass
+            except Exception:  # as math-verify and sympy do
+                continue
+
+    monkeypatch.setattr(math_verify, "verify", loop)
+    monkeypatch.setattr(functions, "MATH_SECONDS", 0.1)
+    (found,) = functions.math([None], ["7"], answer=["7"])
+    assert isinstance(found, TimeoutError)
+
+
+@needs_math
+def test_math_in_a_run(score):
+    assert score("math", chat([r"\boxed{\frac{1}{3}}", "0.3"], answer="1/3")) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("text", ["<a>1</a>\n<b>2</b>", "<a>1</a>"])
+def test_format_asks_for_the_whole_completion(score, text):
+    group = chat([text, text + "!", "x" + text])
+    expected = [1.0, 0.0, 0.0] if "<b>" in text else [0.0] * 3
+    assert score("format", group, format_pattern=r"<a>.*</a>\s*<b>.*</b>") == expected
+
+
+@needs_trl
+@needs_math
+def test_accuracy_reward_of_trl_works_unchanged(score):
+    group = chat([r"My answer is \boxed{\frac{1}{3}}", r"My answer is \boxed{\frac{1}{2}}"], solution="1/3")
+    assert score("trl.rewards:accuracy_reward", group) == [1.0, 0.0]
+    assert group.rollouts[0].extra["gold_parsed"]
+
+
+@needs_trl
+def test_think_format_reward_of_trl_works_unchanged(score):
+    group = chat(["<think>\nreason\n</think>\nanswer", "<think>\nreason\nanswer"])
+    assert score("trl.rewards:think_format_reward", group) == [1.0, 0.0]

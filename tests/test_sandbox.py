@@ -1,0 +1,240 @@
+"""Programs that a model wrote: stopped and named, and nothing of them or for them is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlswitch.config import RewardConfig
+from rlswitch.rewards import sandbox as module
+from rlswitch.rewards.code import CodeReward, code_block
+from rlswitch.rewards.sandbox import Limits, Sandbox, SandboxError
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.types import ConfigError, Group, Prompt, Rollout
+
+LIMITS = Limits(seconds=5.0, memory_bytes=1 << 30, processes=32, file_bytes=1 << 20)
+
+
+def isolation() -> str | None:
+    try:
+        Sandbox(LIMITS)
+    except SandboxError as error:
+        return str(error)
+    return None
+
+
+MISSING = isolation()
+needs_isolation = pytest.mark.skipif(MISSING is not None, reason=f"no isolation here: {MISSING}")
+
+
+@pytest.fixture(params=["isolated", "limits only"])
+def sandbox(request, monkeypatch, tmp_path: Path):
+    """Each kind in turn; whatever a test does, neither a process nor a file may be left."""
+    monkeypatch.setenv("SECRET", "do not tell")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    if request.param == "isolated":
+        if MISSING is not None:
+            pytest.skip(f"no isolation here: {MISSING}")
+        yield Sandbox(LIMITS)
+    else:
+        yield unsandboxed(monkeypatch)
+    assert not psutil.Process().children(recursive=True)
+    assert not list(tmp_path.iterdir())
+
+
+def unsandboxed(monkeypatch: pytest.MonkeyPatch) -> Sandbox:
+    """As on a kernel that gives no namespaces: everything isolated is refused."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
+        return Sandbox(LIMITS, allow_unsandboxed=True)
+
+
+def _impossible(spec):
+    def changed(self, *arguments):
+        return spec(self, *arguments) | {"visible": ["/no-such-place-to-bind"]}
+
+    return changed
+
+
+@needs_isolation
+def test_a_program_gets_its_input_and_is_heard(sandbox):
+    outcome = sandbox.run("import sys; print(input()); print('err', file=sys.stderr)", stdin="in\n")
+    assert (outcome.problem, outcome.output, outcome.errors) == (None, "in\n", "err\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ("while True: pass", "ran longer than 5 s"),
+        ("import signal\nsignal.pthread_sigmask(0, range(1, 64))\nwhile True: pass", "ran longer than 5 s"),
+        ("x = bytearray(1 << 34)", "exit code 1: MemoryError"),
+        ("while True: print('x' * 9999)", "printed more than 1048576 bytes"),
+        ("import os; os._exit(3)", "exit code 3"),
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("open('big', 'wb').write(b'x' * (1 << 24))", "exit code 1: OSError: [Errno 27] File too large"),
+        ("l = [open('main.py') for _ in range(99)]", "exit code 1: OSError: [Errno 24] Too many open files"),
+        ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_a_program_does_wrong_is_named(sandbox, source, problem):
+    assert (sandbox.run(source).problem or "").startswith(problem)
+
+
+ORPHANS = """
+import os, signal, time
+for _ in range(3):
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 64))
+        for fd in range(3):
+            os.close(fd)
+        time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("then", ["", "while True: pass"])
+def test_processes_that_leave_their_session_are_ended(sandbox, then):
+    before = set(psutil.pids())
+    sandbox.run(ORPHANS + then)
+    started = [p for p in psutil.process_iter() if p.pid not in before]
+    assert not [p for p in started if "main.py" in " ".join(p.cmdline())]
+
+
+def test_the_environment_tells_nothing(sandbox):
+    outcome = sandbox.run("import os, json; print(json.dumps(dict(os.environ)))")
+    assert set(json.loads(outcome.output)) == {*module.ENVIRONMENT, "TMPDIR"}
+
+
+def test_no_descriptor_is_inherited(sandbox, tmp_path):
+    with tempfile.TemporaryFile() as file:
+        os.set_inheritable(file.fileno(), True)
+        outcome = sandbox.run(LIST_DESCRIPTORS)
+    assert json.loads(outcome.output) == [0, 1, 2]
+
+
+LIST_DESCRIPTORS = """
+import os
+def is_open(fd):
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+print([fd for fd in range(256) if is_open(fd)])
+"""
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("import socket; socket.create_connection(('1.1.1.1', 80), 2)", "unreachable"),
+        ("import os; os.kill(PARENT, 0)", "ProcessLookupError"),
+        ("open('/proc/PARENT/environ').read()", "FileNotFoundError"),
+        ("open('/etc/passwd')", "FileNotFoundError"),
+        ("open('/usr/new', 'w')", "Read-only file system"),
+        ("import os; os.mkdir('/new')", "Read-only file system"),
+        ("import os\nwhile True: os.fork()", "BlockingIOError"),
+        ("import os; os.setuid(0)", "PermissionError"),
+        ("import os; os.chroot('/tmp')", "PermissionError"),
+    ],
+)
+def test_an_isolated_program_reaches_nothing_outside(source, says):
+    if os.getuid() == 0 or "setuid" not in source:
+        outcome = Sandbox(LIMITS).run(source.replace("PARENT", str(os.getpid())))
+        assert outcome.problem and says in outcome.problem
+    assert not psutil.Process().children(recursive=True)
+
+
+@needs_isolation
+def test_an_isolated_program_may_use_the_packages_and_a_directory_of_its_own():
+    source = "import numpy, os; open('/tmp/x', 'w').write('y'); print(numpy.ones(2).sum(), os.listdir('.'))"
+    outcome = Sandbox(LIMITS).run(source)
+    assert outcome.problem is None and outcome.output.startswith("2.0 [") and "'x'" in outcome.output
+
+
+def test_without_isolation_nothing_runs_unless_told(monkeypatch):
+    monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
+    with pytest.raises(SandboxError, match="the sandbox could not be set up"):
+        Sandbox(LIMITS)
+    assert Sandbox(LIMITS, allow_unsandboxed=True).missing is not None
+
+
+# ---- the reward
+
+
+def code(*lines: str) -> str:
+    return "Here:\n```python\n" + "\n".join(lines) + "\n```\ndone"
+
+
+ADD = code("def add(a, b):", "    return a + b")
+TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add(2, 2) == 5"]
+
+
+@needs_isolation
+@pytest.mark.parametrize(
+    ("completion", "score", "remark"),
+    [
+        (ADD, 2 / 3, "passed 2 of 3"),
+        ("def add(a, b): return a + b", 2 / 3, "passed 2 of 3"),
+        (code("def add(a, b):", "    return 3"), 1 / 3, "passed 1 of 3"),
+        (code("import sys", "sys.exit(0)"), 0.0, "passed 0 of 3"),
+        (code("import os", "os._exit(0)"), 0.0, "passed 0 of 3"),
+        (code("print('0'); print('1'); print('2')", "def add(a, b): ..."), 0.0, "passed 0 of 3"),
+        (code("print(open('/tmp/stdin').read())"), 0.0, "FileNotFoundError"),
+        (code("import sys; print(sys.stdin.read()[0])"), 0.0, "IndexError"),
+        (code("def add(a, b):", "    while a == 2: pass", "    return a + b"), 2 / 3, "ran longer than 5 s"),
+        (code("x = bytearray(1 << 34)"), 0.0, "MemoryError"),
+        (code("this is no Python"), 0.0, "SyntaxError"),
+    ],
+)
+def test_code_is_worth_the_share_of_the_tests_it_passes(completion, score, remark):
+    said = {}
+    reward = CodeReward(Sandbox(LIMITS))
+    scores = reward([None], [completion], [TESTS], log_extra=lambda name, values: said.update({name: values}))
+    assert scores == [pytest.approx(score)]
+    assert remark in said["code"][0]
+
+
+@needs_isolation
+def test_the_code_reward_of_a_run_names_its_outcomes(request):
+    scorer = Scorer(RewardConfig(functions=["code"], timeout_s=20.0, workers=2))
+    request.addfinalizer(scorer.close)
+    prompt = Prompt(index=0, messages="add", token_ids=[1], columns={"tests": TESTS[:2]})
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=[5],
+            logprobs=[0.0],
+            text=text,
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for sample, text in enumerate([ADD, code("while True: pass"), ADD])
+    ]
+    scorer.score([Group(prompt=prompt, rollouts=rollouts)])
+    assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 1.0]
+    assert rollouts[1].extra == {"code": "passed 0 of 2; ran longer than 10 s"}
+    assert not any(rollout.errors for rollout in rollouts)
+
+
+def test_the_code_reward_refuses_to_run_without_isolation(monkeypatch):
+    from rlswitch.rewards.builtin import Settings, make_code
+
+    monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
+    settings = Settings(format_pattern=None, timeout_s=9.0, memory_bytes=1 << 30, allow_unsandboxed=False)
+    with pytest.raises(ConfigError, match=r"reward\.allow_unsandboxed=true"):
+        make_code(settings)
+
+
+def test_the_last_fenced_block_is_the_code():
+    assert code_block("a\n```py\nx\n```\nb\n```\ny = 1\n```\n") == "y = 1\n"
+    assert code_block("y = 1") == "y = 1"
