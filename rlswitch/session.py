@@ -20,9 +20,10 @@ from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.base import Engine
+from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
-from rlswitch.engines.server import ServerBackend, refuse_unfit_server
+from rlswitch.engines.server import ServerBackend
 from rlswitch.ledger import Ledger
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems

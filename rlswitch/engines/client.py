@@ -19,6 +19,7 @@ MAX_IN_FLIGHT = 256
 """Requests sent at a time: about as many as vLLM runs at once, and few enough connections."""
 
 CONNECT_SECONDS = 10.0
+PROBE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0  # vLLM drops a connection that was idle for 5; a request must not meet that
 
 
@@ -37,10 +38,10 @@ class Client:
         self.runner.close()
 
     def status(self, path: str) -> int | None:
-        """The HTTP status of a GET; None when nothing answers."""
+        """The HTTP status of a GET; None when nothing answers within PROBE_SECONDS."""
         try:
-            return self.runner.run(self._send("GET", path))[0]
-        except EngineError:
+            return self.runner.run(asyncio.wait_for(self._send("GET", path), PROBE_SECONDS))[0]
+        except (EngineError, TimeoutError):
             return None
 
     def get(self, path: str) -> Any:
@@ -80,11 +81,11 @@ class Client:
                 method, path, json=body, params=query, allow_redirects=False
             ) as reply:
                 return reply.status, await reply.text()
-        except TimeoutError as error:
+        except aiohttp.SocketTimeoutError as error:
             raise self._failed(
                 path, f"was silent for engine.request_timeout_s = {self.timeout_s:g}"
             ) from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError) as error:  # no connection in time is among them
             raise self._failed(path, f"cannot be reached: {error or type(error).__name__}") from error
 
     def _failed(self, path: str, what: str) -> EngineError:

@@ -43,6 +43,6 @@ def tail(path: Path, lines: int = 20) -> str:
 
 
 def last_error(path: Path) -> str | None:
-    """The last line of the log that names an exception: what a process that ended has died of."""
-    found = re.findall(r"(\w*(?:Error|Exception): .*)", path.read_text(errors="replace"))
+    """The last exception or error in the log: what the process that wrote it has died of."""
+    found = re.findall(r"\b(?:\w*(?:Error|Exception)|error): .*", path.read_text(errors="replace"))
     return found[-1] if found else None

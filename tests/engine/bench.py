@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def build_model() -> Qwen3ForCausalLM:
 class Bench:
     """A backend, a model to push, and what is needed to make engines and versions of them."""
 
+    run: Run
     backend: VLLMBackend
     model: Qwen3ForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -98,19 +99,16 @@ def open_bench(directory: Path, engine: str = "local", **settings: Any) -> Itera
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     config = OPTIONS["engine"][engine](max_model_len=128, kv_cache_gib=0.125, **settings)
-    config.vllm = {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
+    config.vllm |= {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a server finds that worker
     run = Run(algorithm=GRPO(), engine=config)
+    run.model.path = str(directory / "model")
     device = Device.detect()
-    publisher = Publisher("auto", 1 << 20, directory)
-    backend = BACKENDS[engine](
-        run, str(directory / "model"), tokenizer, device, directory / "engine.log", publisher.root
-    )
     canary = canary_sequences([], vocabulary=16, length=2 * BLOCK + 6)
-    ledger = Ledger(device, directory)
-    backend.sleep("2")
-    try:
-        yield Bench(backend, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
-    finally:
-        backend.close()
-        publisher.close()
+    ledger, publisher = Ledger(device, directory), Publisher("auto", 1 << 20, directory)
+    log_path = directory / "engine.log"
+    with closing(publisher):
+        backend = BACKENDS[engine](run, run.model.path, tokenizer, device, log_path, publisher.root)
+        with closing(backend):
+            backend.sleep("2")
+            yield Bench(run, backend, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
