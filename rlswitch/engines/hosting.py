@@ -64,13 +64,15 @@ def launched(
 
 
 @contextmanager
-def attached(config: ServerEngineConfig) -> Iterator[Client]:
+def attached(config: ServerEngineConfig, model_path: str) -> Iterator[Client]:
     """A running server, for us alone; it is left as it is, asleep or awake, when the context closes."""
     assert config.url is not None
     address = parse_url(config.url)
     with claimed(address), closing(Client(address, config.request_timeout_s)) as client:
-        if client.get("/is_sleeping")["is_sleeping"]:  # the run before has left it so
+        if client.get("/is_sleeping")["is_sleeping"]:  # the run before has left it so, without weights
             client.post("/wake_up")
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
+            client.post("/collective_rpc", reload)
         if client.get("/is_sleeping")["is_sleeping"]:
             raise EngineError(f"vLLM's server at {address} does not wake up any more: start it anew")
         yield client

@@ -39,7 +39,7 @@ class ServerBackend(VLLMBackend):
         """Of a launched server; an attached one's are not ours to end."""
         with ExitStack() as stack:
             if config.url:
-                self.client = stack.enter_context(attached(config))
+                self.client = stack.enter_context(attached(config, model_path))
             else:
                 server = launched(run, model_path, device, log_path, publish_root)
                 self.client, self.processes = stack.enter_context(server)
