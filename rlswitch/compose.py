@@ -28,7 +28,8 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from rlswitch.config import MANDATORY, OPTIONS, Run, problems, register, settings_of
+from rlswitch.checks import problems
+from rlswitch.config import MANDATORY, OPTIONS, Run, register, settings_of
 from rlswitch.options import TYPES, Leaf, did_you_mean, field_problems, leaves_of, nearest_key
 from rlswitch.types import ConfigError
 

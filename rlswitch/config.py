@@ -7,8 +7,7 @@ torch or vLLM: a typing mistake is answered before either could have been loaded
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ from rlswitch.algorithms.ppo import PPO
 from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
-from rlswitch.options import Leaf, choice, field_problems, leaves_of, number
+from rlswitch.options import Leaf, choice, leaves_of, number
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,6 +112,20 @@ class EngineConfig:
     start_timeout_s: float = number(600.0, above=0)
     vllm: dict[str, Any] = field(default_factory=dict)
     """Anything else for vllm.LLM, as it is: engine.vllm.max_num_seqs=64."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerEngineConfig(EngineConfig):
+    """vLLM's HTTP server, launched or attached to; the same settings, and how it is reached."""
+
+    listen: str = "socket"
+    """Where to launch it: socket (in a private directory), or HOST:PORT (port 0: any free one)."""
+    url: str | None = None
+    """Attach to a running server instead: http://HOST:PORT, or unix:/path/of/the/socket."""
+    allow_remote: bool = False
+    """Allow other addresses than loopback: whoever reaches the server controls it, see docs/server.md."""
+    request_timeout_s: float = number(1800.0, above=0)
+    """Longest silence of the server on one request."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -215,29 +228,6 @@ class Run:
         return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
 
-OWNED_BY_SETTINGS = {
-    "model": "model.path",
-    "dtype": "model.dtype",
-    "trust_remote_code": "model.trust_remote_code",
-    "seed": "seed",
-    "max_model_len": "engine.max_model_len",
-    "gpu_memory_utilization": "engine.gpu_memory_utilization",
-    "kv_cache_memory_bytes": "engine.kv_cache_gib",
-    "tensor_parallel_size": "engine.tensor_parallel_size",
-    "enforce_eager": "engine.enforce_eager",
-}
-"""Arguments of vLLM that have a setting of their own."""
-
-NEEDED_BY_PROOF = (
-    "worker_cls",
-    "logprobs_mode",
-    "enable_prefix_caching",
-    "enable_sleep_mode",
-    "skip_tokenizer_init",
-    "max_logprobs",
-)
-"""Arguments of vLLM without which a push could not be proven."""
-
 OPTIONS: dict[str, dict[str, type]] = {
     "algorithm": {
         "ppo": PPO,
@@ -246,7 +236,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "reinforce_pp": ReinforcePP,
         "reinforce": Reinforce,
     },
-    "engine": {"local": EngineConfig},
+    "engine": {"local": EngineConfig, "server": ServerEngineConfig},
 }
 """What can be chosen by name: one line here makes a new algorithm or engine an option."""
 
@@ -273,63 +263,3 @@ def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
         for name in names:
             found |= leaves_of(options[name], f"{group}.") if name in options else {}
     return found
-
-
-def problems(run: Run) -> Iterator[str]:
-    """Everything that is wrong with a composed run and can be told without loading anything."""
-    yield from field_problems(run)
-    yield from run.algorithm.shared_problems(run)
-    yield from run.algorithm.problems(run)
-    for key in run.engine.vllm:
-        if key in OWNED_BY_SETTINGS:
-            yield f"engine.vllm.{key}: has a setting of its own; set {OWNED_BY_SETTINGS[key]}"
-        elif key == "enable_lora":
-            yield (
-                "engine.vllm.enable_lora: a push carries the merged weights, so the engine needs no adapters,"
-                " and with them sleep level 2 loses their base; leave it out, set model.lora_rank"
-            )
-        elif key in NEEDED_BY_PROOF:
-            yield f"engine.vllm.{key}: is fixed, a push could not be proven otherwise; leave it out"
-    rollouts = run.rollout.num_prompts * run.rollout.group_size
-    if rollouts % run.trainer.minibatches:
-        yield (
-            f"trainer.minibatches = {run.trainer.minibatches}: does not divide the {rollouts} rollouts of a"
-            f" step (rollout.num_prompts x rollout.group_size); set a divisor of {rollouts}"
-        )
-    need = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    if run.engine.max_model_len is not None and need > run.engine.max_model_len:
-        yield (
-            f"engine.max_model_len = {run.engine.max_model_len}: data.max_prompt_tokens"
-            f" {run.data.max_prompt_tokens} + rollout.max_new_tokens {run.rollout.max_new_tokens} = {need}"
-            f" would not fit; set engine.max_model_len={need} or shorten one of them"
-        )
-    if run.trainer.micro_batch_tokens < need:
-        yield (
-            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: one rollout can be {need} tokens"
-            f" long and would never fit; set at least {need}"
-        )
-    if run.reward.weights and len(run.reward.weights) != len(run.reward.functions):
-        yield (
-            f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
-            f" {len(run.reward.functions)} functions; give one each, or [] for all 1"
-        )
-    if run.reward.overlong_buffer > run.rollout.max_new_tokens:
-        yield (
-            f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
-            f" {run.rollout.max_new_tokens}, every completion would be punished; set less"
-        )
-    if run.model.lora_rank == 0 and run.checkpoint.merged:
-        yield (
-            "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
-            " model.lora_rank above 0, or checkpoint.merged=false"
-        )
-    if run.reward.format_pattern is not None:
-        try:
-            re.compile(run.reward.format_pattern)
-        except re.error as error:
-            yield (
-                f"reward.format_pattern = {run.reward.format_pattern}: is no regular expression ({error});"
-                " set one that a whole completion has to match"
-            )
-    if not run.reward.functions:
-        yield "reward.functions = []: nothing to learn from; name at least one reward function"

@@ -120,6 +120,26 @@ def test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one(run_tra
     assert (out / "rollouts.jsonl").read_bytes() == (kept / "rollouts.jsonl").read_bytes()
 
 
+def test_both_engines_make_the_same_run(run_train, tiny_model, tmp_path: Path) -> None:
+    reward = tmp_path / "variety.py"
+    reward.write_text(
+        "def variety(prompts, completions, **_):\n    return [len(set(c)) for c in completions]\n"
+    )
+    words = (
+        *("recipe=grpo", f"model.path={tiny_model().path}", "data.max_prompt_tokens=8", "data.eval_rows=16"),
+        *("rollout.num_prompts=8", "rollout.group_size=8", "rollout.max_new_tokens=12", "trainer.lr=1e-3"),
+        *(f"reward.functions=[{reward}:variety]", "num_steps=5", "evaluation.every=5"),
+    )
+    for engine in ("local", "server"):
+        run_train(*words, f"engine={engine}", f"output_dir={tmp_path / engine}")
+    ours, theirs = (records(tmp_path / engine / "metrics.jsonl") for engine in ("local", "server"))
+    assert len(ours) == 6 and all(record["switch/verified"] == 1 for record in theirs)
+    assert ours[-1]["actor/grad_norm"] > 0
+    assert [timeless(record) for record in theirs] == [timeless(record) for record in ours]
+    rollouts = [(tmp_path / engine / "rollouts.jsonl").read_bytes() for engine in ("local", "server")]
+    assert rollouts[0] == rollouts[1]
+
+
 def test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3(run_train, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("recipe=grpo", *SMALL, "num_steps=1", "switch.canary_tolerance=1e-12")

@@ -1,0 +1,131 @@
+"""What is wrong with a composed run and can be told without loading anything: a line for each mistake.
+
+`key = value: what is wrong; what would happen; what to set`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from rlswitch.config import Run, ServerEngineConfig
+from rlswitch.engines.address import UNPROTECTED, parse_listen, parse_url
+from rlswitch.options import field_problems
+
+OWNED_BY_SETTINGS = {
+    "model": "model.path",
+    "dtype": "model.dtype",
+    "trust_remote_code": "model.trust_remote_code",
+    "seed": "seed",
+    "max_model_len": "engine.max_model_len",
+    "gpu_memory_utilization": "engine.gpu_memory_utilization",
+    "kv_cache_memory_bytes": "engine.kv_cache_gib",
+    "tensor_parallel_size": "engine.tensor_parallel_size",
+    "enforce_eager": "engine.enforce_eager",
+}
+"""Arguments of vLLM that have a setting of their own."""
+
+NEEDED_BY_PROOF = (
+    "worker_cls",
+    "logprobs_mode",
+    "enable_prefix_caching",
+    "enable_sleep_mode",
+    "skip_tokenizer_init",
+    "max_logprobs",
+)
+"""Arguments of vLLM without which a push could not be proven."""
+
+
+def problems(run: Run) -> Iterator[str]:
+    """All of them: single settings first, then what does not go together."""
+    yield from field_problems(run)
+    yield from run.algorithm.shared_problems(run)
+    yield from run.algorithm.problems(run)
+    yield from vllm_problems(run)
+    if isinstance(run.engine, ServerEngineConfig):
+        yield from address_problems(run.engine)
+    yield from size_problems(run)
+    yield from reward_problems(run)
+    if run.model.lora_rank == 0 and run.checkpoint.merged:
+        yield (
+            "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+            " model.lora_rank above 0, or checkpoint.merged=false"
+        )
+
+
+def vllm_problems(run: Run) -> Iterator[str]:
+    """Arguments of vLLM that are not the user's to give."""
+    for key in run.engine.vllm:
+        if key in OWNED_BY_SETTINGS:
+            yield f"engine.vllm.{key}: has a setting of its own; set {OWNED_BY_SETTINGS[key]}"
+        elif key == "enable_lora":
+            yield (
+                "engine.vllm.enable_lora: a push carries the merged weights, so the engine needs no adapters,"
+                " and with them sleep level 2 loses their base; leave it out, set model.lora_rank"
+            )
+        elif key in NEEDED_BY_PROOF:
+            yield f"engine.vllm.{key}: is fixed, a push could not be proven otherwise; leave it out"
+
+
+def size_problems(run: Run) -> Iterator[str]:
+    """Numbers of rollouts and tokens that do not fit into each other."""
+    rollouts = run.rollout.num_prompts * run.rollout.group_size
+    if rollouts % run.trainer.minibatches:
+        yield (
+            f"trainer.minibatches = {run.trainer.minibatches}: does not divide the {rollouts} rollouts of a"
+            f" step (rollout.num_prompts x rollout.group_size); set a divisor of {rollouts}"
+        )
+    need = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    if run.engine.max_model_len is not None and need > run.engine.max_model_len:
+        yield (
+            f"engine.max_model_len = {run.engine.max_model_len}: data.max_prompt_tokens"
+            f" {run.data.max_prompt_tokens} + rollout.max_new_tokens {run.rollout.max_new_tokens} = {need}"
+            f" would not fit; set engine.max_model_len={need} or shorten one of them"
+        )
+    if run.trainer.micro_batch_tokens < need:
+        yield (
+            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: one rollout can be {need} tokens"
+            f" long and would never fit; set at least {need}"
+        )
+
+
+def reward_problems(run: Run) -> Iterator[str]:
+    """Rewards that cannot be computed, or teach nothing."""
+    if run.reward.weights and len(run.reward.weights) != len(run.reward.functions):
+        yield (
+            f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
+            f" {len(run.reward.functions)} functions; give one each, or [] for all 1"
+        )
+    if run.reward.overlong_buffer > run.rollout.max_new_tokens:
+        yield (
+            f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
+            f" {run.rollout.max_new_tokens}, every completion would be punished; set less"
+        )
+    if run.reward.format_pattern is not None:
+        try:
+            re.compile(run.reward.format_pattern)
+        except re.error as error:
+            yield (
+                f"reward.format_pattern = {run.reward.format_pattern}: is no regular expression ({error});"
+                " set one that a whole completion has to match"
+            )
+    if not run.reward.functions:
+        yield "reward.functions = []: nothing to learn from; name at least one reward function"
+
+
+def address_problems(engine: ServerEngineConfig) -> Iterator[str]:
+    """Addresses that cannot be read, and those that others could reach."""
+    for key in ("host", "port", "uds"):
+        if key in engine.vllm:
+            yield f"engine.vllm.{key}: has a setting of its own; set engine.listen"
+    try:
+        key, text = ("url", engine.url) if engine.url is not None else ("listen", engine.listen)
+        address = parse_url(text) if key == "url" else parse_listen(text)
+    except ValueError as error:
+        yield f"engine.{key} = {text}: {error}"
+        return
+    if address is not None and not address.is_local and not engine.allow_remote:
+        yield (
+            f"engine.{key} = {text}: is not on this machine's loopback; {UNPROTECTED}; use 127.0.0.1 or a"
+            " Unix socket, or set engine.allow_remote=true on a network that you trust"
+        )

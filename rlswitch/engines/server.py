@@ -1,0 +1,128 @@
+"""vLLM's HTTP server, driven through its development and completions endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch.config import Run
+from rlswitch.device import Device
+from rlswitch.engines.base import Completion, Request
+from rlswitch.engines.driver import VLLMBackend
+from rlswitch.engines.hosting import attached, launched, server_config
+from rlswitch.types import EngineError
+
+COMPLETIONS = "/v1/completions"
+PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Said in every request: a server would fill in what the model's generation_config.json prefers."""
+
+
+class ServerBackend(VLLMBackend):
+    """The verbs over HTTP, token ids in and out; hosting.py says where the server comes from."""
+
+    def __init__(
+        self,
+        run: Run,
+        model_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        device: Device,
+        log_path: Path,
+        publish_root: Path,
+    ):
+        config = server_config(run)
+        self.processes: list[psutil.Process] = []
+        """Of a launched server; an attached one's are not ours to end."""
+        with ExitStack() as stack:
+            if config.url:
+                self.client = stack.enter_context(attached(config, model_path))
+            else:
+                server = launched(run, model_path, device, log_path, publish_root)
+                self.client, self.processes = stack.enter_context(server)
+            elsewhere = not self.client.address.is_local
+            super().__init__(model_path, tokenizer, device, elsewhere=elsewhere)
+            self._check_that_cached_tokens_are_told()
+            self.stack = stack.pop_all()
+
+    def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
+        return self.client.post("/collective_rpc", {"method": method, "kwargs": kwargs})["results"]
+
+    def reset_prefix_cache(self) -> bool:
+        return bool(self.client.post("/reset_prefix_cache").get("success"))
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        bodies = [
+            {
+                "prompt": request.token_ids,
+                "temperature": request.temperature,
+                "seed": request.seed,
+                "max_tokens": request.max_new_tokens,
+                "logprobs": 0,
+                "stop_token_ids": self.stop_token_ids,
+                "return_token_ids": True,
+                "return_tokens_as_token_ids": True,
+            }
+            for request in requests
+        ]
+        return [
+            Completion(
+                token_ids=choice["token_ids"],
+                logprobs=choice["logprobs"]["token_logprobs"],
+                finish_reason=choice["finish_reason"] or "unfinished",
+            )
+            for choice in (reply["choices"][0] for reply in self._complete(bodies))
+        ]
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        replies = self._complete(
+            [
+                {"prompt": tokens, "temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+                for tokens in sequences
+            ]
+        )
+        positions = [reply["choices"][0]["prompt_logprobs"][1:] for reply in replies]
+        return [
+            [position[str(token)]["logprob"] for position, token in zip(row, sequence[1:], strict=True)]
+            for row, sequence in zip(positions, sequences, strict=True)
+        ]
+
+    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
+        replies = self._complete(
+            [{"prompt": tokens, "temperature": 0.0, "max_tokens": 1} for tokens in sequences]
+        )
+        details = [reply["usage"].get("prompt_tokens_details") or {} for reply in replies]
+        return sum(item.get("cached_tokens") or 0 for item in details)
+
+    def close(self) -> None:
+        self.stack.close()
+
+    def _sleep(self, level: int) -> None:
+        self.client.post("/sleep", level=level)
+
+    def _release_kv_cache(self) -> None:
+        self.client.post("/release_kv_cache_memory")
+
+    def _wake_up(self, tag: str) -> None:
+        self.client.post("/wake_up", tags=tag)
+
+    def _is_sleeping(self) -> bool:
+        return self.client.get("/is_sleeping")["is_sleeping"]
+
+    def _complete(self, bodies: Sequence[dict[str, Any]]) -> list[Any]:
+        return self.client.post_all(COMPLETIONS, [body | PLAIN for body in bodies])
+
+    def _check_that_cached_tokens_are_told(self) -> None:
+        """A server that says nothing of them looks like one that has none: a proof would mean nothing."""
+        length = min(2 * self.block_size + 1, self.facts["max_model_len"] - 1)
+        if length <= self.block_size:
+            return  # no prompt is long enough to be cached
+        prompt = [self.stop_token_ids[0]] * length
+        if not self.count_cached_tokens([prompt]) and not self.count_cached_tokens([prompt]):
+            raise EngineError(
+                "vLLM's server does not tell how many tokens its prefix cache answered, so no push could be"
+                " proven; start it with --enable-prompt-tokens-details and --enable-prefix-caching"
+            )
