@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -37,13 +38,14 @@ def sandbox(request, monkeypatch, tmp_path: Path):
     """Each kind in turn; whatever a test does, neither a process nor a file may be left."""
     monkeypatch.setenv("SECRET", "do not tell")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = set(psutil.Process().children(recursive=True))  # a tracker's service, of another test
     if request.param == "isolated":
         if MISSING is not None:
             pytest.skip(f"no isolation here: {MISSING}")
         yield Sandbox(LIMITS)
     else:
         yield unsandboxed(monkeypatch)
-    assert not psutil.Process().children(recursive=True)
+    assert not set(psutil.Process().children(recursive=True)) - before
     assert not list(tmp_path.iterdir())
 
 
@@ -147,10 +149,30 @@ print([fd for fd in range(256) if is_open(fd)])
     ],
 )
 def test_an_isolated_program_reaches_nothing_outside(source, says):
+    before = set(psutil.Process().children(recursive=True))
     if os.getuid() == 0 or "setuid" not in source:
         outcome = Sandbox(LIMITS).run(source.replace("PARENT", str(os.getpid())))
         assert outcome.problem and says in outcome.problem
-    assert not psutil.Process().children(recursive=True)
+    assert not set(psutil.Process().children(recursive=True)) - before
+
+
+@needs_isolation
+def test_what_lives_below_tmp_can_be_shown_and_not_changed(monkeypatch):
+    """As when the environment with the interpreter was made there."""
+    library = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        (library / "module.py").write_text("known = 7")
+        library.chmod(0o755)
+        paths = [*module.interpreter_paths(), str(library)]
+        monkeypatch.setattr(module, "interpreter_paths", lambda: paths)
+        source = f"import sys, os; sys.path.append('{library}'); import module; print(module.known)\n"
+        assert Sandbox(LIMITS).run(source).output == "7\n"
+        changing = Sandbox(LIMITS).run(f"open('{library}/module.py', 'w')")
+        assert changing.problem and "Read-only file system" in changing.problem
+        free = Sandbox(LIMITS).run("open('/tmp/mine', 'w').write('x'); print(open('/tmp/mine').read())")
+        assert free.output == "x\n"
+    finally:
+        shutil.rmtree(library)
 
 
 @needs_isolation

@@ -185,10 +185,14 @@ def _enter_namespaces() -> None:
 
 
 def _build_root(root: Path, visible: list[str]) -> None:
-    """A root file system in memory that shows `visible` read-only and has an empty /tmp."""
+    """A root file system in memory that shows `visible` read-only and has a /tmp with nothing else in it."""
     _call("unshare", CLONE_NEWNS)
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", str(root), "tmpfs", MS_NOSUID, "size=1m,mode=755")
+    for name in ("tmp", "proc"):
+        (root / name).mkdir()
+    # Before what is visible: an interpreter may well live below /tmp.
+    _mount("tmpfs", str(root / "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=777")
     for path in map(Path, visible):
         target = root / path.relative_to("/")
         if path.is_dir():
@@ -197,17 +201,19 @@ def _build_root(root: Path, visible: list[str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.touch()
         _mount(str(path), str(target), None, MS_BIND | MS_REC)
-    for name in ("tmp", "proc"):
-        (root / name).mkdir(exist_ok=True)
-    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, 0, 0)
-    _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, str(root).encode(), AT_RECURSIVE, attributes, 32)
-    _mount("tmpfs", str(root / "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=777")
+    _set_attributes(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, AT_RECURSIVE)
+    _set_attributes(root / "tmp", 0, MOUNT_ATTR_RDONLY, 0)
     with suppress(OSError):  # a container may forbid it; Python can do without
         _mount("proc", str(root / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.chdir(root)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", MNT_DETACH)
     os.chdir("/")
+
+
+def _set_attributes(target: Path, on: int, off: int, flags: int) -> None:
+    attributes = (ctypes.c_uint64 * 4)(on, off, 0, 0)
+    _call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, str(target).encode(), flags, attributes, 32)
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str = "") -> None:
