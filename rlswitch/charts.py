@@ -13,7 +13,7 @@ WIDTH, HEIGHT = 560, 210
 LEFT, RIGHT, TOP, BOTTOM = 54, 12, 8, 24
 MAX_POINTS, MAX_BARS = 240, 110
 LEGEND_COLUMNS = 4
-COLORS = "#3568d4 #d07f1e #3f9152 #9a5fb5 #2f949b #c2413b #7a6a2b #67717e".split()
+COLORS = "#3568d4 #d07f1e #3f9152 #9a5fb5 #2f949b #c2413b #7a6a2b #67717e #e377c2 #17202a".split()
 STANDALONE_CSS = (
     "text{font-family:system-ui,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}"
     ".rule{stroke:#e3e7ec}.tick{fill:#67717e;font-size:11px}.title{fill:#1b232d;font-size:13px;font-weight:600}"

@@ -18,16 +18,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch import lora
 from rlswitch.config import CheckpointConfig, Run
+from rlswitch.schedule import resume_schedule
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError
-from rlswitch.weights import cast_state
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -69,11 +68,9 @@ def save(
         save_file(_learned(critic), draft / "critic.safetensors")
     if trainer.reference is not None and (reference := trainer.reference.state()):
         save_file(reference, draft / "reference.safetensors")
-    tensors, scalars = _split(trainer.optimizer.state_dict())
-    save_file(tensors, draft / "optimizer.safetensors")
+    save_file(_split(trainer.optimizer.state_dict()), draft / "optimizer.safetensors")
     details = asdict(state) | {
-        "optimizer": scalars,
-        "schedule": trainer.schedule.state_dict(),
+        "optimizer_steps": trainer.schedule.last_epoch,
         "memory": trainer.memory,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
@@ -188,8 +185,10 @@ def restore(path: Path, trainer: Trainer) -> None:
         _load_all(critic, load_file(path / "critic.safetensors"), known=frozen, path=path)
     if trainer.reference is not None and (path / "reference.safetensors").exists():
         trainer.reference.load(load_file(path / "reference.safetensors", device=trainer.device.kind))
-    trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), details["optimizer"]))
-    trainer.schedule.load_state_dict(details["schedule"])
+    # Its tensors alone: learning rates and the like are the run's, which may have changed them.
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), groups))
+    resume_schedule(trainer.schedule, details["optimizer_steps"])
     trainer.memory.update(details["memory"])
     trainer.version = details["step"]
 
@@ -201,7 +200,9 @@ def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Pa
         lora.save_adapter(policy, draft / "policy")
         if trainer.run.checkpoint.merged:
             directories.append(draft / "merged")
-            whole = cast_state(policy, torch.float32)
+            tied = set(lora.base_of(policy).all_tied_weights_keys)
+            # To host memory one by one: the engine may have the device.
+            whole = {name: t.cpu() for name, t in lora.merged_tensors(policy) if name not in tied}
             lora.base_of(policy).save_pretrained(draft / "merged", state_dict=whole)
     else:
         policy.save_pretrained(draft / "policy")
@@ -225,23 +226,22 @@ def _load_all(model: Any, tensors: dict[str, Tensor], known: set[str], path: Pat
         )
 
 
-def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and JSON."""
-    tensors = {
+def _split(state: dict[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
+    return {
         f"{index}.{name}": value.contiguous()
         for index, values in state["state"].items()
         for name, value in values.items()
         if isinstance(value, Tensor)
     }
-    return tensors, {"param_groups": state["param_groups"]}
 
 
-def _join(tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+def _join(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
-    return {"state": state, "param_groups": scalars["param_groups"]}
+    return {"state": state, "param_groups": groups}
 
 
 def _manifest(directory: Path) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from rlswitch import records
-from rlswitch.charts import Series, standalone_chart
+from rlswitch.charts import COLORS, Series, standalone_chart
 
 if TYPE_CHECKING:
     from rlswitch.sweep import Job
@@ -70,8 +70,9 @@ def write_comparison(jobs: Sequence[Job], root: Path) -> Table | None:
     table = Table(*HEADINGS, title=dataset, title_justify="left")
     for arm in arms:
         table.add_row(*arm.cells)
-    title = f"{dataset}, mean of {max(len(arm.curves) for arm in arms)} runs each"
-    lines = [Series(arm.name, arm.mean_curve, f"c{i % 8}") for i, arm in enumerate(arms)]
+    counts = sorted({len(arm.curves) for arm in arms})
+    title = f"{dataset}, means of {' to '.join(map(str, {counts[0], counts[-1]}))} runs"
+    lines = [Series(arm.name, arm.mean_curve, f"c{i % len(COLORS)}") for i, arm in enumerate(arms)]
     (root / "comparison.svg").write_text(standalone_chart(title, lines, x_name="step"))
     (root / "comparison.md").write_text(
         "".join(

@@ -6,6 +6,8 @@ that the next push would not bring, and the engine runs its plain, fast kernels.
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import Linear
+from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -27,8 +29,11 @@ WEIGHTS = "adapter_model.safetensors"
 LORA = ".lora_"
 
 
-def add_adapters(model: Any, config: ModelConfig, *, causal: bool) -> PeftModel:
-    """`model` frozen, with trainable float32 adapters that start as no change at all."""
+def add_adapters(model: Any, config: ModelConfig, path: str, *, causal: bool) -> PeftModel:
+    """`model`, loaded from `path`, frozen, with trainable float32 adapters that start as no change at all.
+
+    Raises ConfigError for layers that a push could not carry merged.
+    """
     try:
         adapted = get_peft_model(
             model,
@@ -45,8 +50,25 @@ def add_adapters(model: Any, config: ModelConfig, *, causal: bool) -> PeftModel:
             f"model.lora_targets = {config.lora_targets}: {str(error).splitlines()[0]};"
             " name linear layers of the model, as q_proj, or [] for all of them"
         ) from error
-    adapted.peft_config[ADAPTER].base_model_name_or_path = config.path
+    _refuse_what_cannot_be_merged(adapted, config)
+    # What loads the adapter has to find its base, from wherever it is started.
+    local = Path(path).exists()
+    adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(path).absolute()) if local else path
+    adapted.peft_config[ADAPTER].revision = None if local else config.revision
     return adapted
+
+
+def _refuse_what_cannot_be_merged(model: PeftModel, config: ModelConfig) -> None:
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            shared = any(uses[id(parameter)] > 1 for parameter in layer.get_base_layer().parameters())
+            if shared or not isinstance(layer, Linear):
+                kind = "shares its weight with another layer" if shared else "is not a plain linear layer"
+                raise ConfigError(
+                    f"model.lora_targets = {config.lora_targets}: {name.rpartition('.')[2]} {kind}; a push"
+                    " could not carry its adapter merged; name linear layers, as q_proj, or [] for all"
+                )
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -54,24 +76,23 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
+def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The model's checkpoint by name with the adapters added in float32; the model is left as it is.
 
-    Merging in place and back would round the frozen weights a little more at every push.
+    One layer is merged at a time: the whole model in float32 may not fit. Merging in place and back
+    would round the frozen weights a little more at every push.
     """
     base = base_of(model)
-    if base is model:
-        return model.state_dict()
-    state = {}
+    adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
     for name, tensor in base.state_dict().items():
-        if LORA not in name:
-            state[name.replace(".base_layer.", ".")] = tensor
-    with torch.no_grad():
-        for name, layer in base.named_modules():
-            if isinstance(layer, Linear):
-                frozen: Any = layer.get_base_layer().weight
-                state[f"{name}.weight"] = frozen.float() + layer.get_delta_weight(ADAPTER).float()
-    return state
+        if LORA in name:
+            continue
+        owner, _, kind = name.rpartition(".base_layer.")
+        if kind == "weight" and owner in adapted:
+            with torch.no_grad():
+                yield f"{owner}.weight", tensor.float() + adapted[owner].get_delta_weight(ADAPTER).float()
+        else:
+            yield name.replace(".base_layer.", "."), tensor
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
@@ -82,15 +103,21 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:
-    """The reverse of save_adapter, into adapters of the same shape. Raises ConfigError for another."""
+    """The reverse of save_adapter, into adapters of the same shape and scale. Raises ConfigError."""
+    ours, wrong = model.peft_config[ADAPTER], []
     try:
-        result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
-        wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if LORA in key)]
+        saved = json.loads((directory / "adapter_config.json").read_text())
+        for name in ("r", "lora_alpha"):
+            if saved[name] != getattr(ours, name):
+                wrong.append(f"it has {name} {saved[name]}, the run says {getattr(ours, name)}")
+        if not wrong:
+            result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
+            wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if LORA in key)]
     except (OSError, RuntimeError) as error:
         wrong = [str(error).splitlines()[0]]
     if wrong:
         raise ConfigError(
-            f"resume = {directory.parent}: its adapter does not fit model.lora_rank and"
+            f"resume = {directory.parent}: its adapter does not fit model.lora_rank, model.lora_alpha and"
             f" model.lora_targets ({wrong[0]}); set what it was trained with, or another output_dir"
         )
 

@@ -37,7 +37,8 @@ class Critic(nn.Module):
         """Value [B, T] of the state before each completion token."""
         layout = lay_out(batch, self.packed)
         hidden = self.backbone(**layout.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        values = self.head(hidden[layout.positions]).squeeze(-1).float()
+        with torch.autocast(hidden.device.type, enabled=False):  # bfloat16 would round every value
+            values = self.head(hidden[layout.positions].float()).squeeze(-1)
         return layout.spread(values, batch)
 
 
@@ -96,7 +97,7 @@ def load_policy(config: ModelConfig, path: str, frozen_dtype: torch.dtype) -> nn
     """
     if config.lora_rank == 0:
         return load_causal(config, path, torch.float32)
-    return lora.add_adapters(load_causal(config, path, frozen_dtype), config, causal=True)
+    return lora.add_adapters(load_causal(config, path, frozen_dtype), config, path, causal=True)
 
 
 def load_causal(config: ModelConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -108,7 +109,34 @@ def load_critic(config: ModelConfig, path: str, frozen_dtype: torch.dtype, packe
     if config.lora_rank == 0:
         return Critic(_load(AutoModel, config, path, torch.float32), packed)
     backbone = _load(AutoModel, config, path, frozen_dtype)
-    return Critic(lora.add_adapters(backbone, config, causal=False), packed)
+    return Critic(lora.add_adapters(backbone, config, path, causal=False), packed)
+
+
+def refuse_leaky_packing(model: nn.Module, sequences: list[list[int]], tolerance: float) -> None:
+    """Raises ConfigError when packed rollouts influence each other: recurrent layers may not tell them apart.
+
+    `sequences` are scored alone and behind one another; a log-probability may differ by `tolerance`.
+    """
+    alone = sequence_logprobs(model, sequences)
+    tokens = torch.tensor([[token for row in sequences for token in row]])
+    positions = torch.tensor([[place for row in sequences for place in range(len(row))]])
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        logits = model(
+            input_ids=tokens.to(device), position_ids=positions.to(device), use_cache=False
+        ).logits[0]
+    start, gap = 0, 0.0
+    for sequence, expected in zip(sequences, alone, strict=True):
+        rows, targets = logits[start : start + len(sequence) - 1], torch.tensor(sequence[1:], device=device)
+        found, _ = token_statistics(rows, targets, 1.0)
+        gap = max(gap, float((found - torch.tensor(expected, device=device)).abs().max()))
+        start += len(sequence)
+    if not gap <= tolerance:
+        raise ConfigError(
+            f"trainer.packing = true: this model's log-probabilities differ by {gap:.3g} when rollouts are"
+            " packed into one row: its layers do not tell them apart, they would learn from each other;"
+            " set trainer.packing=false"
+        )
 
 
 def policy_logprobs(

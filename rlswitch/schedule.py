@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
@@ -18,7 +18,7 @@ OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 """What a schedule gets from the run itself."""
 
 
-def build_schedule(run: Run, optimizer: Optimizer) -> LRScheduler:
+def build_schedule(run: Run, optimizer: Optimizer) -> LambdaLR:
     """The schedule of `trainer.lr_schedule`, one tick per optimizer step. Raises ConfigError."""
     config = run.trainer
     name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
@@ -42,6 +42,19 @@ def build_schedule(run: Run, optimizer: Optimizer) -> LRScheduler:
             f"trainer.lr_schedule = {config.lr_schedule}: {error}; set what it needs in"
             f" trainer.lr_schedule_kwargs ({', '.join(free)})"
         ) from error
+
+
+def resume_schedule(schedule: LambdaLR, steps: int) -> None:
+    """Puts a fresh schedule where it is after `steps` optimizer steps, and its optimizer's rates with it.
+
+    Recomputed, not restored: a run that is resumed with more steps or another rate follows its own curve.
+    """
+    schedule.last_epoch, schedule._step_count = steps, steps + 1
+    schedule._last_lr = [
+        base * rate(steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
 
 
 def refuse_unfit_schedule(run: Run) -> None:

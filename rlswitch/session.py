@@ -256,7 +256,7 @@ def build_scorer(run: Run) -> Scorer:
     """The rewards, and a look at the trackers: both can be told wrong before a model is loaded."""
     problems = tracker_problems(run.logger)
     try:
-        scorer = Scorer(run.reward)
+        scorer = Scorer(run.reward, step_size=run.rollout.num_prompts * run.rollout.group_size)
     except ConfigError as error:
         problems += error.problems
     if problems:

@@ -98,7 +98,7 @@ class ModelShape:
         text = model.config.get_text_config()
         heads, parameters, backbone = text.num_attention_heads, _count(model), _count(model.base_model)
         if config.lora_rank:
-            model = add_adapters(model, config, causal=True)
+            model = add_adapters(model, config, config.path, causal=True)
         return cls(
             parameters=parameters,
             backbone=backbone,

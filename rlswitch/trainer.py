@@ -29,6 +29,7 @@ from rlswitch.models import (
     load_critic,
     load_policy,
     policy_logprobs,
+    refuse_leaky_packing,
     sequence_logprobs,
 )
 from rlswitch.parking import Parking
@@ -61,23 +62,29 @@ class Trainer:
         self.memory: Memory = {}
         self.published: PolicyWeights | None = None
         mixed = "bf16" if device.kind == "cuda" and engine_dtype == torch.bfloat16 else "no"
+        frozen_dtype = engine_dtype if mixed == "bf16" else torch.float32  # only autocast joins the two
         self.accelerator = Accelerator(mixed_precision=mixed, cpu=device.kind == "cpu")
         with torch.random.fork_rng():  # adapters start at random: the same ones from the same seed
             torch.manual_seed(run.seed)
-            self.policy = load_policy(run.model, model_path, engine_dtype)
+            self.policy = load_policy(run.model, model_path, frozen_dtype)
             self.critic = (
-                load_critic(run.model, model_path, engine_dtype, run.trainer.packing)
+                load_critic(run.model, model_path, frozen_dtype, run.trainer.packing)
                 if run.algorithm.needs_critic
                 else None
             )
         if run.trainer.gradient_checkpointing:
-            self._checkpoint_gradients()
+            checkpoint_gradients(self.policy)
+            if self.critic is not None:
+                checkpoint_gradients(self.critic.backbone)
         self.reference = self._load_reference(model_path) if run.algorithm.needs_reference else None
         self.optimizer = self._build_optimizer()
         self.schedule = build_schedule(run, self.optimizer)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
         if self.critic is not None:
             self.critic = self.accelerator.prepare(self.critic)
+        if run.trainer.packing:
+            with self.accelerator.autocast():
+                refuse_leaky_packing(self.unwrapped_policy.eval(), canary, 1e-3 if mixed == "no" else 0.5)
         self.parking = Parking(run.trainer.park, device, self._parts, self.optimizer)
 
     # -- as a tenant ---------------------------------------------------------------------------
@@ -153,12 +160,14 @@ class Trainer:
             batch.old_logprobs = torch.zeros_like(batch.rollout_logprobs)  # filled in by the one pass
         with self.ledger.work("update"):
             # Checkpointing works in training mode only; dropout would make the ratios wrong.
-            self.policy.train(self.run.trainer.gradient_checkpointing)
+            for part in self._trained_parts():
+                part.train(self.run.trainer.gradient_checkpointing)
             for epoch in range(config.epochs):
                 seed = request_seed(self.run.seed, self.version, -1, epoch)
                 for rows in minibatches(len(batch), config.minibatches, seed):
                     self._step(batch, rows.to(self.device.torch), totals)
-            self.policy.eval()
+            for part in self._trained_parts():
+                part.eval()
         metrics = totals.means() | self._batch_metrics(batch)
         self.version += 1
         metrics |= {f"algorithm/{name}": value for name, value in self.memory.items()}
@@ -271,12 +280,6 @@ class Trainer:
         frozen.to(self.device.torch)
         return FrozenModel(frozen, self.policy)
 
-    def _checkpoint_gradients(self) -> None:
-        base = lora.base_of(self.policy)
-        base.gradient_checkpointing_enable()
-        if base is not self.policy:
-            base.enable_input_require_grads()  # frozen embeddings would cut the adapters' gradients off
-
     def _build_optimizer(self) -> torch.optim.Optimizer:
         config = self.run.trainer
         groups = [{"params": trained(self.policy), "lr": config.lr}]
@@ -284,15 +287,26 @@ class Trainer:
             groups.append({"params": trained(self.critic), "lr": config.critic_lr})
         return torch.optim.AdamW(
             groups,
+            lr=config.lr,  # what an absolute min_lr of a schedule is measured against
             betas=(config.adam_beta1, config.adam_beta2),
             weight_decay=config.weight_decay,
             fused=True,
         )
 
+    def _trained_parts(self) -> list[nn.Module]:
+        return [self.policy] if self.critic is None else [self.policy, self.critic]
+
     def _parts(self) -> Iterator[nn.Module]:
-        yield from (part for part in (self.policy, self.critic) if part is not None)
+        yield from self._trained_parts()
         if self.reference is not None:
             yield from self.reference.parts
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    base = lora.base_of(model)
+    base.gradient_checkpointing_enable()
+    if base is not model:
+        base.enable_input_require_grads()  # frozen embeddings would cut the adapters' gradients off
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

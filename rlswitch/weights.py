@@ -30,8 +30,9 @@ class Publisher:
 
     def __init__(self, transport: str, nbytes: int, output_dir: Path):
         """Raises ConfigError when `transport` is shm and two versions of `nbytes` do not fit there."""
-        sweep_dead_runs(SHM)
         parent = choose_directory(transport, nbytes, output_dir)
+        for directory in {SHM, parent}:
+            sweep_dead_runs(directory)
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner_tag()}-", dir=parent))
         self.published: list[Path] = []
 
@@ -61,10 +62,9 @@ class Publisher:
 def cast_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The checkpoint of `model` by name, floating tensors in `dtype`, a tied tensor once."""
     tied = set(lora.base_of(model).all_tied_weights_keys)
-    state = lora.merged_state(model)
     return {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-        for name, tensor in state.items()
+        for name, tensor in lora.merged_tensors(model)
         if name not in tied
     }
 

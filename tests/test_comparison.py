@@ -67,17 +67,17 @@ def test_a_job_that_failed_is_not_compared(make_job):
 
 
 def test_the_files_hold_every_arm(make_job, tmp_path):
-    recipes = "ppo grpo rloo reinforce_pp dapo dr_grpo gspo cispo".split()
+    recipes = "ppo grpo rloo reinforce_pp reinforce_pp_baseline dapo dr_grpo gspo cispo reinforce".split()
     jobs = [make_job([f"recipe={name}", f"seed={s}"], [0.4, 0.9]) for name in recipes for s in (0, 1)]
     table = write_comparison(jobs, tmp_path)
-    assert table is not None and table.row_count == 8
+    assert table is not None and table.row_count == 10
     lines = (tmp_path / "comparison.md").read_text().splitlines()
-    assert len(lines) == 2 + 8 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 2 + 10 and len({line.count("|") for line in lines}) == 1
     picture = ElementTree.parse(tmp_path / "comparison.svg").getroot()
     texts = {node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")}
     assert set(recipes) <= texts
     curves = list(picture.iter("{http://www.w3.org/2000/svg}polyline"))
-    assert len(curves) == 8 and len({curve.get("class") for curve in curves}) == 8
+    assert len(curves) == 10 and len({curve.get("class") for curve in curves}) == 10
 
 
 def test_one_job_or_none_with_an_evaluation_is_nothing_to_compare(make_job, tmp_path):

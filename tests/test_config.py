@@ -60,6 +60,20 @@ MISTAKES = [
             "engine.vllm.dtype: has a setting of its own; set model.dtype",
         ],
     ),
+    (
+        "algorithm=rloo algorithm.kl_coef=0.1 algorithm.kl_estimator=k3",
+        [
+            "algorithm.kl_estimator = k3: as a reward it does not know on which side of the reference the"
+            " policy is, it would hardly hold it; set k1, or algorithm.kl_in=loss"
+        ],
+    ),
+    (
+        "algorithm=cispo algorithm.dual_clip=4",
+        [
+            "algorithm.dual_clip = 4.0: algorithm.surrogate=weighted bounds its weights by the ordinary"
+            " clips, it would do nothing; set algorithm.dual_clip=0"
+        ],
+    ),
     ("model.dtype=foo", ["model.dtype = foo: not one of auto, float32, bfloat16, float16"]),
     (
         "algorithm.kl_target=0.1",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlswitch.algorithms.advantages import discounted_returns, gae, group_relative, leave_one_out
 from rlswitch.algorithms.grpo import GRPO
+from rlswitch.algorithms.kl import kl_divergence
 from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
 from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
@@ -133,6 +134,22 @@ def test_kl_goes_into_the_loss_or_into_the_reward_never_both():
         changed = not torch.equal(loss_of(algorithm, logprobs, batch), loss_of(plain, logprobs, batch))
         punished = not torch.equal(algorithm.token_rewards(batch, {}), plain.token_rewards(batch, {}))
         assert (changed, punished) == (place == "loss", place == "reward")
+
+
+def test_only_k1_as_a_reward_pulls_the_policy_back_to_the_reference():
+    """The exact gradient of a softmax over six actions that has moved away from the reference."""
+    reference, moved = noise((6,)).log_softmax(0), 0.1 * noise((6,), 1)
+    pull = {}
+    for estimator in ("k1", "k3"):
+        logits = (reference + moved).requires_grad_()
+        logprobs = logits.log_softmax(0)
+        penalty = kl_divergence(logprobs.detach(), reference, estimator)
+        (pull[estimator],) = torch.autograd.grad((logprobs.exp() * penalty).sum(), logits)
+    logits = (reference + moved).requires_grad_()
+    logprobs = logits.log_softmax(0)
+    (exact,) = torch.autograd.grad((logprobs.exp() * (logprobs - reference)).sum(), logits)
+    torch.testing.assert_close(pull["k1"], exact)
+    assert float(pull["k3"].norm()) < 0.2 * float(exact.norm())
 
 
 def test_overlong_completions_lose_up_to_one():

@@ -206,11 +206,12 @@ def test_a_restored_run_continues_to_the_last_bit(build, make_groups, tiny_model
         assert not changed(straight.critic.state_dict(), resumed.critic.state_dict())
 
 
-def test_an_adapter_of_another_rank_is_refused_in_one_line(build, make_groups, tiny_model, tmp_path):
-    path = save(build(lora_rank=2), tiny_model().tokenizer, tmp_path / "c")
-    with pytest.raises(ConfigError, match=r"does not fit model\.lora_rank") as caught:
-        checkpoint.restore(path, build(lora_rank=4))
-    assert "\n" not in str(caught.value)
+def test_an_adapter_of_another_rank_or_scale_is_refused_in_one_line(build, make_groups, tiny_model, tmp_path):
+    path = save(build(lora_rank=4, lora_alpha=8), tiny_model().tokenizer, tmp_path / "c")
+    for other in ({"lora_rank": 2}, {"lora_rank": 4, "lora_alpha": 4}):
+        with pytest.raises(ConfigError, match=r"does not fit model\.lora_rank") as caught:
+            checkpoint.restore(path, build(**other))
+        assert "\n" not in str(caught.value)
 
 
 # -- settings ----------------------------------------------------------------------------------
@@ -220,6 +221,35 @@ def test_unknown_layers_are_named(make_run):
     run = make_run(model={"lora_rank": 4, "lora_targets": ["no_such_layer"]})
     with pytest.raises(ConfigError, match=r"^model\.lora_targets = \['no_such_layer'\]"):
         load_policy(run.model, run.model.path, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("lm_head", "shares its weight"), ("embed_tokens", "is not a plain linear layer")]
+)
+def test_layers_that_a_push_could_not_carry_merged_are_refused(make_run, target: str, why: str):
+    for tie in (True, False):
+        run = make_run(tie=tie, model={"lora_rank": 4, "lora_targets": ["q_proj", target]})
+        if tie or target == "embed_tokens":
+            with pytest.raises(ConfigError, match=rf"model\.lora_targets = .*: {target} ") as caught:
+                load_policy(run.model, run.model.path, torch.float32)
+            assert why in str(caught.value) or tie
+        else:
+            load_policy(run.model, run.model.path, torch.float32)
+
+
+def test_a_step_works_whatever_the_engine_computes_in(make_run, make_trainer, make_groups):
+    run = make_run("ppo", model={"lora_rank": 4, "dtype": "bfloat16"})
+    trainer = make_trainer(run, torch.bfloat16)
+    assert step(trainer, make_groups)["actor/grad_norm"] > 0
+    assert trainer.publish().nbytes > 0
+
+
+def test_an_adapter_knows_its_base_by_a_path_that_holds_anywhere(build, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_model().path.parent)
+    trainer = build(path=tiny_model().path.name)
+    path = save(trainer, tiny_model().tokenizer, tmp_path / "c")
+    monkeypatch.chdir(tmp_path)
+    AutoModelForCausalLM.from_pretrained(path / "policy")
 
 
 def test_chosen_layers_alone_get_adapters(build):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlswitch.batching import lay_out, micro_batches, to_batch
-from rlswitch.models import policy_logprobs
+from rlswitch.models import policy_logprobs, refuse_leaky_packing
 from rlswitch.trainer import Trainer
-from rlswitch.types import Group, Prompt, Rollout
+from rlswitch.types import ConfigError, Group, Prompt, Rollout
 
 CPU = torch.device("cpu")
 SIZES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)
@@ -101,7 +102,17 @@ def test_packed_logprobs_are_the_padded_ones(tiny_model):
     padded, packed = (policy_logprobs(model, batch, 0.7, packed=it) for it in (False, True))
     for ours, theirs in zip(packed, padded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert float(padded[0].abs().max()) > 0.1
+    assert float(padded[0].detach().abs().max()) > 0.1
+
+
+def test_a_model_whose_packed_rollouts_see_each_other_is_refused(tiny_model):
+    model, sequences = tiny_model().model, [[13, 1, 2, 10, 3], [9, 8, 0, 15]]
+    refuse_leaky_packing(model, sequences, 1e-3)
+    leaky = copy.deepcopy(model)
+    forward = leaky.forward
+    leaky.forward = lambda input_ids, position_ids=None, **rest: forward(input_ids=input_ids, **rest)
+    with pytest.raises(ConfigError, match=r"trainer\.packing = true: .* set trainer\.packing=false"):
+        refuse_leaky_packing(leaky, sequences, 1e-3)
 
 
 def test_packed_rollouts_do_not_see_each_other(tiny_model):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -47,6 +48,12 @@ def sandbox(request, monkeypatch, tmp_path: Path):
         yield unsandboxed(monkeypatch)
     assert not set(psutil.Process().children(recursive=True)) - before
     assert not list(tmp_path.iterdir())
+
+
+def command_of(process: psutil.Process) -> str:
+    with suppress(psutil.Error):  # it may end while it is looked at
+        return " ".join(process.cmdline())
+    return ""
 
 
 def unsandboxed(monkeypatch: pytest.MonkeyPatch) -> Sandbox:
@@ -106,7 +113,7 @@ def test_processes_that_leave_their_session_are_ended(sandbox, then):
     before = set(psutil.pids())
     sandbox.run(ORPHANS + then)
     started = [p for p in psutil.process_iter() if p.pid not in before]
-    assert not [p for p in started if "main.py" in " ".join(p.cmdline())]
+    assert not [p for p in started if "main.py" in command_of(p)]
 
 
 def test_the_environment_tells_nothing(sandbox):
@@ -152,7 +159,8 @@ def test_an_isolated_program_reaches_nothing_outside(source, says):
     before = set(psutil.Process().children(recursive=True))
     if os.getuid() == 0 or "setuid" not in source:
         outcome = Sandbox(LIMITS).run(source.replace("PARENT", str(os.getpid())))
-        assert outcome.problem and says in outcome.problem
+        # many processes may write at once: not the last line alone
+        assert outcome.problem and says in outcome.problem + outcome.errors
     assert not set(psutil.Process().children(recursive=True)) - before
 
 

@@ -226,12 +226,27 @@ def test_a_broken_critic_stops_the_policys_update_too(build, make_groups):
     assert same(parameters(trainer), before)
 
 
-def test_gradient_checkpointing_changes_nothing(build, make_groups):
-    outcomes = []
+@pytest.mark.parametrize("lora_rank", [0, 4])
+def test_gradient_checkpointing_recomputes_and_changes_nothing(build, make_groups, lora_rank: int):
+    outcomes, forwards = [], []
     for checkpointing in (False, True):
-        trainer = build("ppo", trainer={"lr": 1e-3, "gradient_checkpointing": checkpointing})
+        trainer = build(
+            "ppo",
+            trainer={"lr": 1e-3, "gradient_checkpointing": checkpointing},
+            model={"lora_rank": lora_rank},
+        )
+        passes = {"policy": 0, "critic": 0}
+        for name, part in (("policy", trainer.policy), ("critic", trainer.critic)):
+            attention = next(m for m in part.modules() if type(m).__name__ == "Qwen3Attention")
+            attention.register_forward_hook(
+                lambda *_, name=name, seen=passes: seen.update({name: seen[name] + 1})
+            )
+        before = parameters(trainer)
         step(trainer, make_groups())
+        assert not same(parameters(trainer), before)
         outcomes.append(parameters(trainer))
+        forwards.append(passes)
+    assert all(forwards[1][name] > forwards[0][name] for name in ("policy", "critic"))
     for plain, recomputed in zip(*outcomes, strict=True):
         torch.testing.assert_close(recomputed, plain)
 

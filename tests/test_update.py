@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlswitch.compose import Source, compose_run
-from rlswitch.schedule import build_schedule, refuse_unfit_schedule
+from rlswitch.schedule import build_schedule, refuse_unfit_schedule, resume_schedule
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError
 
@@ -90,6 +90,12 @@ def test_the_coefficient_rises_while_the_policy_is_too_far_away(build, make_grou
     assert step(trainer, make_groups)["actor/kl_coef"] == pytest.approx(0.11)
 
 
+def test_an_adapted_coefficient_is_forgotten_where_it_is_to_be_fixed(build, make_groups):
+    trainer = build(options={"kl_coef": 0.05}, trainer={"lr": 1e-2, "epochs": 2})
+    trainer.memory["kl_coef"] = 7.0  # of a run that was steered
+    assert step(trainer, make_groups)["actor/kl_coef"] == 0.05
+
+
 def test_a_fixed_coefficient_stays_and_nothing_is_remembered(build, make_groups):
     trainer = build(options={"kl_coef": 0.1}, trainer={"lr": 1e-2, "epochs": 2})
     for _ in range(2):
@@ -99,7 +105,7 @@ def test_a_fixed_coefficient_stays_and_nothing_is_remembered(build, make_groups)
 
 @pytest.mark.parametrize("place", ["loss", "reward"])
 def test_the_remembered_coefficient_is_the_one_that_counts(build, make_groups, place: str):
-    options = {"kl_coef": 0.1, "kl_in": place}
+    options = {"kl_coef": 0.1, "kl_in": place, "kl_target": 1.0}
     small, large = (build(options=options, trainer={"lr": 1e-2, "epochs": 2}) for _ in range(2))
     large.memory["kl_coef"] = 100.0
     for trainer in (small, large):
@@ -156,6 +162,35 @@ def test_schedules_are_those_of_transformers():
     stable = scheduled("warmup_stable_decay", num_decay_steps=3)
     assert stable[2:7] == [1.0] * 5 and stable[9] < 0.5
     assert scheduled("inverse_sqrt")[9] < scheduled("inverse_sqrt")[4] < 1
+
+
+def test_a_lowest_rate_is_meant_in_the_trainers_own_units(build, make_groups):
+    settings = {"lr": 1e-2, "lr_schedule": "cosine_with_min_lr", "lr_schedule_kwargs": {"min_lr": 5e-3}}
+    trainer = build(num_steps=3, trainer=settings)
+    rates = [step(trainer, make_groups)["actor/lr"] for _ in range(3)]
+    assert rates[0] == pytest.approx(1e-2) and 5e-3 <= rates[2] < rates[1]
+    assert trainer.schedule.get_last_lr()[0] == pytest.approx(5e-3)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "inverse_sqrt"])
+def test_a_schedule_goes_on_where_it_stopped_and_on_the_curve_of_the_run(build, make_groups, name: str):
+    def make(num_steps: int, lr: float = 1e-2):
+        return build(num_steps=num_steps, trainer={"lr": lr, "lr_schedule": name, "warmup_steps": 1})
+
+    straight = make(6)
+    for _ in range(3):
+        step(straight, make_groups)
+    resumed = make(6)
+    resume_schedule(resumed.schedule, 3)
+    assert resumed.schedule.state_dict() == straight.schedule.state_dict()
+    assert resumed.optimizer.param_groups[0]["lr"] == straight.optimizer.param_groups[0]["lr"]
+    halved = make(6, lr=5e-3)
+    resume_schedule(halved.schedule, 3)
+    assert halved.schedule.get_last_lr()[0] == pytest.approx(resumed.schedule.get_last_lr()[0] / 2)
+    if name != "inverse_sqrt":  # a finished run that is given more steps does not begin at zero
+        longer = make(12)
+        resume_schedule(longer.schedule, 6)
+        assert longer.optimizer.param_groups[0]["lr"] > 0
 
 
 @pytest.mark.parametrize(

@@ -34,14 +34,18 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
     Source: RLOO (arXiv:2402.14740, equation 8). Equal to G / (G - 1) times the unscaled group_relative
     in a group of G. A group of one has no others: zero.
     """
-    assert rewards.dim() == group.dim() == 1
+    assert rewards.dim() == group.dim() == 1 and rewards.is_floating_point()
     size = torch.bincount(group)[group].to(rewards.dtype)
     return group_relative(rewards, group, scale_by_std=False) * size / (size - 1).clamp(min=1)
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Sum of this and all later rewards, each step discounted by `gamma`; [B, T], zero on padding."""
-    assert rewards.shape == mask.shape and mask.dtype == torch.bool
+    """Sum of this and all later rewards, each step discounted by `gamma`; [B, T], zero on padding.
+
+    Source: REINFORCE's return to go (Williams 1992); with gamma = 1 REINFORCE++ (arXiv:2501.03262).
+    """
+    assert rewards.dim() == 2 and rewards.shape == mask.shape and mask.dtype == torch.bool
+    assert rewards.is_floating_point()
     returns = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
@@ -53,6 +57,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor
 def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
     """The reward of each rollout [B] placed on its last completion token, zero elsewhere; [B, T]."""
     assert rewards.dim() == 1 and mask.dim() == 2 and mask.dtype == torch.bool
+    assert rewards.is_floating_point()
     last = mask.sum(-1, keepdim=True) - 1
     placed = torch.zeros_like(mask, dtype=rewards.dtype)
     return placed.scatter(1, last.clamp(min=0), rewards[:, None]) * mask
@@ -66,7 +71,8 @@ def gae(
     The value after the last token is zero: a completion ends its episode. With gae_lambda = 1 the
     advantage is the discounted return minus the value.
     """
-    assert rewards.dim() == values.dim() == mask.dim() == 2 and mask.dtype == torch.bool
+    assert rewards.dim() == 2 and rewards.shape == values.shape == mask.shape
+    assert mask.dtype == torch.bool and rewards.is_floating_point() and values.is_floating_point()
     advantages = torch.zeros_like(rewards)
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(next_value)
@@ -80,8 +86,12 @@ def gae(
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over the tokens of `mask`, zero elsewhere; [B, T] -> [B, T]."""
-    assert values.shape == mask.shape and mask.dtype == torch.bool
+    """Zero mean and unit variance over the tokens of `mask`, zero elsewhere; [B, T] -> [B, T].
+
+    Source: advantage normalisation as in Andrychowicz et al. 2020 (arXiv:2006.05990).
+    """
+    assert values.dim() == 2 and values.shape == mask.shape and mask.dtype == torch.bool
+    assert values.is_floating_point()
     chosen = values[mask]
     centred = values - chosen.mean()
     return centred / (chosen.var(correction=0).sqrt() + 1e-8) * mask

@@ -105,7 +105,12 @@ class Algorithm(ABC):
                         f"algorithm.{name} = {value}: there is no reference while algorithm.kl_coef is 0,"
                         f" it would do nothing; set algorithm.kl_coef above 0, or algorithm.{name}=0"
                     )
-        if 0 < self.dual_clip <= 1 + self.ratio_clip_high:
+        if self.dual_clip > 0 and self.surrogate == "weighted":
+            yield (
+                f"algorithm.dual_clip = {self.dual_clip}: algorithm.surrogate=weighted bounds its weights by"
+                " the ordinary clips, it would do nothing; set algorithm.dual_clip=0"
+            )
+        elif 0 < self.dual_clip <= 1 + self.ratio_clip_high:
             yield (
                 f"algorithm.dual_clip = {self.dual_clip}: inside the ordinary clip, it would replace it;"
                 f" set more than {1 + self.ratio_clip_high:g} (3 is usual), or 0 for no bound"
@@ -114,6 +119,11 @@ class Algorithm(ABC):
             yield (
                 "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
                 " nothing; set k2 or k3, or algorithm.kl_in=reward"
+            )
+        if self.kl_coef > 0 and self.kl_in == "reward" and self.kl_estimator != "k1":
+            yield (
+                f"algorithm.kl_estimator = {self.kl_estimator}: as a reward it does not know on which side of"
+                " the reference the policy is, it would hardly hold it; set k1, or algorithm.kl_in=loss"
             )
 
     @final
@@ -137,7 +147,7 @@ class Algorithm(ABC):
 
     @final
     def current_kl_coef(self, memory: Memory) -> float:
-        return memory.get("kl_coef", self.kl_coef)
+        return memory.get("kl_coef", self.kl_coef) if self.kl_target > 0 else self.kl_coef
 
     @final
     def end_step(self, memory: Memory, kl: float, rollouts: int) -> None:

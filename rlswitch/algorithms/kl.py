@@ -11,6 +11,7 @@ from torch import Tensor
 def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
     """Per-token estimate, same shape as its arguments. k1 and k3 are unbiased, k2 and k3 never negative."""
     assert logprobs.shape == reference_logprobs.shape and logprobs.is_floating_point()
+    assert reference_logprobs.is_floating_point()
     log_ratio = logprobs - reference_logprobs
     if estimator == "k1":
         return log_ratio

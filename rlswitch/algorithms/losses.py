@@ -17,6 +17,7 @@ def clipped_surrogate(
     `dual_clip` > 1 bounds the ratio that a negative advantage can be multiplied by (arXiv:1912.09729).
     """
     assert log_ratio.shape == advantages.shape and log_ratio.dim() == 2
+    assert log_ratio.is_floating_point() and advantages.is_floating_point()
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     loss = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -34,6 +35,7 @@ def weighted_surrogate(
     Every token keeps its gradient; the clip bounds how much it weighs.
     """
     assert logprobs.shape == log_ratio.shape == advantages.shape and logprobs.dim() == 2
+    assert logprobs.is_floating_point() and advantages.is_floating_point()
     weight = log_ratio.exp().clamp(1 - clip_low, 1 + clip_high).detach()
     metrics = _ratio_metrics(log_ratio, advantages, clip_low, clip_high)
     return -weight * advantages * logprobs, metrics
@@ -41,7 +43,8 @@ def weighted_surrogate(
 
 def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     """GSPO's ratio (arXiv:2507.18071, equation 7): the mean over a completion's tokens, on each; [B, T]."""
-    assert log_ratio.shape == mask.shape and mask.dtype == torch.bool
+    assert log_ratio.dim() == 2 and log_ratio.shape == mask.shape and mask.dtype == torch.bool
+    assert log_ratio.is_floating_point()
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
     return ((log_ratio * mask).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
 
@@ -64,8 +67,12 @@ def _ratio_metrics(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Half the squared error of the critic, pessimistic about moves beyond `clip` (0: no clip); [B, T]."""
+    """Half the squared error of the critic, pessimistic about moves beyond `clip` (0: no clip); [B, T].
+
+    Source: the clipped value loss of PPO's first implementation (Engstrom et al. 2020, arXiv:2005.12729).
+    """
     assert values.shape == old_values.shape == returns.shape and values.dim() == 2
+    assert values.is_floating_point() and returns.is_floating_point()
     loss = (values - returns) ** 2 / 2
     clipped = torch.zeros_like(loss)
     if clip > 0:

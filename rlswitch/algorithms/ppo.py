@@ -27,6 +27,7 @@ class PPO(Algorithm):
     needs_critic: ClassVar[bool] = True
 
     kl_in: str = choice("reward", "loss")
+    kl_estimator: str = choice("k1", "k2", "k3")
     gamma: float = number(1.0, at_least=0, at_most=1)
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
     whiten_advantages: bool = True

@@ -21,6 +21,7 @@ class ReinforcePP(Algorithm):
     """No critic and no group needed: the return to go of every token, normalised over the whole batch."""
 
     kl_in: str = choice("reward", "loss")
+    kl_estimator: str = choice("k1", "k2", "k3")
     whiten_advantages: bool = True
     gamma: float = number(1.0, at_least=0, at_most=1)
     group_baseline: bool = False

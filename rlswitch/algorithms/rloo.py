@@ -21,6 +21,7 @@ class RLOO(Algorithm):
     """The baseline of a completion is the mean reward of its siblings: unbiased, unlike the group's mean."""
 
     kl_in: str = choice("reward", "loss")
+    kl_estimator: str = choice("k1", "k2", "k3")
 
     def problems(self, run: Run) -> Iterator[str]:
         yield from needs_siblings(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -30,6 +31,13 @@ class Address:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+    @property
+    def identity(self) -> str:
+        """The same for every way of writing the same place."""
+        if self.socket:
+            return f"unix:{os.path.realpath(self.socket)}"
+        return f"{'loopback' if self.is_local else self.host.lower()}:{self.port}"
 
     @property
     def base_url(self) -> str:

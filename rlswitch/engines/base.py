@@ -279,6 +279,11 @@ class Engine:
                 f"{self.name}: prompt {prompt.index} sample {sample} came back with {len(tokens)} tokens and"
                 f" log-probabilities {logprobs[:4]}...: not a rollout one can learn from"
             )
+        if completion.finish_reason not in ("stop", "length"):
+            raise EngineError(
+                f"{self.name}: prompt {prompt.index} sample {sample} ended with '{completion.finish_reason}'"
+                f" after {len(tokens)} tokens: something else controls this engine too; give the run its own"
+            )
         assert self.weights is not None
         return Rollout(
             prompt=prompt,

@@ -69,19 +69,27 @@ def attached(config: ServerEngineConfig, model_path: str) -> Iterator[Client]:
     assert config.url is not None
     address = parse_url(config.url)
     with claimed(address), closing(Client(address, config.request_timeout_s)) as client:
-        if client.get("/is_sleeping")["is_sleeping"]:  # the run before has left it so, without weights
-            client.post("/wake_up")
-            reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
-            client.post("/collective_rpc", reload)
-        if client.get("/is_sleeping")["is_sleeping"]:
-            raise EngineError(f"vLLM's server at {address} does not wake up any more: start it anew")
+        # The run before may have left it asleep, half awake, without weights or with its own.
+        wake_all(client)
+        reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
+        client.post("/collective_rpc", reload)
+        client.post("/reset_prefix_cache")
         yield client
+
+
+def wake_all(client: Client) -> None:
+    """Whatever sleeps, one tag a call: without a tag older vLLM maps again what is awake already."""
+    for tags in ("weights", "kv_cache", ""):  # the last for an engine that only pauses
+        if client.get("/is_sleeping")["is_sleeping"]:
+            client.post("/wake_up", **({"tags": tags} if tags else {}))
+    if client.get("/is_sleeping")["is_sleeping"]:
+        raise EngineError(f"vLLM's server at {client.address} does not wake up any more: start it anew")
 
 
 @contextmanager
 def claimed(address: Address) -> Iterator[None]:
     """Holds a name that the kernel gives to one process at a time, and frees when that process ends."""
-    name = hashlib.sha256(str(address).encode()).hexdigest()
+    name = hashlib.sha256(address.identity.encode()).hexdigest()
     with socket.socket(socket.AF_UNIX) as claim:
         try:
             claim.bind(f"\0rlswitch-{name}")

@@ -35,6 +35,9 @@ MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID = 1, 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 
+POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+"""What a scheduler or a terminal sends to every process of a job: the trainer alone answers."""
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -60,8 +63,8 @@ def main() -> None:
     status = int(sys.argv[1])
     spec: Spec = json.loads(_read_line(0))
     os.set_inheritable(status, False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)  # a scheduler sends them to every process of a job
+    for number in POLITE:
+        signal.signal(number, lambda *_: None)
     _call("prctl", PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans come to us, not to init
     directory = Path(tempfile.mkdtemp(prefix="rlswitch-"))
     try:
@@ -114,6 +117,7 @@ def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
     """The program itself, or the first process of its namespaces: when that ends, the kernel ends all."""
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        os.umask(0o022)  # the program is somebody else, and has to read its files
         if spec["isolate"]:
             _build_root(directory, spec["visible"])
             directory = Path("/tmp")
@@ -125,6 +129,7 @@ def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
             os.setgroups([])
             os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(NOBODY, NOBODY, NOBODY)
+            _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user has cleared it
         program = os.fork()
         if program == 0:
             _become_program(spec, directory, status)
@@ -154,6 +159,9 @@ def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:
             resource.setrlimit(kind, (value, value))
         if spec["isolate"]:
             _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        else:
+            for number in POLITE:  # a handler would not survive what comes
+                signal.signal(number, signal.SIG_IGN)
         os.execve(spec["argv"][0], spec["argv"], env)
     except BaseException as error:
         _report(status, {"refused": f"{type(error).__name__}: {error}"})

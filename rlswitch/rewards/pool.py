@@ -220,7 +220,7 @@ class Pool:
     def _hand_out(
         self, call: Call, arguments: Callable[[Sequence[int]], Mapping[str, Any]]
     ) -> Iterator[Answer]:
-        worker = self._idle.pop() if self._idle else self._start()[0]
+        worker = self._idle.pop() if self._idle else self._start_another()
         worker.call, worker.since = call, time.monotonic()
         self._busy.append(worker)
         try:
@@ -252,6 +252,14 @@ class Pool:
         self._busy.remove(worker)
         worker.end()
         return Answer(call=worker.call, lost=why, seconds=time.monotonic() - worker.since)
+
+    def _start_another(self) -> Worker:
+        worker, loaded = self._start()
+        if loaded["problems"] or loaded["names"] != self.names:
+            worker.end()
+            changed = "; ".join(loaded["problems"]) or f"they are called {', '.join(loaded['names'])} now"
+            raise RewardError(f"reward.functions = {self._entries}: changed since the run began: {changed}")
+        return worker
 
     def _start(self) -> tuple[Worker, dict[str, Any]]:
         worker = Worker(self._settings.memory_bytes, lambda line: self.say(line))

@@ -72,7 +72,8 @@ class Sandbox:
         self._limits = limits
         self._isolate = True
         try:
-            self.run("")
+            if problem := self.run("").problem:
+                raise SandboxError(f"Python does not start in the sandbox ({problem})")
         except SandboxError as error:
             if not allow_unsandboxed:
                 raise

@@ -62,11 +62,14 @@ class Scorer:
     Example: `pending = scorer.submit(groups)`, something else meanwhile, `scorer.collect(pending)`
     """
 
-    def __init__(self, config: RewardConfig, say: Callable[[str], None] = print):
-        """Starts a worker. Raises ConfigError for what is no function, or cannot be run safely."""
+    def __init__(self, config: RewardConfig, say: Callable[[str], None] = print, step_size: int = 0):
+        """Starts a worker. Raises ConfigError for what is no function, or cannot be run safely.
+
+        `step_size` is the number of rollouts in a step: what a few errors among fewer are measured against.
+        """
         self.say = say
         """Takes the lines for the console: rollouts without a reward, and what functions print."""
-        self._config = config
+        self._config, self._step_size = config, step_size
         self._weights = config.weights or [1.0] * len(config.functions)
         problems = [
             f"reward.weights = {config.weights}: {weight} is not a finite number"
@@ -238,7 +241,7 @@ class Scorer:
 
     def _give_up(self, calls: deque[Call], scores: Scores) -> None:
         """Drops the calls that are not worth making: the step is lost already, or the budget is."""
-        scores.gave_up |= scores.count_errors() > self._config.max_error_rate * len(scores.errors)
+        scores.gave_up |= scores.count_errors() > self._allowed(len(scores.errors))
         if scores.gave_up:
             calls.clear()
         elif scores.retried > RETRY_TIMEOUTS * self._config.timeout_s:
@@ -248,9 +251,12 @@ class Scorer:
                 for function, row in product(call.functions, call.rows):
                     scores.errors[row].setdefault(self.names[function], why)
 
+    def _allowed(self, rollouts: int) -> float:
+        return self._config.max_error_rate * max(rollouts, self._step_size)
+
     def _refuse_too_many(self, rollouts: Sequence[Rollout], scores: Scores) -> None:
         count, limit = scores.count_errors(), self._config.max_error_rate
-        if count <= limit * len(rollouts) and (count < len(rollouts) or not rollouts):
+        if count <= self._allowed(len(rollouts)) and (count < len(rollouts) or not rollouts):
             return
         lines = [
             self._line(name, why, rollout)
