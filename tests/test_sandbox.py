@@ -19,6 +19,8 @@ from rlswitch.rewards.sandbox import Limits, Sandbox, SandboxError
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import ConfigError, Group, Prompt, Rollout
 
+pytestmark = pytest.mark.processes
+
 LIMITS = Limits(seconds=5.0, memory_bytes=1 << 30, processes=32, file_bytes=1 << 20)
 
 

@@ -15,6 +15,8 @@ from rlswitch.config import ServerEngineConfig
 from rlswitch.engines.address import Address, parse_listen, parse_url
 from rlswitch.types import ConfigError, EngineError
 
+pytestmark = pytest.mark.processes
+
 REMOTE = [
     "http://10.0.0.1:8000",
     "http://127.0.0.1.example.org:80",

@@ -10,6 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlswitch.engines.processes import shared_memory_of
+
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("engine", ["local", "server"])]
 
 OWNER = """
@@ -27,8 +29,8 @@ if __name__ == "__main__":
 """
 
 
-def start_owner(tmp_path: Path, engine: str, then: str) -> tuple[subprocess.Popen, list[int], Path]:
-    """A process that owns an engine; returns it with the engine's pids and its publish directory."""
+def start_owner(tmp_path: Path, engine: str, then: str) -> tuple[subprocess.Popen, list[int], set[Path]]:
+    """A process that owns an engine; returns it, the engine's pids, and what must not outlive it."""
     script = tmp_path / "owner.py"
     here = str(Path(__file__).parent)
     script.write_text(OWNER.format(here=here, directory=str(tmp_path), engine=engine, then=then))
@@ -38,8 +40,11 @@ def start_owner(tmp_path: Path, engine: str, then: str) -> tuple[subprocess.Pope
         text=True,
         env=os.environ | {"TMPDIR": str(tmp_path)},
     )
-    *pids, root = owner.stdout.readline().split()
-    return owner, [int(pid) for pid in pids], Path(root)
+    *words, root = owner.stdout.readline().split()
+    pids = [int(word) for word in words]
+    files = shared_memory_of([owner.pid, *pids])
+    assert files, "vLLM's processes talk through shared memory"
+    return owner, pids, {*files, Path(root)}
 
 
 def gone(pids: list[int]) -> bool:
@@ -55,9 +60,8 @@ def wait_until(condition, seconds: float = 30) -> bool:
     return condition()
 
 
-def engine_files() -> set[str]:
-    names = os.listdir("/dev/shm")
-    return {name for name in names if name.startswith(("psm_", "sem.mp-", "rlswitch-"))}
+def left(paths: set[Path]) -> list[Path]:
+    return [path for path in paths if path.exists()]
 
 
 def sockets(tmp_path: Path) -> list[Path]:
@@ -66,19 +70,17 @@ def sockets(tmp_path: Path) -> list[Path]:
 
 
 def test_a_killed_owner_takes_its_engine_along(tmp_path: Path, engine: str) -> None:
-    before = engine_files()
-    owner, pids, root = start_owner(tmp_path, engine, "time.sleep(600)")
-    assert len(pids) >= 2 and not gone(pids) and root.is_dir()
+    owner, pids, files = start_owner(tmp_path, engine, "time.sleep(600)")
+    assert len(pids) >= 2 and not gone(pids) and len(left(files)) == len(files)
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert wait_until(lambda: gone(pids)), [psutil.Process(p) for p in pids if psutil.pid_exists(p)]
-    assert wait_until(lambda: not root.exists() and engine_files() <= before)
+    assert wait_until(lambda: not left(files)), left(files)
     assert not sockets(tmp_path)
 
 
 def test_an_ordinary_end_leaves_nothing(tmp_path: Path, engine: str) -> None:
-    before = engine_files()
-    owner, pids, root = start_owner(tmp_path, engine, "pass")
+    owner, pids, files = start_owner(tmp_path, engine, "time.sleep(3)")
     assert owner.wait(timeout=120) == 0
-    assert gone(pids) and not root.exists() and engine_files() <= before
+    assert gone(pids) and not left(files)
     assert not sockets(tmp_path)

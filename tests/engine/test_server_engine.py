@@ -58,7 +58,8 @@ def test_an_attached_server_serves_one_run_after_the_other_and_lives_on(bench: B
 def test_a_server_is_asked_for_all_that_a_run_needs(bench: Bench) -> None:
     run = attaching(bench)
     refuse_unfit_server(run, run.model.path)
-    other = replace(attaching(bench, max_model_len=4096), model=replace(run.model, dtype="bfloat16"))
+    model = replace(run.model, path="/another/model", dtype="bfloat16")
+    other = replace(attaching(bench, max_model_len=4096), model=model)
     with pytest.raises(ConfigError) as error:
         refuse_unfit_server(other, "/another/model")
     (line,) = error.value.problems
