@@ -17,8 +17,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rlswitch.algorithms.grpo import GRPO
-from rlswitch.config import EngineConfig, ModelConfig, Run, SwitchConfig, problems
+from rlswitch.config import OPTIONS, EngineConfig, ModelConfig, Run, SwitchConfig, problems
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device
 from rlswitch.engines.base import Backend, Engine
@@ -94,7 +93,7 @@ def frozen_run(model: str, *, level: str = "2", dtype: str = "auto", **settings:
         raise ConfigError(f"{error}; the settings are those of rlswitch.config.EngineConfig") from error
     run = Run(
         model=ModelConfig(path=model, dtype=dtype),
-        algorithm=GRPO(),
+        algorithm=OPTIONS["algorithm"]["grpo"](),  # a Run has one; nothing is trained here
         engine=engine,
         switch=SwitchConfig(level=level),
     )
@@ -114,9 +113,10 @@ def start_backend(
     device: Device,
     log_path: Path,
     scratch: Path,
+    warm: bool = True,
 ) -> Backend:
     """vLLM on `model_path`, awake. `scratch` is removed should this process be killed."""
-    return LocalBackend(run, model_path, tokenizer, device, log_path, scratch)
+    return LocalBackend(run, model_path, tokenizer, device, log_path, scratch, warm)
 
 
 def _context(model: ModelConfig) -> int:

@@ -114,6 +114,12 @@ class Backend(ABC):
         """Ends the engine and its processes."""
 
 
+def warm_up(backend: Backend, token_ids: list[int]) -> None:
+    """The first forward passes build kernels and caches: seconds that belong to the start."""
+    backend.score([token_ids * 2])
+    backend.generate([Request(token_ids, seed=0, max_new_tokens=2, temperature=1.0)])
+
+
 class Engine:
     """A tenant that generates. Wrong orders raise; what it generates is by a known, proven version."""
 

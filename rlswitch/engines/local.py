@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Backend, Completion, Request
+from rlswitch.engines.base import Backend, Completion, Request, warm_up
 from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT, process_tree, shared_memory_of
 from rlswitch.types import ConfigError, EngineError, SwitchError
 
@@ -35,6 +35,7 @@ class LocalBackend(Backend):
         device: Device,
         log_path: Path,
         publish_root: Path,
+        warm: bool = True,
     ):
         self.device = device
         self.log_path = log_path
@@ -55,9 +56,8 @@ class LocalBackend(Backend):
         self.weight_bytes = sum(f.stat().st_size for f in Path(model_path).glob("*.safetensors"))
         self.asleep: set[str] = set()
         self.paused = False
-        # The first forward passes build kernels and caches: seconds that belong to the start.
-        self.score([self.stop_token_ids * 2])
-        self.generate([Request(self.stop_token_ids, seed=0, max_new_tokens=2, temperature=1.0)])
+        if warm:
+            warm_up(self, self.stop_token_ids)
 
     @property
     def pids(self) -> list[int]:
