@@ -19,6 +19,7 @@ from rlswitch.algorithms.grpo import GRPO
 from rlswitch.algorithms.ppo import PPO
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
+from rlswitch.engines.address import UNPROTECTED, parse_listen, parse_url
 from rlswitch.options import Leaf, choice, field_problems, leaves_of, number
 
 
@@ -91,6 +92,20 @@ class EngineConfig:
     start_timeout_s: float = number(600.0, above=0)
     vllm: dict[str, Any] = field(default_factory=dict)
     """Anything else for vllm.LLM, as it is: engine.vllm.max_num_seqs=64."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerEngineConfig(EngineConfig):
+    """vLLM's HTTP server, launched or attached to; the same settings, and how it is reached."""
+
+    listen: str = "socket"
+    """Where to launch it: socket (in a private directory), or HOST:PORT (port 0: any free one)."""
+    url: str | None = None
+    """Attach to a running server instead: http://HOST:PORT, or unix:/path/of/the/socket."""
+    allow_remote: bool = False
+    """Allow other addresses than loopback: whoever reaches the server controls it, see docs/server.md."""
+    request_timeout_s: float = number(1800.0, above=0)
+    """Longest silence of the server on one request."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -202,7 +217,7 @@ NEEDED_BY_PROOF = (
 
 OPTIONS: dict[str, dict[str, type]] = {
     "algorithm": {"ppo": PPO, "grpo": GRPO, "rloo": RLOO, "reinforce_pp": ReinforcePP},
-    "engine": {"local": EngineConfig},
+    "engine": {"local": EngineConfig, "server": ServerEngineConfig},
 }
 """What can be chosen by name: one line here makes a new algorithm or engine an option."""
 
@@ -241,6 +256,8 @@ def problems(run: Run) -> Iterator[str]:
             yield f"engine.vllm.{key}: has a setting of its own; set {OWNED_BY_SETTINGS[key]}"
         elif key in NEEDED_BY_PROOF:
             yield f"engine.vllm.{key}: is fixed, a push could not be proven otherwise; leave it out"
+    if isinstance(run.engine, ServerEngineConfig):
+        yield from address_problems(run.engine)
     rollouts = run.rollout.num_prompts * run.rollout.group_size
     if rollouts % run.trainer.minibatches:
         yield (
@@ -271,3 +288,21 @@ def problems(run: Run) -> Iterator[str]:
         )
     if not run.reward.functions:
         yield "reward.functions = []: nothing to learn from; name at least one reward function"
+
+
+def address_problems(engine: ServerEngineConfig) -> Iterator[str]:
+    """Addresses that cannot be read, and those that others could reach."""
+    for key in ("host", "port", "uds"):
+        if key in engine.vllm:
+            yield f"engine.vllm.{key}: has a setting of its own; set engine.listen"
+    try:
+        key, text = ("url", engine.url) if engine.url is not None else ("listen", engine.listen)
+        address = parse_url(text) if key == "url" else parse_listen(text)
+    except ValueError as error:
+        yield f"engine.{key} = {text}: {error}"
+        return
+    if address is not None and not address.is_local and not engine.allow_remote:
+        yield (
+            f"engine.{key} = {text}: is not on this machine's loopback; {UNPROTECTED}; use 127.0.0.1 or a"
+            " Unix socket, or set engine.allow_remote=true on a network that you trust"
+        )

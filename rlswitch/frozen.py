@@ -15,7 +15,7 @@ from rlswitch import proof
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.base import Backend, Engine
-from rlswitch.engines.local import engine_dtype
+from rlswitch.engines.launch import engine_dtype
 from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.ledger import Ledger
 from rlswitch.types import Canary, PolicyWeights

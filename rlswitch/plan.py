@@ -21,7 +21,7 @@ from rich.table import Table
 from rlswitch import sizes
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.local import CPU_KV_CACHE_GIB, llm_arguments
+from rlswitch.engines.launch import CPU_KV_CACHE_GIB, llm_arguments
 from rlswitch.parking import SLACK, parked_by_auto
 from rlswitch.sizes import DeviceFacts, ModelShape, gib
 from rlswitch.types import ConfigError

@@ -11,17 +11,28 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from rlswitch.config import OPTIONS, EngineConfig, ModelConfig, Run, SwitchConfig, problems
+from rlswitch.config import (
+    OPTIONS,
+    EngineConfig,
+    ModelConfig,
+    Run,
+    ServerEngineConfig,
+    SwitchConfig,
+    problems,
+)
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device
+from rlswitch.engines.address import parse_url
 from rlswitch.engines.base import Backend, Engine
+from rlswitch.engines.client import Client
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
+from rlswitch.engines.server import ServerBackend, refuse_unfit_server
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
 from rlswitch.models import resolve_model
@@ -42,7 +53,7 @@ def serve(
 ) -> Iterator[tuple[Any, ...]]:
     """Starts an engine for each model and yields (switch, engine, engine, ...), all engines asleep.
 
-    `models` are directories or hub ids, `level` is what an engine does when another one gets the device,
+    `models` are directories, hub ids, or addresses of running servers (http://HOST:PORT), `level` is what an engine does when another one gets the device,
     `settings` are those of EngineConfig. What each hand-over took is written to switch.jsonl in
     `output_dir` (default: a temporary directory). Raises ConfigError, EngineError, ProofError.
     """
@@ -60,6 +71,9 @@ def serve(
             log = directory / f"engine-{index}.log"
             backend = start_backend(run, path, tokenizer, device, log, scratch)
             stack.callback(backend.close)
+            if models[index] != run.model.path:  # a server that was asleep may have lost its weights
+                backend.reload(Path(path))
+                backend.reset_prefix_cache()
             engines.append(freeze(run.model.path, backend, run, path, tokenizer, switch.ledger))
             switch.holder = engines[-1]
             switch.vacate()  # the next one starts on an empty device
@@ -85,10 +99,16 @@ def complete(
     return [group.rollouts[0].text for group in engine.generate(rows, sampling)]
 
 
-def frozen_run(model: str, *, level: str = "2", dtype: str = "auto", **settings: Any) -> Run:
-    """The settings of one frozen engine. Raises ConfigError."""
+def frozen_run(
+    model: str, *, level: str = "2", dtype: str = "auto", server: bool = False, **settings: Any
+) -> Run:
+    """The settings of one frozen engine, in process or over HTTP. Raises ConfigError, EngineError."""
+    if model.startswith(("http://", "unix:")):
+        settings, server = settings | {"url": model}, True
+        with closing(Client(parse_url(model), ServerEngineConfig().request_timeout_s)) as client:
+            model = client.get("/v1/models")["data"][0]["root"]
     try:
-        engine = EngineConfig(**settings)
+        engine = ServerEngineConfig(**settings) if server else EngineConfig(**settings)
     except TypeError as error:
         raise ConfigError(f"{error}; the settings are those of rlswitch.config.EngineConfig") from error
     run = Run(
@@ -102,7 +122,10 @@ def frozen_run(model: str, *, level: str = "2", dtype: str = "auto", **settings:
     run.data.max_prompt_tokens = run.rollout.max_new_tokens = 1  # of a training run: not asked here
     if found := list(problems(run)):
         raise ConfigError(*found)
-    refuse_missing_features(run)
+    if isinstance(engine, ServerEngineConfig) and engine.url:
+        refuse_unfit_server(run, resolve_model(run.model, print))
+    else:
+        refuse_missing_features(run)
     return run
 
 
@@ -116,7 +139,8 @@ def start_backend(
     warm: bool = True,
 ) -> Backend:
     """vLLM on `model_path`, awake. `scratch` is removed should this process be killed."""
-    return LocalBackend(run, model_path, tokenizer, device, log_path, scratch, warm)
+    kind = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
+    return kind(run, model_path, tokenizer, device, log_path, scratch, warm)
 
 
 def _context(model: ModelConfig) -> int:

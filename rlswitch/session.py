@@ -16,11 +16,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlswitch import checkpoint, proof
 from rlswitch.checkpoint import LoopState
-from rlswitch.config import Run
+from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.base import Engine
-from rlswitch.engines.local import LocalBackend, engine_dtype, refuse_missing_features
+from rlswitch.engines.launch import engine_dtype
+from rlswitch.engines.local import LocalBackend, refuse_missing_features
+from rlswitch.engines.server import ServerBackend, refuse_unfit_server
 from rlswitch.ledger import Ledger
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
@@ -188,7 +190,10 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
     prompts, held_out = load_prompts(run, tokenizer, say)
     first = prompts.take(8)
     scorer.check([*first, *held_out])
-    refuse_missing_features(run)
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
+        refuse_unfit_server(run, model_path)
+    else:
+        refuse_missing_features(run)
     return Inputs(
         model_path=model_path,
         tokenizer=tokenizer,
@@ -203,7 +208,8 @@ def start_engine(
     run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, log_path: Path
 ) -> Engine:
     """vLLM with the run's model, awake and not yet proven."""
-    backend = LocalBackend(run, inputs.model_path, inputs.tokenizer, device, log_path, publisher.root)
+    backend_type = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
+    backend = backend_type(run, inputs.model_path, inputs.tokenizer, device, log_path, publisher.root)
     exact = engine_dtype(run.model.dtype, device) == "float32"
     return Engine(
         "rollout engine",

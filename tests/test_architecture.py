@@ -18,6 +18,7 @@ TREES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in
 MAX_FILE, MAX_FUNCTION = 400, 60
 VENDORS = {
     "vllm": {"engines/"},
+    "aiohttp": {"engines/"},
     "wandb": {"monitor.py"},
     "accelerate": {"trainer.py", "monitor.py"},
 }

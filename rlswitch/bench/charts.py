@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from rlswitch.bench.experiment import BASE, Result
 from rlswitch.bench.settings import RESTART, BenchSettings
-from rlswitch.bench.tables import ARTICLE_SOURCE, SECONDS, summary
+from rlswitch.bench.tables import ARTICLE_SOURCE, SECONDS, restart_of, summary
 from rlswitch.report_style import CSS
 
 WIDTH, LEFT, RIGHT, TOP, ROW, FOOT = 1400, 300, 330, 110, 34, 60
@@ -46,16 +46,13 @@ def bars(result: Result, settings: BenchSettings) -> list[Bar]:
     for transport in settings.transports:
         for mode in settings.modes:
             for model in "AB":
-                key = (BASE, transport, mode, model)
-                names = ("load",) if mode == RESTART else tuple(PARTS)[1:]
-                parts = {
-                    "restart" if name == "load" else name: spreads[*key, name].median
-                    for name in names
-                    if (*key, name) in spreads
-                }
+                key, restart = (BASE, transport, mode, model), restart_of(spreads, model, transport)
+                names = tuple(PARTS)[1:]
+                parts = {name: spreads[*key, name].median for name in names if (*key, name) in spreads}
+                if mode == RESTART and restart:
+                    parts = {"restart": restart.median}
                 if not parts:
                     continue
-                restart = spreads.get((BASE, transport, RESTART, model, "load"))
                 total = sum(parts.values())
                 times = f"  {restart.median / total:,.0f}x" if restart and mode != RESTART else ""
                 what = "restart" if mode == RESTART else "kv only" if mode == "kv" else f"level {mode}"
@@ -140,6 +137,8 @@ def _page(found: list[Bar], title: str, models: str, picture: str) -> str:
 
 
 def _seconds(value: float) -> str:
+    if value >= 100:
+        return f"{value:,.0f} s"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
 
 

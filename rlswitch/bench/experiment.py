@@ -83,7 +83,7 @@ class Experiment:
                 pass
         settings, sleeping = self.settings, [mode for mode in self.settings.modes if mode != RESTART]
         for transport in settings.transports:
-            if RESTART in settings.modes:
+            if RESTART in settings.modes and not (sleeping and transport == "server"):
                 with self._or_why_not(f"{transport}, restart"):
                     self.restart(transport)
             if sleeping:
@@ -194,7 +194,9 @@ class Experiment:
             add("gap", max((abs(a - b) for a, b in pairs), default=0.0))
 
     def _start(self, transport: str, variant: str, label: str, stack: ExitStack) -> Backend:
-        run, path, tokenizer = self._run(label, variant), self.paths[label], self.tokenizers[label]
+        path, tokenizer = self.paths[label], self.tokenizers[label]
+        settings = self._engine_settings(variant)
+        run = frozen_run(self.models[label], server=transport == "server", **settings)
         log, scratch = self.directory / f"engine-{label}.log", self.directory / "scratch"
         backend = start_backend(run, path, tokenizer, self.device, log, scratch, warm=False)
         stack.callback(backend.close)

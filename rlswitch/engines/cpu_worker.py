@@ -18,7 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlswitch.device import trim_heap
 from rlswitch.engines.processes import watch_owner
-from rlswitch.engines.worker import live_fingerprint, recording
+from rlswitch.engines.worker import engine_facts, live_fingerprint, recording
 
 EMPTY = torch.empty(0)
 
@@ -59,6 +59,9 @@ class SleepingCPUWorker(CPUWorker):
         packed = any(layer.weight.numel() == 0 for layer in self._packed_linears())
         live = None if packed else live_fingerprint(self.get_model())
         return {"received": self.received, "live": live}
+
+    def facts(self) -> dict[str, Any]:
+        return engine_facts(self.vllm_config)
 
     def memory(self) -> dict[str, int]:
         sizes = [storage.nbytes() for storage in self._kv_storages().values()]

@@ -8,7 +8,7 @@ import select
 import shutil
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,6 +16,9 @@ import psutil
 
 OWNER_PID = "RLSWITCH_OWNER_PID"
 PUBLISH_ROOT = "RLSWITCH_PUBLISH_ROOT"
+SOCKET_DIRECTORY = "RLSWITCH_SOCKET_DIRECTORY"
+
+SHUTDOWN_SECONDS = 30.0
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[Path]:
@@ -43,9 +46,31 @@ def process_tree(workers: Iterable[int]) -> list[psutil.Process]:
             continue
         while (parent := top.parent()) is not None and parent.pid != os.getpid():
             top = parent
-        for process in (top, *top.children(recursive=True)):
+        for process in family_of(top.pid):
             tree[process.pid] = process
     return list(tree.values())
+
+
+def family_of(pid: int) -> list[psutil.Process]:
+    """The process and everything that it has started; nothing once it has gone."""
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_all(processes: Sequence[psutil.Process], ask: Callable[[], object]) -> None:
+    """Asks them to end, ends them, and removes the shared memory that they leave behind."""
+    files = shared_memory_of(process.pid for process in processes)
+    with suppress(Exception):  # they may be dead already: what counts comes below
+        ask()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(processes, timeout=SHUTDOWN_SECONDS)
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 def watch_owner() -> None:
@@ -70,8 +95,9 @@ def _end_with(owner: int) -> None:
         doomed.insert(0, core.pid)
     for file in shared_memory_of(doomed):
         file.unlink(missing_ok=True)
-    if PUBLISH_ROOT in os.environ:
-        shutil.rmtree(os.environ[PUBLISH_ROOT], ignore_errors=True)
+    for name in (PUBLISH_ROOT, SOCKET_DIRECTORY):
+        if name in os.environ:
+            shutil.rmtree(os.environ[name], ignore_errors=True)
     for pid in doomed:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from rlswitch.device import Device
@@ -42,6 +43,9 @@ class ProvenWorker(Worker):
         live = None if sharded or requantised else live_fingerprint(self.get_model())
         return {"received": self.received, "live": live}
 
+    def facts(self) -> dict[str, Any]:
+        return engine_facts(self.vllm_config)
+
     def memory(self) -> dict[str, int]:
         storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
         return {
@@ -49,6 +53,18 @@ class ProvenWorker(Worker):
             "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
         }
+
+
+def engine_facts(config: VllmConfig) -> dict[str, Any]:
+    """What a run has to know of its engine, as vLLM resolved it; plain values, they travel as JSON."""
+    return {
+        "block_size": config.cache_config.block_size,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "enable_prefix_caching": config.cache_config.enable_prefix_caching,
+        "enable_sleep_mode": config.model_config.enable_sleep_mode,
+        "logprobs_mode": config.model_config.logprobs_mode,
+        "max_model_len": config.model_config.max_model_len,
+    }
 
 
 @contextmanager

@@ -1,20 +1,24 @@
 """One real vLLM engine with a model to push into it."""
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from rlswitch import proof
 from rlswitch.algorithms.grpo import GRPO
-from rlswitch.config import EngineConfig, Run
+from rlswitch.config import OPTIONS, Run
 from rlswitch.device import Device
 from rlswitch.engines.base import Engine, State
+from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.local import LocalBackend
+from rlswitch.engines.server import ServerBackend
 from rlswitch.ledger import Ledger
 from rlswitch.models import sequence_logprobs
 from rlswitch.tasks.addition import build_tokenizer
@@ -22,6 +26,7 @@ from rlswitch.types import Canary, PolicyWeights
 from rlswitch.weights import Publisher, canary_sequences
 
 BLOCK = 32
+BACKENDS: dict[str, type[VLLMBackend]] = {"local": LocalBackend, "server": ServerBackend}
 
 
 def build_model() -> Qwen3ForCausalLM:
@@ -49,7 +54,7 @@ def build_model() -> Qwen3ForCausalLM:
 class Bench:
     """A backend, a model to push, and what is needed to make engines and versions of them."""
 
-    backend: LocalBackend
+    backend: VLLMBackend
     model: Qwen3ForCausalLM
     tokenizer: PreTrainedTokenizerBase
     ledger: Ledger
@@ -83,25 +88,29 @@ class Bench:
         return self.publisher.publish(self.model, torch.float32, self.versions, canary)
 
     def rpc(self, method: str, **kwargs: object) -> list:
-        return self.backend.llm.collective_rpc(method, kwargs=kwargs)
+        return self.backend.collective_rpc(method, **kwargs)
 
 
 @contextmanager
-def open_bench(directory: Path) -> Iterator[Bench]:
+def open_bench(directory: Path, engine: str = "local", **settings: Any) -> Iterator[Bench]:
     """Starts vLLM on an untrained model and puts it to sleep."""
     model, tokenizer = build_model(), build_tokenizer()
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
-    run = Run(algorithm=GRPO(), engine=EngineConfig(max_model_len=128, kv_cache_gib=0.125))
-    run.engine.vllm = {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
+    config = OPTIONS["engine"][engine](max_model_len=128, kv_cache_gib=0.125, **settings)
+    config.vllm = {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a server finds that worker
+    run = Run(algorithm=GRPO(), engine=config)
     device = Device.detect()
     publisher = Publisher("auto", 1 << 20, directory)
-    backend = LocalBackend(
+    backend = BACKENDS[engine](
         run, str(directory / "model"), tokenizer, device, directory / "engine.log", publisher.root
     )
     canary = canary_sequences([], vocabulary=16, length=2 * BLOCK + 6)
     ledger = Ledger(device, directory)
     backend.sleep("2")
-    yield Bench(backend, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
-    backend.close()
-    publisher.close()
+    try:
+        yield Bench(backend, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
+    finally:
+        backend.close()
+        publisher.close()

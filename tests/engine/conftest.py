@@ -19,8 +19,14 @@ if torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
-def shared_bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with open_bench(tmp_path_factory.mktemp("engine")) as bench:
+def shared_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with open_bench(tmp_path_factory.mktemp("local"), "local") as bench:
+        yield bench
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with open_bench(tmp_path_factory.mktemp("server"), "server") as bench:
         yield bench
 
 
@@ -32,14 +38,18 @@ def disposable_bench(tmp_path: Path) -> Iterator[Bench]:
 
 
 @pytest.fixture
-def bench(shared_bench: Bench) -> Iterator[Bench]:
-    """The shared engine, asleep before and after every test whatever the test did to it."""
-    yield shared_bench
-    shared_bench.rpc("sabotage", keep_stale_head=False)
+def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    """The shared engine, asleep before and after every test whatever the test did to it.
+
+    The local one, unless a test asks for another: parametrize("bench", [...], indirect=True).
+    """
+    bench: Bench = request.getfixturevalue(f"shared_{getattr(request, 'param', 'local')}")
+    yield bench
+    bench.rpc("sabotage", keep_stale_head=False)
     for tag in ("weights", "kv_cache"):
-        shared_bench.backend.wake(tag)
-    shared_bench.backend.reset_prefix_cache()
-    shared_bench.backend.sleep("2")
+        bench.backend.wake(tag)
+    bench.backend.reset_prefix_cache()
+    bench.backend.sleep("2")
 
 
 @pytest.fixture(scope="session")

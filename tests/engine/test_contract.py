@@ -8,7 +8,7 @@ from rlswitch.engines.base import State
 from rlswitch.models import sequence_logprobs
 from rlswitch.types import Prompt, Sampling, SwitchError
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.parametrize("bench", ["local", "server"], indirect=True)]
 
 PROMPTS = [Prompt(index=i, messages="1+2=", token_ids=[13, 1, 10, 2, 11]) for i in range(4)]
 SAMPLING = Sampling(num_samples=3, max_new_tokens=12, temperature=0.7, seed=0, step=1)

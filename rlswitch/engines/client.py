@@ -1,0 +1,99 @@
+"""JSON over HTTP to one vLLM server, from code that is not async."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from rlswitch.engines.address import Address
+from rlswitch.engines.logs import tail
+from rlswitch.types import EngineError
+
+MAX_IN_FLIGHT = 256
+"""Requests sent at a time: about as many as vLLM runs at once, and few enough connections."""
+
+CONNECT_SECONDS = 10.0
+KEEP_ALIVE_SECONDS = 2.0  # vLLM drops a connection that was idle for 5; a request must not meet that
+
+
+class Client:
+    """Every call ends: with an answer, or with an EngineError after `timeout_s` of silence."""
+
+    def __init__(self, address: Address, timeout_s: float, log_path: Path | None = None):
+        self.address = address
+        self.timeout_s = timeout_s
+        self.log_path = log_path
+        self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
+        self.session = self.runner.run(self._open())
+
+    def close(self) -> None:
+        self.runner.run(self.session.close())
+        self.runner.close()
+
+    def status(self, path: str) -> int | None:
+        """The HTTP status of a GET; None when nothing answers."""
+        try:
+            return self.runner.run(self._send("GET", path))[0]
+        except EngineError:
+            return None
+
+    def get(self, path: str) -> Any:
+        return self.runner.run(self._ask("GET", path))
+
+    def post(self, path: str, body: Any = None, **query: str | int) -> Any:
+        return self.runner.run(self._ask("POST", path, body, query))
+
+    def post_all(self, path: str, bodies: Sequence[Any]) -> list[Any]:
+        """The answers in the order of `bodies`, MAX_IN_FLIGHT of them on their way at a time."""
+
+        async def gather() -> list[Any]:
+            return await asyncio.gather(*(self._ask("POST", path, body) for body in bodies))
+
+        return self.runner.run(gather())
+
+    async def _open(self) -> aiohttp.ClientSession:
+        limits: dict[str, Any] = {"limit": MAX_IN_FLIGHT, "keepalive_timeout": KEEP_ALIVE_SECONDS}
+        connector: aiohttp.BaseConnector
+        if self.address.socket:
+            connector = aiohttp.UnixConnector(self.address.socket, **limits)
+        else:
+            connector = aiohttp.TCPConnector(**limits)
+        # Silence is measured, not the whole: a request may wait for its turn as long as others are served.
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self.timeout_s)
+        return aiohttp.ClientSession(self.address.base_url, connector=connector, timeout=timeout)
+
+    async def _ask(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
+        status, text = await self._send(method, path, body, query)
+        if status != 200:
+            raise self._failed(path, f"answered {status}: {_message(text)}")
+        return json.loads(text) if text else {}
+
+    async def _send(self, method: str, path: str, body: Any = None, query: Any = None) -> tuple[int, str]:
+        try:
+            async with self.session.request(
+                method, path, json=body, params=query, allow_redirects=False
+            ) as reply:
+                return reply.status, await reply.text()
+        except TimeoutError as error:
+            raise self._failed(
+                path, f"was silent for engine.request_timeout_s = {self.timeout_s:g}"
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise self._failed(path, f"cannot be reached: {error or type(error).__name__}") from error
+
+    def _failed(self, path: str, what: str) -> EngineError:
+        log = f"; its log: {self.log_path}\n{tail(self.log_path)}" if self.log_path else ""
+        return EngineError(f"vLLM's server at {self.address} {what} ({path}){log}")
+
+
+def _message(text: str) -> str:
+    """The first line of what vLLM says in its error object, or of whatever came."""
+    with suppress(ValueError, KeyError, TypeError):
+        text = json.loads(text)["error"]["message"]
+    return (text.strip().splitlines() or ["no reason given"])[0][:500]

@@ -1,0 +1,48 @@
+"""vLLM's log goes to a file of the run: the run's own output stays readable."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def redirected_output(path: Path) -> Iterator[None]:
+    """Sends this process's stdout and stderr, and those of processes started inside, to a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = [os.dup(1), os.dup(2)]
+    with open(path, "ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for target, source in zip((1, 2), saved, strict=True):
+                os.dup2(source, target)
+                os.close(source)
+
+
+def log_to_file(path: Path) -> None:
+    """vLLM's half in this process logs where its engine core does, not on the run's console."""
+    logger = logging.getLogger("vllm")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.addHandler(logging.FileHandler(path))
+
+
+def tail(path: Path, lines: int = 20) -> str:
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def last_error(path: Path) -> str | None:
+    """The last line of the log that names an exception: what a process that ended has died of."""
+    found = re.findall(r"(\w*(?:Error|Exception): .*)", path.read_text(errors="replace"))
+    return found[-1] if found else None
