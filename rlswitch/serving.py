@@ -53,9 +53,9 @@ def serve(
 ) -> Iterator[tuple[Any, ...]]:
     """Starts an engine for each model and yields (switch, engine, engine, ...), all engines asleep.
 
-    `models` are directories, hub ids, or addresses of running servers (http://HOST:PORT), `level` is what an engine does when another one gets the device,
-    `settings` are those of EngineConfig. What each hand-over took is written to switch.jsonl in
-    `output_dir` (default: a temporary directory). Raises ConfigError, EngineError, ProofError.
+    `models` are directories, hub ids, or addresses of running servers (http://HOST:PORT); `level` is how
+    deep an engine sleeps while another one has the device; `settings` are those of EngineConfig. What each
+    hand-over took is in switch.jsonl in `output_dir` (default: a temporary directory). Raises ConfigError, EngineError, ProofError.
     """
     device = Device.detect()
     runs = [frozen_run(model, level=level, dtype=dtype, **settings) for model in models]
@@ -117,6 +117,10 @@ def frozen_run(
         engine=engine,
         switch=SwitchConfig(level=level),
     )
+    if level == "auto":
+        raise ConfigError(
+            "level = auto: is for training, where weights change; set 1 (in RAM) or 2 (on disk)"
+        )
     if engine.max_model_len is None:
         engine.max_model_len = _context(run.model)
     run.data.max_prompt_tokens = run.rollout.max_new_tokens = 1  # of a training run: not asked here

@@ -26,6 +26,7 @@ from rlswitch.engines.server import ServerBackend, refuse_unfit_server
 from rlswitch.ledger import Ledger
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
+from rlswitch.plan import level_of
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
@@ -128,6 +129,7 @@ def open_session(run: Run) -> Iterator[Session]:
     with ExitStack() as stack:
         inputs = load_inputs(run, print)
         stack.callback(inputs.scorer.close)
+        run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
         choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
         resumed = checkpoint.resume_from(run, output_dir, print)

