@@ -185,15 +185,14 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
         kv_tokens=kv // shape.kv_bytes_per_token(itemsize, ranks),
         seconds={},
     )
-    parked = plan.total("parked")
-    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, parked)
+    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, plan.total("parked"))
     checks = [
         Shortfall("the rollout", plan.total("rollout"), plan.limit_bytes),
         Shortfall("the update", plan.total("update"), plan.limit_bytes),
         Shortfall("one rollout's KV cache", run.max_model_len * plan.kv_bytes_per_token, kv),
     ]
     if cuda:
-        host = parked + in_memory + (weights if level == "1" else 0)
+        host = plan.total("parked") + in_memory + (weights if level == "1" else 0)
         asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
         checks.append(Shortfall("vLLM at its start", asked, facts.free_bytes))
         checks.append(Shortfall("host memory", host, facts.host_free_bytes))

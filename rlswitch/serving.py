@@ -55,7 +55,8 @@ def serve(
 
     `models` are directories, hub ids, or addresses of running servers (http://HOST:PORT); `level` is how
     deep an engine sleeps while another one has the device; `settings` are those of EngineConfig. What each
-    hand-over took is in switch.jsonl in `output_dir` (default: a temporary directory). Raises ConfigError, EngineError, ProofError.
+    hand-over took is in switch.jsonl in `output_dir` (default: a temporary directory).
+    Raises ConfigError, EngineError, ProofError.
     """
     device = Device.detect()
     runs = [frozen_run(model, level=level, dtype=dtype, **settings) for model in models]
