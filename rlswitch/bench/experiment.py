@@ -165,17 +165,16 @@ class Experiment:
     def _phases(self, ledger: Ledger, directory: Path, variant: str, transport: str, level: str) -> None:
         """This visit's rows of switch.jsonl as samples: a sleep is the holder's, the rest the successor's."""
         rows = [row for row in records.read(directory / SWITCH) if row["step"] == ledger.step]
-        woken: dict[str, float] = {}
+        sums: dict[tuple[str, str], float] = {}
         for row in rows:
             label = row["from" if row["phase"] == "sleep" else "to"]
             add = self._adder(variant, transport, level, label)
-            add(row["phase"], row["seconds"])
-            if row["phase"] in WAKE:
-                woken[label] = woken.get(label, 0.0) + row["seconds"]
+            for what in [row["phase"], *(["wake"] if row["phase"] in WAKE else [])]:
+                sums[label, what] = sums.get((label, what), 0.0) + row["seconds"]  # a proof is two phases
             if row["phase"] == "sleep" and self.device.kind == "cuda":
                 add("asleep_device", max(self.baseline - row["device_free_after"], 0))
-        for label, seconds in woken.items():
-            self._adder(variant, transport, level, label)("wake", seconds)
+        for (label, what), seconds in sums.items():
+            self._adder(variant, transport, level, label)(what, seconds)
 
     def _question(self, backend: Backend, label: str, variant: str, where: str, add: Callable) -> None:
         """Asks twice, both times without cached prefixes, and compares with the first answer of all."""

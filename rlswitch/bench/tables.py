@@ -23,6 +23,8 @@ from rlswitch.device import Device
 from rlswitch.provenance import git_state, versions
 
 GIB = 2**30
+PRIVATE = ("model_a", "model_b", "output_dir")
+"""Paths of the user's machine: nobody else's business. The models' names and sizes are told apart."""
 SECONDS = {
     "load": "load",
     "warm_up": "warm-up",
@@ -103,7 +105,7 @@ def document(
         "hardware": hardware(device),
         "versions": versions(),
         "git": git_state(),
-        "settings": asdict(settings),
+        "settings": {key: value for key, value in asdict(settings).items() if key not in PRIVATE},
         "models": {label: model_facts(path) for label, path in paths.items()},
         "cache": {
             "page_cache": "warm: every checkpoint was read once before the first start",
