@@ -65,7 +65,7 @@ def probe(words: Sequence[str]) -> int:
     console = Console(highlight=False, markup=False)
     with tempfile.TemporaryDirectory(prefix="rlswitch-probe-") as scratch:
         model = made_on_the_spot(settings.model, Path(scratch))
-        options = {
+        options: dict[str, Any] = {
             "max_model_len": settings.max_model_len,
             "kv_cache_gib": settings.kv_cache_gib,
             "gpu_memory_utilization": settings.gpu_memory_utilization,
