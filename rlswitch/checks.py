@@ -44,6 +44,11 @@ def problems(run: Run) -> Iterator[str]:
     yield from vllm_problems(run)
     if isinstance(run.engine, ServerEngineConfig):
         yield from address_problems(run.engine)
+        if run.engine.url and run.switch.level == "auto":
+            yield (
+                "switch.level = auto: what a running server can do and needs is not measured here; set 2, or"
+                " what docs/levels.md says"
+            )
     yield from size_problems(run)
     yield from reward_problems(run)
     if run.model.lora_rank == 0 and run.checkpoint.merged:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 
 from rlswitch.arguments import Arguments, parse, refuse_broken_environment, run_hydra
@@ -26,11 +26,20 @@ DIRECTORY_NAME_LENGTH = 100
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line `words` (by default this process's) and returns the exit code."""
+    return guarded(lambda: dispatch(sys.argv[1:] if words is None else words))
+
+
+def dispatch(words: Sequence[str]) -> int:
+    arguments = parse(words)
+    if arguments.multirun:
+        return sweep(arguments)
+    return ask_hydra(arguments) if arguments.is_question else train_once(arguments)
+
+
+def guarded(command: Callable[[], int]) -> int:
+    """What `command` returns, or the exit code that its error stands for, said in a line for each mistake."""
     try:
-        arguments = parse(sys.argv[1:] if words is None else words)
-        if arguments.multirun:
-            return sweep(arguments)
-        return ask_hydra(arguments) if arguments.is_question else train_once(arguments)
+        return command()
     except ConfigError as error:
         return _report(error.problems, WRONG_CONFIG)
     except ProofError as error:

@@ -130,8 +130,9 @@ class ServerEngineConfig(EngineConfig):
 
 @dataclass(kw_only=True, slots=True)
 class SwitchConfig:
-    level: str = choice("2", "1", "kv", "0")
-    """2: weights and KV cache discarded; 1: weights to RAM; kv: KV cache only; 0: pause only."""
+    level: str = choice("2", "1", "kv", "0", "auto")
+    """2: weights and KV cache discarded; 1: weights to RAM; kv: KV cache only; 0: pause only; auto: the
+    least that makes room for the update (docs/levels.md)."""
     transport: str = choice("auto", "shm", "disk")
     """Where a push goes through: /dev/shm (shm), the run directory (disk), or shm when it fits (auto)."""
     verify: str = choice("every", "first", "off")

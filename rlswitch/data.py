@@ -189,7 +189,7 @@ def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: S
         messages, token_ids = _without_nulls(columns.pop(key)), []
         if not (fault := _fault(messages)):
             try:
-                token_ids = _encode(messages, tokenizer)
+                token_ids = encode(messages, tokenizer)
                 fault = "" if token_ids else "is empty: it has no tokens"
             except Exception as error:  # a chat template raises whatever it likes
                 what = "tokenizer" if isinstance(messages, str) else "chat template"
@@ -225,7 +225,8 @@ def _fault(messages: Any) -> str:
     return ""
 
 
-def _encode(messages: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def encode(messages: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text or of chat messages; the latter through the chat template."""
     if isinstance(messages, str):
         token_ids = list(tokenizer(messages)["input_ids"])
         if token_ids and token_ids[-1] == tokenizer.eos_token_id:

@@ -8,9 +8,12 @@ of one shape exchanged: that is the canary's part of the proof.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 MASK = (1 << 64) - 1
@@ -55,3 +58,16 @@ def named_fingerprints(
 def total_fingerprint(fingerprints: Iterable[int]) -> int:
     """The fingerprint of the union of disjoint tensors."""
     return sum(fingerprints) & MASK
+
+
+def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of the checkpoint in `path`, one at a time; of the files that its index names."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as handle:
+            for name in handle.offset_keys():
+                yield name, handle.get_tensor(name)

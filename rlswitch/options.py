@@ -12,10 +12,15 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from rlswitch.types import ConfigError
+
+T = TypeVar("T")
 
 
 def number(
@@ -104,6 +109,30 @@ def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
         else:
             found[key] = Leaf(owner=owner, name=item.name, annotation=annotation)
     return found
+
+
+def settings_from_words(owner: type[T], words: Iterable[str]) -> T:
+    """`owner` as `key=value` words set it; a list is `a,b`. Raises ConfigError with a line per mistake."""
+    known, problems = leaves_of(owner), list[str]()
+    values: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if key not in known or not sign:
+            what = f"{word}: unknown setting" if sign else f"{word}: expected key=value"
+            problems.append(f"{what}{did_you_mean(key, known)} (there is: {', '.join(known)})")
+            continue
+        leaf = known[key]
+        if leaf.annotation == list[str]:
+            values[key] = [item for item in text.strip("[]").split(",") if item]
+        else:
+            values[key] = text if leaf.annotation is str else yaml.safe_load(text)
+        if fault := leaf.mismatch(values[key]):
+            problems.append(f"{word}: {fault}")
+    if not problems:
+        problems = list(field_problems(owner(**values)))
+    if problems:
+        raise ConfigError(*problems)
+    return owner(**values)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:

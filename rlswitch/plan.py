@@ -22,6 +22,7 @@ from rlswitch import sizes
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.launch import CPU_KV_CACHE_GIB, llm_arguments
+from rlswitch.engines.local import can_release_kv_cache
 from rlswitch.parking import SLACK, parked_by_auto
 from rlswitch.sizes import DeviceFacts, ModelShape, gib
 from rlswitch.types import ConfigError
@@ -62,6 +63,8 @@ class Plan:
     rows: list[Row]
     limit_bytes: int
     """What the rows may sum up to in each phase."""
+    level: str
+    """What switch.level comes to here."""
     park: str
     """What trainer.park comes to here: nothing, optimizer or everything."""
     directory: str
@@ -89,7 +92,9 @@ class Plan:
 
 def show(run: Run) -> None:
     """Prints the plan of `run` on this machine; raises ConfigError when nothing can make it fit."""
-    plan = make_plan(run, DeviceFacts.measure())
+    plan = make_plan(
+        run, DeviceFacts.measure(), frees_kv=run.switch.level == "auto" and can_release_kv_cache()
+    )
     console = Console(highlight=False, markup=False)
     for part in render(plan, run):
         console.print(part, soft_wrap=isinstance(part, str))
@@ -100,9 +105,30 @@ def show(run: Run) -> None:
         )
 
 
-def make_plan(run: Run, facts: DeviceFacts) -> Plan:
+def level_of(run: Run) -> str:
+    """What switch.level comes to on this machine."""
+    if run.switch.level != "auto":
+        return run.switch.level
+    shape, facts = ModelShape.read(run.model), DeviceFacts.measure()
+    return choose_level(run, shape, facts, can_release_kv_cache())
+
+
+def choose_level(run: Run, shape: ModelShape, facts: DeviceFacts, frees_kv: bool) -> str:
+    """The least that leaves room for the update: what stays on the device need not come back.
+
+    Level 1 is never the answer: a copy of weights that the next push replaces would be made for nothing.
+    """
+    for level in ("0", "kv") if frees_kv else ("0",):
+        if not predict(_changed(run, {"switch.level": level}), shape, facts).shortfalls:
+            return level
+    return "2"
+
+
+def make_plan(run: Run, facts: DeviceFacts, frees_kv: bool = True) -> Plan:
     """The plan of `run`; where it does not fit, with the fewest settings that would make it."""
     shape = ModelShape.read(run.model)
+    if run.switch.level == "auto":
+        run = _changed(run, {"switch.level": choose_level(run, shape, facts, frees_kv)})
     plan = predict(run, shape, facts)
     if plan.shortfalls:
         for settings in remedies(run, facts):
@@ -149,6 +175,7 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
         device=facts,
         rows=[row for row in rows if row.rollout or row.update],
         limit_bytes=min(int((1 - SLACK) * facts.total_bytes), facts.free_bytes),
+        level=level,
         park=park,
         directory=str(directory),
         published_bytes=published,
@@ -157,15 +184,14 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
         kv_tokens=kv // shape.kv_bytes_per_token(itemsize, ranks),
         seconds={},
     )
-    parked = plan.total("parked")
-    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, parked)
+    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, plan.total("parked"))
     checks = [
         Shortfall("the rollout", plan.total("rollout"), plan.limit_bytes),
         Shortfall("the update", plan.total("update"), plan.limit_bytes),
         Shortfall("one rollout's KV cache", run.max_model_len * plan.kv_bytes_per_token, kv),
     ]
     if cuda:
-        host = parked + in_memory + (weights if level == "1" else 0)
+        host = plan.total("parked") + in_memory + (weights if level == "1" else 0)
         asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
         checks.append(Shortfall("vLLM at its start", asked, facts.free_bytes))
         checks.append(Shortfall("host memory", host, facts.host_free_bytes))
@@ -248,7 +274,7 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     rollouts, whole = run.rollout.num_prompts * run.rollout.group_size, run.max_model_len
     yield (
         f"trainer.park = {run.trainer.park}: parks {plan.park}, {plan.total('parked') / sizes.GIB:.2f} GiB\n"
-        f"switch.level = {run.switch.level}: sleeping frees {gib(plan.freed_bytes)} GiB\n"
+        f"switch.level = {run.switch.level}: level {plan.level}, sleeping frees {gib(plan.freed_bytes)} GiB\n"
         f"switch.transport = {run.switch.transport}: {gib(plan.published_bytes)} GiB a push,"
         f" through {plan.directory}\n"
         f"KV cache: {plan.kv_tokens:,} tokens of {plan.kv_bytes_per_token / 1024:.3g} KiB;"

@@ -12,9 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors import safe_open
-
-from rlswitch.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.types import PolicyWeights, ProofError
 
 LEARNED_FLOOR = 0.02
@@ -46,10 +44,11 @@ def check_fingerprint(weights: PolicyWeights, reports: Sequence[dict[str, Any]])
                 f"{_push(weights)}: fingerprint: worker {rank} received {received:016x}, published was"
                 f" {weights.fingerprint:016x}; {_culprits(weights, report['received'])}"
             )
-        if report["live"] is not None and report["live"] != weights.fingerprint:
+        due = weights.fingerprint if weights.held is None else weights.held[rank]
+        if report["live"] is not None and report["live"] != due:
             raise ProofError(
                 f"{_push(weights)}: fingerprint: worker {rank} received the published weights but holds"
-                f" {report['live']:016x} instead of {weights.fingerprint:016x}; the reload left parameters as"
+                f" {report['live']:016x} instead of {due or 0:016x}; the reload left parameters as"
                 " they were: upgrade vLLM, or try engine.vllm.quantization=null and switch.level=1"
             )
 
@@ -91,6 +90,8 @@ def reload_failed(weights: PolicyWeights, error: Exception) -> ProofError:
 
 
 def _push(weights: PolicyWeights) -> str:
+    if weights.held is not None:
+        return f"wake-up with {weights.path} is not proven"
     return f"push of version {weights.version} is not proven"
 
 
@@ -108,11 +109,12 @@ def _culprits(weights: PolicyWeights, received: dict[str, int]) -> str:
 
 
 def _files(weights: PolicyWeights) -> str:
+    if weights.held is not None:
+        return f"{weights.path} may have changed since the engine was started: start it again"
     found: dict[str, int] = {}
     try:
-        for file in sorted(weights.path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as handle:
-                found |= named_fingerprints((name, handle.get_tensor(name)) for name in handle.offset_keys())
+        for name, tensor in checkpoint_tensors(weights.path):
+            found |= named_fingerprints([(name, tensor)])
     except Exception as error:
         return f"the files in {weights.path} cannot be read back ({error}): try switch.transport=disk"
     if total_fingerprint(found.values()) == weights.fingerprint:

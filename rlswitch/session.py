@@ -27,6 +27,7 @@ from rlswitch.engines.server import ServerBackend
 from rlswitch.ledger import Ledger
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
+from rlswitch.plan import level_of
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.schedule import refuse_unfit_schedule
 from rlswitch.switch import Switch
@@ -130,6 +131,7 @@ def open_session(run: Run) -> Iterator[Session]:
     with ExitStack() as stack:
         inputs = load_inputs(run, print)
         stack.callback(inputs.scorer.close)
+        run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
         choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
         resumed = checkpoint.resume_from(run, output_dir, print)

@@ -124,7 +124,10 @@ class Canary:
 
 @dataclass(kw_only=True, slots=True)
 class PolicyWeights:
-    """One published version of the policy: where it lies, and what proves that it arrived."""
+    """One published version of the policy: where it lies, and what proves that it arrived.
+
+    A frozen engine's own checkpoint is one as well, of version 0 (rlswitch/frozen.py).
+    """
 
     version: int
     """Number of finished training steps behind these weights."""
@@ -135,6 +138,8 @@ class PolicyWeights:
     tensors: dict[str, int]
     """Fingerprint by checkpoint name: names the culprit when a proof fails."""
     canary: Canary
+    held: list[int | None] | None = None
+    """What each worker of a frozen engine held when it was started; None: `fingerprint`, as published."""
 
 
 LATER: Any = None

@@ -68,6 +68,13 @@ MISTAKES = [
         ],
     ),
     (
+        "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
+        [
+            "switch.level = auto: what a running server can do and needs is not measured here; set 2, or what"
+            " docs/levels.md says"
+        ],
+    ),
+    (
         "algorithm=cispo algorithm.dual_clip=4",
         [
             "algorithm.dual_clip = 4.0: algorithm.surrogate=weighted bounds its weights by the ordinary"

@@ -15,7 +15,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rlswitch import cli
 from rlswitch.config import ModelConfig
 from rlswitch.parking import SLACK, parked_by_auto
-from rlswitch.plan import _changed, make_plan, predict, render, show
+from rlswitch.plan import _changed, choose_level, make_plan, predict, render, show
 from rlswitch.sizes import GIB, DeviceFacts, ModelShape, switch_seconds
 from rlswitch.types import ConfigError
 
@@ -326,3 +326,36 @@ def test_measuring_takes_a_moment_only() -> None:
     facts = DeviceFacts.measure()
     assert min(facts.h2d_gbps, facts.d2h_gbps, facts.copy_gbps) > 0.05
     assert 0 < facts.free_bytes <= facts.total_bytes
+
+
+# ---- switch.level=auto
+
+
+@pytest.mark.parametrize(
+    ("free", "frees_kv", "level"),
+    [(139, True, "0"), (60, True, "kv"), (60, False, "2"), (36, True, "2")],
+)
+def test_auto_is_the_least_that_makes_room(gpu_run, free, frees_kv, level) -> None:
+    run = gpu_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
+    facts = replace(GPU, free_bytes=free * GIB)
+    assert choose_level(run, ROUND, facts, frees_kv) == level
+
+
+def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
+    run = gpu_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0})
+    for free in range(20, 140, 5):
+        facts = replace(GPU, free_bytes=free * GIB)
+        chosen, deepest = (
+            predict(_changed(run, {"switch.level": level}), ROUND, facts)
+            for level in (choose_level(run, ROUND, facts, True), "2")
+        )
+        assert not chosen.shortfalls or deepest.shortfalls
+
+
+def test_the_plan_says_what_auto_came_to(make_run) -> None:
+    run = make_run(switch={"level": "auto"})
+    plan = make_plan(run, CPU)
+    assert plan.level == "0" and run.switch.level == "auto"
+    assert "switch.level = auto: level 0, sleeping frees" in "".join(
+        part for part in render(plan, run) if isinstance(part, str)
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +222,15 @@ PUSH = ["wake weights", "reload", "fingerprint", "wake kv_cache", "reset", "coun
 def build(ledger: Ledger) -> Callable[..., Engine]:
     """build(level="1", asleep=True, gap=0.1): an Engine over a FakeBackend set up like this."""
 
-    def make(*, level: str = "2", verify: str = "every", asleep: bool = True, **faults: Any) -> Engine:
-        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS})
+    def make(
+        *,
+        level: str = "2",
+        verify: str = "every",
+        asleep: bool = True,
+        own: PolicyWeights | None = None,
+        **faults: Any,
+    ) -> Engine:
+        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS}, loaded=own)
         engine = Engine(
             "rollout engine",
             backend,
@@ -232,6 +239,7 @@ def build(ledger: Ledger) -> Callable[..., Engine]:
             level=level,
             verify=verify,
             tolerance=Tolerance(1e-4),
+            own=own,
         )
         if asleep:
             engine.release()
@@ -474,6 +482,45 @@ def test_stale_weights_are_found_before_the_kv_cache_is_woken(build):
     with pytest.raises(ProofError, match="tensors differ: w"):
         engine.acquire(WEIGHTS[2])
     assert "wake kv_cache" not in engine.backend.log
+
+
+# -- frozen engines ----------------------------------------------------------------------------
+
+
+def own(version: int) -> PolicyWeights:
+    return replace(pushed(version), version=0, held=[1000 + version])
+
+
+def test_two_frozen_engines_take_turns_and_reload_their_own_checkpoints(build, ledger):
+    a, b = build(own=own(1)), build(own=own(2))
+    switch = Switch(ledger)
+    for engine in (a, b, a, b):
+        switch.give_to(engine)
+        assert (engine.version, engine.proven) == (0, True)
+    assert a.backend.log == [*PUSH, "sleep 2", *PUSH, "sleep 2"]
+    assert b.backend.log == [*PUSH, "sleep 2", *PUSH]
+    assert (a.backend.loaded, b.backend.loaded) == (WEIGHTS[1], WEIGHTS[2])
+
+
+def test_a_frozen_engine_at_level_1_wakes_with_its_weights(build):
+    engine = build(level="1", own=own(1))
+    engine.acquire(None)
+    assert engine.backend.log == ["wake weights", "wake kv_cache", "reset", "count cached", "score"]
+    assert engine.proven
+
+
+def test_a_frozen_engine_must_hold_what_it_held_at_the_start(build):
+    engine = build(own=replace(own(1), held=[999]))
+    with pytest.raises(ProofError, match=r"wake-up with /nowhere/v1 is not proven: fingerprint.* holds"):
+        engine.acquire(None)
+
+
+def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_published_sum(build):
+    engine = build(own=replace(own(1), held=[None]))
+    engine.backend.loaded = None
+    engine.backend.fingerprint = lambda: [{"received": WEIGHTS[1].tensors, "live": None}]
+    engine.acquire(None)
+    assert engine.proven
 
 
 # -- what it generates -------------------------------------------------------------------------

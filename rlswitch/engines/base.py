@@ -114,6 +114,12 @@ class Backend(ABC):
         """Ends the engine and its processes."""
 
 
+def warm_up(backend: Backend, token_ids: list[int]) -> None:
+    """The first forward passes build kernels and caches: seconds that belong to the start."""
+    backend.score([token_ids * 2])
+    backend.generate([Request(token_ids, seed=0, max_new_tokens=2, temperature=1.0)])
+
+
 class Engine:
     """A tenant that generates. Wrong orders raise; what it generates is by a known, proven version."""
 
@@ -127,6 +133,7 @@ class Engine:
         level: str,
         verify: str,
         tolerance: proof.Tolerance,
+        own: PolicyWeights | None = None,
     ):
         self.name = name
         self.backend = backend
@@ -136,8 +143,10 @@ class Engine:
         self.verify = verify
         self.tolerance = tolerance
         self.state = State.READY
-        self.weights: PolicyWeights | None = None
-        """What the engine holds; None: its own checkpoint, or nothing since it slept at level 2."""
+        self.own = own
+        """The checkpoint of a frozen engine, which it goes back to by itself; None: it serves pushes."""
+        self.weights = own
+        """What the engine holds; None: an unproven checkpoint, or nothing since it slept at level 2."""
         self.proven = False
         """Whether the last weights it became ready with were proven."""
         self.canary_gap = 0.0
@@ -150,11 +159,13 @@ class Engine:
         return self.weights.version if self.weights else None
 
     def acquire(self, weights: PolicyWeights | None) -> None:
-        """READY with `weights`, or with what it holds; nothing to do when it already is.
+        """READY with `weights`, or with what it holds or owns; nothing to do when it already is.
 
         Raises ProofError when the push cannot be proven, SwitchError when there is nothing to serve.
         """
-        weights = weights or self.weights
+        if self.own is not None and weights is not None:
+            raise SwitchError(f"{self.name} is frozen at {self.own.path}: call give_to without weights")
+        weights = weights or self.weights or self.own
         if weights is None:
             raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
         stale = weights.version != self.version

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlswitch.device import Device
-from rlswitch.engines.base import Backend, Request
+from rlswitch.engines.base import Backend, warm_up
 from rlswitch.types import SwitchError
 
 
@@ -17,7 +17,13 @@ class VLLMBackend(Backend):
     """Turns the verbs into vLLM's calls; how a call gets there is the subclass's part."""
 
     def __init__(
-        self, model_path: str, tokenizer: PreTrainedTokenizerBase, device: Device, *, elsewhere: bool = False
+        self,
+        model_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        device: Device,
+        *,
+        elsewhere: bool = False,
+        warm: bool = True,
     ):
         """To be called once vLLM answers. `elsewhere`: on another machine, whose memory we cannot see."""
         self.device = device
@@ -28,9 +34,8 @@ class VLLMBackend(Backend):
         self.weight_bytes = sum(f.stat().st_size for f in Path(model_path).glob("*.safetensors"))
         self.asleep: set[str] = set()
         self.paused = False
-        # The first forward passes build kernels and caches: seconds that belong to the start.
-        self.score([self.stop_token_ids * 2])
-        self.generate([Request(self.stop_token_ids, seed=0, max_new_tokens=2, temperature=1.0)])
+        if warm:
+            warm_up(self, self.stop_token_ids)
 
     @abstractmethod
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:

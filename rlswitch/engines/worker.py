@@ -39,7 +39,8 @@ class ProvenWorker(Worker):
 
     def fingerprint(self) -> dict[str, Any]:
         sharded = self.parallel_config.tensor_parallel_size > 1
-        live = None if sharded else live_fingerprint(self.get_model())
+        requantised = self.model_config.quantization is not None  # other bytes than were published
+        live = None if sharded or requantised else live_fingerprint(self.get_model())
         return {"received": self.received, "live": live}
 
     def facts(self) -> dict[str, Any]:

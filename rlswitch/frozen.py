@@ -1,0 +1,75 @@
+"""Frozen engines: they serve a checkpoint of their own, a judge's or one of two models that take turns.
+
+Nothing is pushed into them: `switch.give_to(engine)`. They are proven all the same, against what the
+checkpoint held and what the engine computed from it when it was started.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch import proof
+from rlswitch.config import Run
+from rlswitch.device import Device
+from rlswitch.engines.base import Backend, Engine
+from rlswitch.engines.launch import engine_dtype
+from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
+from rlswitch.ledger import Ledger
+from rlswitch.types import Canary, PolicyWeights
+from rlswitch.weights import canary_sequences
+
+
+def freeze(
+    name: str,
+    backend: Backend,
+    run: Run,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ledger: Ledger,
+) -> Engine:
+    """An engine that serves the checkpoint in `model_path` for good; its backend has just been started."""
+    device, exact = ledger.device, engine_dtype(run.model.dtype, ledger.device) == "float32"
+    length = min(run.max_model_len - 1, max(backend.block_size + 2, 32))
+    sequences = canary_sequences([], vocabulary=len(tokenizer), length=length)
+    return Engine(
+        name,
+        backend,
+        tokenizer,
+        ledger,
+        level=run.switch.level,
+        verify=run.switch.verify,
+        # The engine is compared with itself: in other dtypes only the order of sums may differ.
+        tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else proof.LEARNED_FLOOR),
+        own=own_checkpoint(
+            Path(model_path),
+            backend,
+            sequences,
+            getattr(torch, engine_dtype(run.model.dtype, device)),
+            device,
+        ),
+    )
+
+
+def own_checkpoint(
+    path: Path, backend: Backend, sequences: list[list[int]], dtype: torch.dtype, device: Device
+) -> PolicyWeights:
+    """What a freshly started `backend` serves, as a version to go back to: each tensor is read once.
+
+    `held` is taken from the engine, not from the files: a checkpoint may hold what an engine has no use
+    for, such as a tied head of its own.
+    """
+    tensors: dict[str, int] = {}
+    for name, tensor in checkpoint_tensors(path):
+        tensors |= named_fingerprints([(name, tensor.to(device.torch))], dtype)
+    return PolicyWeights(
+        version=0,
+        path=path,
+        nbytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        fingerprint=total_fingerprint(tensors.values()),
+        tensors=tensors,
+        canary=Canary(sequences=sequences, logprobs=backend.score(sequences)),
+        held=[report["live"] for report in backend.fingerprint()],
+    )

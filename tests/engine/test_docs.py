@@ -1,0 +1,52 @@
+"""The programs in docs/, run as they are printed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def program(page: str, number: int = 0) -> str:
+    """The `number`th Python block of a page under docs/."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[number]
+
+
+def run_program(text: str, directory: Path, *words: str) -> list[str]:
+    """Runs it in a process of its own and returns the lines it printed."""
+    file = directory / "program.py"
+    file.write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(file), *words],
+        cwd=directory,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout.splitlines()
+
+
+def greedy(tiny, prompt: str, max_new_tokens: int) -> str:
+    """What transformers itself would complete."""
+    tokens = tiny.tokenizer(prompt, return_tensors="pt")
+    out = tiny.model.generate(
+        **tokens, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tiny.tokenizer.pad_token_id
+    )
+    return tiny.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_two_models_take_turns(tiny_model, tmp_path: Path) -> None:
+    models = [tiny_model(tie=True), tiny_model(tie=False)]
+    lines = run_program(program("switching.md"), tmp_path, *(str(tiny.path) for tiny in models))
+    expected = [f"{tiny.path}: {greedy(tiny, '12+34=', 8)!r}, proven: True" for tiny in models]
+    assert expected[0] != expected[1]
+    assert [line for line in lines if "proven" in line] == expected * 2
