@@ -2,8 +2,6 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
-# Test processes; 0: none but pytest itself.
-JOBS ?= 2
 recipe = ppo
 
 .PHONY: train test check format setup setup-test clean
@@ -15,14 +13,14 @@ train: setup
 
 # Every test, those that start a real vLLM engine too.
 test: setup-test
-	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+	@$(PY) -m pytest $(ARGS)
 
 # What must be green before a commit: what is quick.
 check: setup-test
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest -n $(JOBS) -q -m "not engine and not processes"
+	@$(PY) -m pytest -q -m "not engine and not processes"
 
 format: setup-test
 	@$(PY) -m ruff check --fix .

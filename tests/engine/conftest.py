@@ -18,16 +18,6 @@ if torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]  # these tests drive the CPU worker
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes those tests that share an engine or a run go to one of them."""
-    for item in items:
-        names = getattr(item, "fixturenames", ())
-        kind = item.callspec.params.get("bench", "local") if hasattr(item, "callspec") else "local"
-        for fixture, group in (("bench", f"bench-{kind}"), ("ppo_run", "ppo_run")):
-            if fixture in names:
-                item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(scope="session")
 def shared_local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     with open_bench(tmp_path_factory.mktemp("local"), "local") as bench:
