@@ -42,7 +42,8 @@ def start_owner(tmp_path: Path, engine: str, then: str) -> tuple[subprocess.Pope
     )
     *words, root = owner.stdout.readline().split()
     pids = [int(word) for word in words]
-    files = shared_memory_of([owner.pid, *pids])
+    # Semaphores have no name any more once both sides have opened them.
+    files = set(left(shared_memory_of([owner.pid, *pids])))
     assert files, "vLLM's processes talk through shared memory"
     return owner, pids, {*files, Path(root)}
 
