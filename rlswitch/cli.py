@@ -16,6 +16,7 @@ from operator import attrgetter
 from rlswitch.arguments import Arguments, parse, refuse_broken_environment, run_hydra
 from rlswitch.compose import compose_run, planned, read, unique
 from rlswitch.config import Run, register
+from rlswitch.forkserver import prepare
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.sweep import sweep
 from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
@@ -68,6 +69,8 @@ def train_once(arguments: Arguments) -> int:
 
         show(run)
         return DONE
+    if run.engine.fork_server and run.engine.is_started_here:
+        prepare()  # it imports while we do
     if run.mode == "rewards":
         from rlswitch.preview import show as show_rewards
 

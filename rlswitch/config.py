@@ -109,9 +109,15 @@ class EngineConfig:
     tensor_parallel_size: int = number(1, at_least=1)
     enforce_eager: bool = False
     """Without CUDA graphs and torch.compile: starts sooner, generates slower. Always so on a CPU."""
+    fork_server: bool = True
+    """Start vLLM's processes from one that has imported vLLM already; false: a new interpreter each."""
     start_timeout_s: float = number(600.0, above=0)
     vllm: dict[str, Any] = field(default_factory=dict)
     """Anything else for vllm.LLM, as it is: engine.vllm.max_num_seqs=64."""
+
+    @property
+    def is_started_here(self) -> bool:
+        return True
 
 
 @dataclass(kw_only=True, slots=True)
@@ -126,6 +132,10 @@ class ServerEngineConfig(EngineConfig):
     """Allow other addresses than loopback: whoever reaches the server controls it, see docs/server.md."""
     request_timeout_s: float = number(1800.0, above=0)
     """Longest silence of the server on one request."""
+
+    @property
+    def is_started_here(self) -> bool:
+        return self.url is None
 
 
 @dataclass(kw_only=True, slots=True)

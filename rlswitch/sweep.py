@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -28,7 +27,8 @@ from rlswitch import records
 from rlswitch.arguments import Arguments, refuse_broken_environment, run_hydra
 from rlswitch.comparison import write_comparison
 from rlswitch.compose import Setting, Source, compose_run, quoted, read, unique
-from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG
+from rlswitch.forkserver import prepare, start_process
+from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.types import ConfigError
 
 STATUS = {
@@ -39,15 +39,14 @@ STATUS = {
 }
 SWEEP_ROOTS = ("output_dir", "hydra.sweep.dir")
 
-Command = Callable[[list[str]], list[str]]
-"""Makes the command of a job's process from that job's words."""
+RunJob = Callable[[list[str]], object]
+"""Does a job, whose words it gets, in a process of the job's own; ends it by leaving with an exit code."""
 
 
-def job_command(words: list[str]) -> list[str]:
-    """train.py of this checkout; the installed module where there is no checkout."""
-    script = Path(__file__).resolve().parents[1] / "train.py"
-    program = [str(script)] if script.is_file() else ["-m", "rlswitch.cli"]
-    return [sys.executable, *program, *words]
+def run_job(words: list[str]) -> None:
+    from rlswitch.cli import main
+
+    leave(main(words))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,13 +71,15 @@ class Job:
             self.accuracies |= {k: v for k, v in row.items() if k.startswith("val/") and k.endswith("/acc")}
 
 
-def sweep(arguments: Arguments, command: Command = job_command) -> int:
+def sweep(arguments: Arguments, job: RunJob = run_job, *, warm: bool = True) -> int:
     """A process per job: the state of vLLM and CUDA in a process does not survive a second job."""
     settings, wrong = read(arguments.overrides, arguments.source)
     wrong += _sweep_problems(settings, arguments.source)
     if wrong:
         raise ConfigError(*unique(wrong))
     refuse_broken_environment()
+    if warm:
+        prepare()
     root = _sweep_root(settings)
     notes = root / ".jobs"  # a file per job, since a launcher may run them on other machines
     notes.mkdir(parents=True, exist_ok=True)
@@ -88,7 +89,7 @@ def sweep(arguments: Arguments, command: Command = job_command) -> int:
     words += [f"hydra.sweep.dir={quoted(str(root))}", "--multirun"]
     stopped = 0
     try:
-        code = run_hydra(_job_task(command, notes, arguments.source), words, arguments)
+        code = run_hydra(_job_task(job, notes, arguments.source, warm), words, arguments)
     except KeyboardInterrupt as stop:
         code = stopped = stop.args[0] if stop.args else INTERRUPTED
     jobs = [Job(**json.loads(note.read_text())) for note in notes.glob("*.json")]
@@ -143,7 +144,7 @@ def _sweep_root(settings: list[Setting]) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _job_task(command: Command, notes: Path, source: Source) -> Callable[[Any], float]:
+def _job_task(run: RunJob, notes: Path, source: Source, warm: bool) -> Callable[[Any], float]:
     """What Hydra calls for a job. It returns the final reward, for a sweeper that maximises it.
 
     A failed job returns nan: Hydra's own sweeper goes on, and Optuna's counts the trial as failed.
@@ -151,11 +152,11 @@ def _job_task(command: Command, notes: Path, source: Source) -> Callable[[Any], 
     flags = ["--config-name", source.name]
     flags += ["--config-dir", str(source.extra)] if source.extra else []
 
-    def run_job(_config: Any) -> float:
+    def task(_config: Any) -> float:
         job = HydraConfig.get()
         overrides, directory = list(job.overrides.task), job.runtime.output_dir
         started = time.monotonic()
-        code, signum = run_child(command([*flags, *overrides, f"output_dir={quoted(directory)}"]))
+        code, signum = run_child(run, [*flags, *overrides, f"output_dir={quoted(directory)}"], warm)
         result = Job(
             number=job.job.num,
             overrides=overrides,
@@ -169,28 +170,31 @@ def _job_task(command: Command, notes: Path, source: Source) -> Callable[[Any], 
             raise KeyboardInterrupt(PREEMPTED if code == PREEMPTED else 128 + signum)
         return math.nan if code or result.reward is None else result.reward
 
-    return run_job
+    return task
 
 
-def run_child(command: list[str]) -> tuple[int, int]:
-    """The exit code of `command`, run on our terminal, and the signal that we passed on to it or 0.
+def run_child(target: RunJob, words: list[str], warm: bool) -> tuple[int, int]:
+    """The exit code of a process that does `target(words)`, and the signal that we passed on to it or 0.
 
-    It has a session of its own: a terminal's Ctrl-C reaches it once, through us.
+    It writes where we do, and has a session of its own: a terminal's Ctrl-C reaches it once, through us.
+    `warm`: forked from the server of forkserver.py, so that it starts in a moment.
     """
-    children: list[subprocess.Popen[bytes]] = []
+    children: list[int] = []
     received: list[int] = []
 
     def pass_on(signum: int, _frame: Any) -> None:
         received.append(signum)
         for child in children:
-            child.send_signal(signum)
+            os.kill(child, signum)
 
     with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on):
-        child = subprocess.Popen(command, start_new_session=True)
-        children.append(child)
+        child = start_process(target, [words], warm=warm)
+        assert child.pid is not None
+        children.append(child.pid)
         for signum in received:  # one came while the child was being made
-            child.send_signal(signum)
-        code = child.wait()
+            os.kill(child.pid, signum)
+        child.join()
+    code = child.exitcode or 0
     return (128 - code if code < 0 else code), (received[0] if received else 0)
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -390,6 +391,10 @@ rows = [{"step": 1, "reward/mean": 0.5, "val/add/acc": 0.25}, {"step": 2, "rewar
 """
 
 
+def execute(script: str, words: list[str]) -> None:
+    os.execv(sys.executable, [sys.executable, script, *words])
+
+
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """Runs a sweep whose jobs are a small program, and returns its exit code."""
@@ -400,7 +405,7 @@ def swept(tmp_path, monkeypatch):
         script = tmp_path / "job.py"
         script.write_text(program)
         arguments = parse(["-m", *words])
-        return sweep(arguments, lambda job: [sys.executable, str(script), *job])
+        return sweep(arguments, partial(execute, str(script)), warm=False)
 
     return run
 

@@ -15,7 +15,6 @@ from rlswitch.config import Run
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.base import Backend, Completion, Engine, Request, warm_up
-from rlswitch.engines.processes import process_tree
 from rlswitch.fingerprint import checkpoint_tensors
 from rlswitch.frozen import freeze
 from rlswitch.ledger import SWITCH, Ledger
@@ -99,13 +98,16 @@ class Experiment:
         return self.result
 
     def restart(self, transport: str) -> None:
-        """No sleep: each visit starts an engine, asks, and ends it. Nothing is warmed up, as a user would."""
+        """No sleep: each visit starts an engine, asks, and ends it. Nothing is warmed up, as a user would.
+
+        vLLM's processes are new interpreters here, as they are without rlswitch.
+        """
         for visit, label in enumerate("AB" * self.settings.cycles):
             self.say(f"{transport}, restart, visit {visit + 1}: {label}")
             add = self._adder(BASE, transport, RESTART, label)
             with self._clock(add, "total"), ExitStack() as stack:
                 with self._clock(add, "load"):
-                    backend = self._start(transport, BASE, label, stack)
+                    backend = self._start(transport, BASE, label, stack, fork_server=False)
                 self._question(backend, label, BASE, f"{transport}, restart, visit {visit + 1}", add)
                 with self._clock(add, "close"):
                     stack.close()
@@ -154,8 +156,8 @@ class Experiment:
                 switch.give_to(engines[label])
                 self._question(engines[label].backend, label, variant, where, add)
             for other in engines.keys() - {label}:
-                tree = [process.pid for process in process_tree(engines[other].backend.pids)]
-                self._adder(variant, transport, level, other)("asleep_host", resident_bytes(tree))
+                pids = [process.pid for process in engines[other].backend.processes]
+                self._adder(variant, transport, level, other)("asleep_host", resident_bytes(pids))
             self._phases(switch.ledger, self.directory / f"{variant}-{transport}", variant, transport, level)
         switch.ledger.step += 1
         switch.vacate()
@@ -192,9 +194,9 @@ class Experiment:
             pairs = zip(answer.logprobs, reference.logprobs, strict=True)
             add("gap", max((abs(a - b) for a, b in pairs), default=0.0))
 
-    def _start(self, transport: str, variant: str, label: str, stack: ExitStack) -> Backend:
+    def _start(self, transport: str, variant: str, label: str, stack: ExitStack, **more: bool) -> Backend:
         path, tokenizer = self.paths[label], self.tokenizers[label]
-        settings = self._engine_settings(variant)
+        settings = self._engine_settings(variant) | more
         run = frozen_run(self.models[label], server=transport == "server", **settings)
         log, scratch = self.directory / f"engine-{label}.log", self.directory / "scratch"
         backend = start_backend(run, path, tokenizer, self.device, log, scratch, warm=False)

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import psutil
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch import proof
@@ -62,6 +63,9 @@ class Completion:
 
 class Backend(ABC):
     """The verbs of one kind of engine. No order is checked here: that is Engine's part."""
+
+    processes: list[psutil.Process]
+    """Those that end with it: none of a server that was there before."""
 
     @property
     @abstractmethod

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlswitch.device import trim_heap
-from rlswitch.engines.processes import watch_owner
+from rlswitch.engines.processes import own_family, watch_owner
 from rlswitch.engines.worker import engine_facts, live_fingerprint, recording
 
 EMPTY = torch.empty(0)
@@ -63,9 +63,9 @@ class SleepingCPUWorker(CPUWorker):
     def facts(self) -> dict[str, Any]:
         return engine_facts(self.vllm_config)
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, Any]:
         sizes = [storage.nbytes() for storage in self._kv_storages().values()]
-        return {"pid": os.getpid(), "kv_bytes": sum(sizes)}
+        return {"pid": os.getpid(), "family": own_family(), "kv_bytes": sum(sizes)}
 
     def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
         return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import shlex
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import psutil
@@ -20,9 +20,11 @@ from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.device import Device
 from rlswitch.engines.address import Address, parse_listen, parse_url
 from rlswitch.engines.client import Client
-from rlswitch.engines.launch import engine_dtype, environment, server_flags
+from rlswitch.engines.launch import engine_dtype, environment, server_flags, starts_warm
 from rlswitch.engines.logs import last_error, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, SOCKET_DIRECTORY, end_all, family_of
+from rlswitch.engines.processes import SHUTDOWN_SECONDS, SOCKET_DIRECTORY, end_all, families_of
+from rlswitch.engines.serve import serve
+from rlswitch.forkserver import start_process
 from rlswitch.types import ConfigError, EngineError
 
 MAX_SOCKET_PATH = 107  # bytes, of the kernel's sockaddr_un
@@ -42,25 +44,28 @@ def launched(
     # mkdtemp makes the directory 0700: nobody else reaches a socket in it.
     with tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True) as directory:
         address = choose_address(config, directory)
+        variables = environment(run, device, publish_root)
+        flags = [*server_flags(run, model_path, device), *address_flags(address)]
         with open(log_path, "ab") as log:
-            process = subprocess.Popen(
-                [*server_command(run, model_path, device), *address_flags(address)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment(run, device, publish_root)
-                | {"VLLM_SERVER_DEV_MODE": "1", SOCKET_DIRECTORY: directory},
-                start_new_session=True,  # Ctrl-C is for us, who then end it in order
+            process = start_process(
+                serve,
+                [flags],
+                environment=variables | {"VLLM_SERVER_DEV_MODE": "1", SOCKET_DIRECTORY: directory},
+                output=log.fileno(),
+                warm=starts_warm(run, device),
             )
+        assert process.pid is not None, "it has been started"
         client = Client(address, config.request_timeout_s, log_path)
         processes: list[psutil.Process] = []
         try:
             wait_until_ready(process, client, config.start_timeout_s, log_path)
-            processes += family_of(process.pid)
+            workers = client.post("/collective_rpc", {"method": "memory"})["results"]
+            pids = [process.pid, *(pid for worker in workers for pid in worker["family"])]
+            processes += families_of(pids)
             yield client, processes
         finally:
             client.close()
-            end_all(processes or family_of(process.pid), ask=lambda: end_politely(process))
+            end_all(processes or families_of([process.pid]), ask=lambda: end_politely(process))
 
 
 @contextmanager
@@ -134,13 +139,11 @@ def choose_address(config: ServerEngineConfig, directory: str) -> Address:
         return replace(listen, port=probe.getsockname()[1])
 
 
-def wait_until_ready(
-    process: subprocess.Popen[bytes], client: Client, timeout_s: float, log_path: Path
-) -> None:
+def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log_path: Path) -> None:
     deadline = time.monotonic() + timeout_s
     while client.status("/health") != 200:
-        if process.poll() is not None:
-            cause = last_error(log_path) or f"exit code {process.returncode}"
+        if process.exitcode is not None:
+            cause = last_error(log_path) or f"exit code {process.exitcode}"
         elif time.monotonic() > deadline:
             cause = f"not ready after engine.start_timeout_s = {timeout_s:g}"
         else:
@@ -149,9 +152,9 @@ def wait_until_ready(
         raise EngineError(f"vLLM's server did not start: {cause}; its log: {log_path}\n{tail(log_path)}")
 
 
-def end_politely(process: subprocess.Popen[bytes]) -> None:
+def end_politely(process: BaseProcess) -> None:
     process.terminate()
-    process.wait(SHUTDOWN_SECONDS)
+    process.join(SHUTDOWN_SECONDS)
 
 
 def refuse_unfit_server(run: Run, model_path: str) -> None:

@@ -13,6 +13,7 @@ from rlswitch.device import Device
 from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT
 
 CPU_KV_CACHE_GIB = 0.25
+THREADS_BIND, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 
 
 def llm_arguments(run: Run, model_path: str, device: Device) -> dict[str, Any]:
@@ -56,6 +57,15 @@ def engine_dtype(dtype: str, device: Device) -> str:
     return "bfloat16" if device.kind == "cuda" else "float32"
 
 
+def starts_warm(run: Run, device: Device) -> bool:
+    """Whether vLLM's processes are forked from the fork server.
+
+    On a CPU that binds threads to cores vLLM preloads a library into its workers: they need an exec.
+    """
+    bound = device.kind == "cpu" and os.environ.get(THREADS_BIND, UNBOUND) != UNBOUND
+    return run.engine.fork_server and not bound
+
+
 def environment(run: Run, device: Device, publish_root: Path) -> dict[str, str]:
     """The environment of vLLM's processes; a user's own setting wins, the proof's needs do not."""
     usual = {
@@ -64,12 +74,12 @@ def environment(run: Run, device: Device, publish_root: Path) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if device.kind == "cpu":
-        usual["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        usual[THREADS_BIND] = UNBOUND
     root = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     needed = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # which forkserver.py makes a warm start of
         "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(run.engine.start_timeout_s)),
         OWNER_PID: str(os.getpid()),
         PUBLISH_ROOT: str(publish_root),

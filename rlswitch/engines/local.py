@@ -13,9 +13,10 @@ from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.base import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
-from rlswitch.engines.launch import environment, llm_arguments
+from rlswitch.engines.launch import environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, end_all, process_tree
+from rlswitch.engines.processes import SHUTDOWN_SECONDS, end_all, families_of
+from rlswitch.forkserver import serving_vllm
 from rlswitch.types import ConfigError, EngineError
 
 
@@ -35,7 +36,7 @@ class LocalBackend(VLLMBackend):
         self.log_path = log_path
         os.environ.update(environment(run, device, publish_root))
         try:
-            with redirected_output(log_path):
+            with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
                 from vllm import LLM
 
                 self.llm = LLM(**llm_arguments(run, model_path, device))
@@ -45,7 +46,7 @@ class LocalBackend(VLLMBackend):
             ) from error
         log_to_file(log_path)
         super().__init__(model_path, tokenizer, device, warm=warm)
-        self.processes = process_tree(self.pids)
+        self.processes = families_of(pid for worker in self.workers for pid in worker["family"])
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
         return self.llm.collective_rpc(method, kwargs=kwargs)

@@ -36,19 +36,16 @@ def shared_memory_of(pids: Iterable[int]) -> set[Path]:
     return files
 
 
-def process_tree(workers: Iterable[int]) -> list[psutil.Process]:
-    """The engine's processes: its workers, the engine core above them, and whatever these started."""
-    tree: dict[int, psutil.Process] = {}
-    for worker in workers:
-        top = psutil.Process(worker)
-        if os.getpid() not in [parent.pid for parent in top.parents()]:
-            tree[worker] = top  # started by somebody else, whose other children are not ours to end
-            continue
-        while (parent := top.parent()) is not None and parent.pid != os.getpid():
-            top = parent
-        for process in family_of(top.pid):
-            tree[process.pid] = process
-    return list(tree.values())
+def own_family() -> list[int]:
+    """In a worker: its pid and its engine core's, which may be one and the same process."""
+    core = multiprocessing.parent_process()  # as it was when we were started, whoever adopted us since
+    owner = int(os.environ.get(OWNER_PID, "0"))
+    return [os.getpid()] if core is None or core.pid in (None, owner) else [os.getpid(), core.pid]
+
+
+def families_of(pids: Iterable[int]) -> list[psutil.Process]:
+    """These processes and whatever they have started."""
+    return list({process.pid: process for pid in pids for process in family_of(pid)}.values())
 
 
 def family_of(pid: int) -> list[psutil.Process]:
@@ -89,10 +86,7 @@ def _end_with(owner: int) -> None:
         poller = select.poll()
         poller.register(os.pidfd_open(owner), select.POLLIN)
         poller.poll()
-    doomed = [os.getpid()]
-    core = multiprocessing.parent_process()  # as it was when we were spawned, whoever adopted us since
-    if core is not None and core.pid not in (None, owner):
-        doomed.insert(0, core.pid)
+    doomed = own_family()[::-1]
     for file in shared_memory_of(doomed):
         file.unlink(missing_ok=True)
     for name in (PUBLISH_ROOT, SOCKET_DIRECTORY):

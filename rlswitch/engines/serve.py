@@ -7,9 +7,17 @@ looks for the metadata of a package called vllm.
 from __future__ import annotations
 
 import runpy
+import sys
+from collections.abc import Sequence
 
 from rlswitch.engines.processes import watch_owner
 
-if __name__ == "__main__":
+
+def serve(flags: Sequence[str]) -> None:
+    sys.argv[1:] = flags
     watch_owner()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import psutil
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
@@ -36,8 +35,7 @@ class ServerBackend(VLLMBackend):
         warm: bool = True,
     ):
         config = server_config(run)
-        self.processes: list[psutil.Process] = []
-        """Of a launched server; an attached one's are not ours to end."""
+        self.processes = []
         with ExitStack() as stack:
             if config.url:
                 self.client = stack.enter_context(attached(config, model_path))

@@ -16,7 +16,7 @@ from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from rlswitch.device import Device
-from rlswitch.engines.processes import watch_owner
+from rlswitch.engines.processes import own_family, watch_owner
 from rlswitch.fingerprint import named_fingerprints, total_fingerprint
 
 
@@ -46,10 +46,11 @@ class ProvenWorker(Worker):
     def facts(self) -> dict[str, Any]:
         return engine_facts(self.vllm_config)
 
-    def memory(self) -> dict[str, int]:
+    def memory(self) -> dict[str, Any]:
         storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
         return {
             "pid": os.getpid(),
+            "family": own_family(),
             "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
         }

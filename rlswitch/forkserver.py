@@ -1,0 +1,174 @@
+"""Processes that start warm: forked from a server that has imported torch and vLLM once.
+
+vLLM runs its engine core and its workers in processes of their own, and a sweep runs its jobs so. Started
+plainly each of them imports the same libraries anew, one after the other: most of the time until the first
+token of a small model. The server imports them while this process does, computes nothing, touches no GPU,
+and is forked whenever vLLM asks for a process to be spawned. docs/design.md says what that saves.
+
+vLLM's own API server has the idea too (VLLM_WORKER_MULTIPROC_METHOD=forkserver), but not its LLM class.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any
+
+MODULES = (
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.model_executor.models.qwen3",
+    "rlswitch.engines.cpu_worker",
+    "rlswitch.loop",
+)
+"""What the server imports. Without one of them its children import it themselves."""
+
+SUPPORTED = sys.version_info < (3, 14)  # later ones give the server a key that its children do not inherit
+
+_get_context = multiprocessing.get_context
+
+
+def prepare() -> None:
+    """Starts the server unless there is one. It is ready some seconds later; who asks before that waits."""
+    server: Any = forkserver._forkserver
+    if not SUPPORTED or server._forkserver_address is not None:
+        return
+    forkserver.set_forkserver_preload([f"{__package__}.preload"])
+    root, before = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
+    try:
+        with _silenced():  # what the imports have to say is said again in this process
+            forkserver.ensure_running()
+        atexit.register(_end_server)
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def _end_server() -> None:
+    """It would end by itself a moment after its last client; nothing of ours is to outlive us even so long."""
+    server: Any = forkserver._forkserver
+    pid, server._forkserver_pid = server._forkserver_pid, None
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@contextmanager
+def serving_vllm(warm: bool) -> Iterator[None]:
+    """While it is open the processes that vLLM spawns are forked from the server, if `warm`.
+
+    By way of multiprocessing.get_context, where vLLM asks for them: it takes no context from its caller.
+    """
+    if warm and SUPPORTED:
+        prepare()
+        multiprocessing.get_context = _warm_context
+    try:
+        yield
+    finally:
+        multiprocessing.get_context = _get_context
+
+
+def start_process(
+    target: Callable[..., object],
+    args: Sequence[Any],
+    *,
+    environment: Mapping[str, str] | None = None,
+    output: int | None = None,
+    warm: bool = True,
+) -> multiprocessing.process.BaseProcess:
+    """Starts `target(*args)` in a session of its own, with `environment` and its output going to the file
+    descriptor `output` (by default ours). `target` must be importable, as with any spawned process.
+    """
+    warm = warm and SUPPORTED
+    process = (WarmProcess if warm else _ColdProcess)(target=_in_own_session, args=(target, *args))
+    process.environment = dict(environment or os.environ)
+    process.outputs = (1, 2) if output is None else (output, output)
+    if warm:
+        prepare()
+    process.start()
+    return process
+
+
+class _Travelling:
+    """Takes environment and output along, in place before anything of the process is unpickled."""
+
+    environment: Mapping[str, str] | None = None
+    """By default this process's, as it is when the process starts."""
+    outputs = (1, 2)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        environment = dict(os.environ) if self.environment is None else self.environment
+        streams = [DupFd(descriptor) for descriptor in self.outputs]
+        state = {**self.__dict__, "environment": None, "outputs": (1, 2)}
+        return _arrive, (type(self), environment, streams), state
+
+
+class WarmProcess(_Travelling, ForkServerProcess):
+    """Forked from the server."""
+
+
+class _ColdProcess(_Travelling, SpawnProcess):
+    """A new interpreter."""
+
+
+class _WarmContext(ForkServerContext):
+    Process = WarmProcess
+
+
+def _warm_context(method: str | None = None) -> Any:
+    return _WarmContext() if method in ("spawn", "forkserver") else _get_context(method)
+
+
+def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Sequence[Any]) -> _Travelling:
+    """In the new process, first of all. What it starts in turn comes from the same server."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for target, stream in zip((1, 2), streams, strict=True):
+        os.dup2(stream.detach(), target)
+    if issubclass(kind, WarmProcess):
+        # Python itself would start a second server here, though it has just told us where ours is.
+        forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+        multiprocessing.get_context = _warm_context
+    return kind.__new__(kind)
+
+
+def _in_own_session(target: Callable[..., object], *args: Any) -> None:
+    os.setsid()  # a terminal's Ctrl-C reaches it through us only
+    target(*args)
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    saved, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    try:
+        for target in (1, 2):
+            os.dup2(nowhere, target)
+        yield
+    finally:
+        os.close(nowhere)
+        for target, source in zip((1, 2), saved, strict=True):
+            os.dup2(source, target)
+            os.close(source)
+
+
+def import_modules() -> None:
+    """In the server."""
+    for name in MODULES:
+        with suppress(Exception):  # a device that it is not for, a vLLM that has it elsewhere
+            importlib.import_module(name)
