@@ -61,7 +61,7 @@ def prepare() -> None:
 
 
 def _end_server() -> None:
-    """It would end by itself a moment after its last client; nothing of ours is to outlive us even so long."""
+    """It would end by itself soon after its last client; nothing of ours is to outlive us even so long."""
     server: Any = forkserver._forkserver
     pid, server._forkserver_pid = server._forkserver_pid, None
     if pid is not None:
@@ -89,16 +89,18 @@ def start_process(
     args: Sequence[Any],
     *,
     environment: Mapping[str, str] | None = None,
-    output: int | None = None,
+    outputs: tuple[int, int] = (1, 2),
     warm: bool = True,
 ) -> multiprocessing.process.BaseProcess:
-    """Starts `target(*args)` in a session of its own, with `environment` and its output going to the file
-    descriptor `output` (by default ours). `target` must be importable, as with any spawned process.
+    """Starts `target(*args)`, out of the reach of a terminal's Ctrl-C.
+
+    `environment` and the file descriptors `outputs` (stdout, stderr) are ours by default. `target` must be
+    importable, as with any spawned process.
     """
     warm = warm and SUPPORTED
-    process = (WarmProcess if warm else _ColdProcess)(target=_in_own_session, args=(target, *args))
+    process = (WarmProcess if warm else _ColdProcess)(target=_in_own_group, args=(target, *args))
     process.environment = dict(environment or os.environ)
-    process.outputs = (1, 2) if output is None else (output, output)
+    process.outputs = outputs
     if warm:
         prepare()
     process.start()
@@ -141,6 +143,8 @@ def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Se
     os.environ.update(environment)
     for target, stream in zip((1, 2), streams, strict=True):
         os.dup2(stream.detach(), target)
+    for text in (sys.stdout, sys.stderr):  # made by the server, for whom nobody listens
+        text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if issubclass(kind, WarmProcess):
         # Python itself would start a second server here, though it has just told us where ours is.
         forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
@@ -148,9 +152,18 @@ def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Se
     return kind.__new__(kind)
 
 
-def _in_own_session(target: Callable[..., object], *args: Any) -> None:
-    os.setsid()  # a terminal's Ctrl-C reaches it through us only
+def _in_own_group(target: Callable[..., object], *args: Any) -> None:
+    leave_group()
     target(*args)
+
+
+def leave_group() -> None:
+    """A terminal sends Ctrl-C to one group of processes, and ours ends its children in order.
+
+    Not a session: Linux shares the cores out by session first, and what takes turns here has to yield to
+    each other (vLLM's waiting workers spin, and another session's would keep a core of two).
+    """
+    os.setpgrp()
 
 
 @contextmanager

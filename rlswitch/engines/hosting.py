@@ -51,7 +51,7 @@ def launched(
                 serve,
                 [flags],
                 environment=variables | {"VLLM_SERVER_DEV_MODE": "1", SOCKET_DIRECTORY: directory},
-                output=log.fileno(),
+                outputs=(log.fileno(), log.fileno()),
                 warm=starts_warm(run, device),
             )
         assert process.pid is not None, "it has been started"
