@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
@@ -141,6 +142,7 @@ def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Se
     """In the new process, first of all. What it starts in turn comes from the same server."""
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # what the server found in its own environment
     for target, stream in zip((1, 2), streams, strict=True):
         os.dup2(stream.detach(), target)
     for text in (sys.stdout, sys.stderr):  # made by the server, for whom nobody listens

@@ -46,6 +46,7 @@ RunJob = Callable[[list[str]], object]
 def run_job(words: list[str]) -> None:
     from rlswitch.cli import main
 
+    sys.argv[1:] = words  # what the run's record of its own command is taken from
     leave(main(words))
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from rlswitch.bench import charts, tables
 from rlswitch.bench.experiment import Result, Sample
-from rlswitch.bench.settings import BenchSettings, limits
+from rlswitch.bench.models import limits
+from rlswitch.bench.settings import BenchSettings
 from rlswitch.device import Device
 from rlswitch.options import settings_from_words
 from rlswitch.types import ConfigError

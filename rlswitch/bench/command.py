@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from rlswitch.bench import charts, tables
 from rlswitch.bench.experiment import Experiment
-from rlswitch.bench.settings import BenchSettings, made_on_the_spot
+from rlswitch.bench.models import made_on_the_spot
+from rlswitch.bench.settings import BenchSettings
 from rlswitch.device import Device
 from rlswitch.leave import DONE, NOT_PROVEN
-from rlswitch.options import settings_from_words
-from rlswitch.types import ConfigError
 
 TABLE_WIDTH = 160
 
 
-def bench_switch(words: Sequence[str]) -> int:
+def bench_switch(settings: BenchSettings) -> int:
     """Measures, prints and writes switch.json, switch.png and switch.html. Returns the exit code."""
-    settings = settings_from_words(BenchSettings, words)
-    if wrong := list(settings.problems()):
-        raise ConfigError(*wrong)
     console = Console(highlight=False, markup=False)
     device, directory = Device.detect(), Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)

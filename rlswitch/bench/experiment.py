@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rlswitch import records
-from rlswitch.bench.settings import ABLATIONS, RESTART, BenchSettings, limits
+from rlswitch.bench.models import limits
+from rlswitch.bench.settings import ABLATIONS, RESTART, BenchSettings
 from rlswitch.config import Run
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device, resident_bytes

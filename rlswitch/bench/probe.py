@@ -6,7 +6,6 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -17,12 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 import rlswitch
-from rlswitch.bench.settings import SLEEPING, made_on_the_spot
+from rlswitch.bench.models import made_on_the_spot
+from rlswitch.bench.settings import SLEEPING, ProbeSettings
 from rlswitch.bench.tables import hardware
 from rlswitch.device import resident_bytes
 from rlswitch.engines.base import Engine
 from rlswitch.engines.local import can_release_kv_cache
-from rlswitch.options import number, settings_from_words
 from rlswitch.provenance import versions
 from rlswitch.switch import Switch
 from rlswitch.types import RLSwitchError
@@ -30,19 +29,6 @@ from rlswitch.weights import choose_directory
 
 SLACK = 16 * 2**20
 """Bytes by which an engine may be larger asleep in the last cycle than in the first."""
-
-
-@dataclass(kw_only=True, slots=True)
-class ProbeSettings:
-    model: str = "builtin:small"
-    """A directory or hub id; builtin:small is made on the spot."""
-    cycles: int = number(3, at_least=2)
-    prompt: str = "Question: what is 12+34? Answer:"
-    max_new_tokens: int = number(16, at_least=1)
-    max_model_len: int = number(256, at_least=64)
-    kv_cache_gib: float | None = number(None, above=0)
-    gpu_memory_utilization: float = number(0.85, above=0, at_most=1)
-    output: str = "runs/probe.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,9 +45,8 @@ class Verdict:
     freed_bytes: int | None = None
 
 
-def probe(words: Sequence[str]) -> int:
+def probe(settings: ProbeSettings) -> int:
     """Prints the verdicts and writes them as JSON."""
-    settings = settings_from_words(ProbeSettings, words)
     console = Console(highlight=False, markup=False)
     with tempfile.TemporaryDirectory(prefix="rlswitch-probe-") as scratch:
         model = made_on_the_spot(settings.model, Path(scratch))

@@ -1,7 +1,5 @@
 """Fixtures of the tests on the real vLLM. The engine is shared: starting it takes longer than most tests."""
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(Path(__file__).parent))  # the engine's processes get our sys.path
 
-from bench import Bench, open_bench  # noqa: E402
+from bench import Bench, open_bench
+from runs import Finished, finish, train
 
 if torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]  # these tests drive the CPU worker
@@ -53,20 +51,16 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="session")
-def run_train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., object]:
-    """Runs train.py in a process of its own, as a user does; returns the finished process."""
+def run_train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
+    """run_train("recipe=ppo", ...): train.py's main in a process of its own, and what came of it.
 
-    def run(*words: str, cwd: Path | None = None, check: bool = True, timeout: float = 600):
-        process = subprocess.run(
-            [sys.executable, str(ROOT / "train.py"), "logger=[]", *words],
-            cwd=cwd or tmp_path_factory.mktemp("cwd"),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )
+    As the jobs of a sweep are run: the libraries are imported once for all tests.
+    """
+
+    def run(*words: str, cwd: Path | None = None, check: bool = True) -> Finished:
+        finished = finish(train, ["logger=[]", *words], cwd or tmp_path_factory.mktemp("cwd"))
         if check:
-            assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-        return process
+            assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-4000:]
+        return finished
 
     return run

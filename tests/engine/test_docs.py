@@ -1,36 +1,26 @@
 """The programs in docs/, run as they are printed."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from runs import finish, program
 
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def program(page: str, number: int = 0) -> str:
+def block(page: str, number: int = 0) -> str:
     """The `number`th Python block of a page under docs/."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)[number]
 
 
-def run_program(text: str, directory: Path, *words: str) -> list[str]:
+def run_block(text: str, directory: Path, *words: object) -> list[str]:
     """Runs it in a process of its own and returns the lines it printed."""
     file = directory / "program.py"
     file.write_text(text)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, str(file), *words],
-        cwd=directory,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = finish(program, [file, *words], directory)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout.splitlines()
 
@@ -46,7 +36,7 @@ def greedy(tiny, prompt: str, max_new_tokens: int) -> str:
 
 def test_two_models_take_turns(tiny_model, tmp_path: Path) -> None:
     models = [tiny_model(tie=True), tiny_model(tie=False)]
-    lines = run_program(program("switching.md"), tmp_path, *(str(tiny.path) for tiny in models))
+    lines = run_block(block("switching.md"), tmp_path, *(tiny.path for tiny in models))
     expected = [f"{tiny.path}: {greedy(tiny, '12+34=', 8)!r}, proven: True" for tiny in models]
     assert expected[0] != expected[1]
     assert [line for line in lines if "proven" in line] == expected * 2

@@ -5,53 +5,66 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
+from bench import open_bench
+from runs import start
 
 from rlswitch.engines.processes import shared_memory_of
 
-pytestmark = [pytest.mark.engine, pytest.mark.parametrize("engine", ["local", "server"])]
+pytestmark = pytest.mark.engine
 
-OWNER = """
-import os, sys, time
-from pathlib import Path
-sys.path.insert(0, {here!r})
 
-if __name__ == "__main__":
-    from bench import open_bench
-    with open_bench(Path({directory!r}), {engine!r}) as bench:
+class Owned(NamedTuple):
+    owner: psutil.Process
+    processes: list[psutil.Process]
+    """Its engine's, and what else must not outlive it."""
+    files: set[Path]
+    end: Callable[[float], object]
+    """Waits for the owner's end."""
+
+
+def own(words: list[str]) -> None:
+    """What an owner does: starts an engine, says what belongs to it, and ends some seconds later."""
+    directory, engine, seconds = words
+    with open_bench(Path(directory), engine) as bench:
         bench.publish()
         pids = [process.pid for process in bench.backend.processes]
-        print(*pids, bench.publisher.root, flush=True)
-        {then}
-"""
+        print(os.getpid(), *pids, bench.publisher.root, flush=True)
+        time.sleep(float(seconds))
 
 
-def start_owner(tmp_path: Path, engine: str, then: str) -> tuple[subprocess.Popen, list[int], set[Path]]:
-    """A process that owns an engine; returns it, the engine's pids, and what must not outlive it."""
-    script = tmp_path / "owner.py"
-    here = str(Path(__file__).parent)
-    script.write_text(OWNER.format(here=here, directory=str(tmp_path), engine=engine, then=then))
-    owner = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
-    )
-    *words, root = owner.stdout.readline().split()
-    pids = [int(word) for word in words]
-    # Semaphores have no name any more once both sides have opened them.
-    files = set(left(shared_memory_of([owner.pid, *pids])))
-    assert files, "vLLM's processes talk through shared memory"
-    return owner, pids, {*files, Path(root)}
+@contextmanager
+def started_owner(directory: Path, engine: str, seconds: float, *, warm: bool) -> Iterator[Owned]:
+    """A process that owns an engine. Cold: a program of its own, which its fork server belongs to."""
+    reader, writer = os.pipe()
+    words = [str(directory), engine, str(seconds)]
+    if warm:
+        end = start(own, words, directory, (writer, 2), TMPDIR=str(directory)).join
+    else:
+        environment = os.environ | {"TMPDIR": str(directory)}
+        end = subprocess.Popen([sys.executable, __file__, *words], stdout=writer, env=environment).wait
+    os.close(writer)
+    with open(reader) as lines:
+        *pids, root = lines.readline().split()
+        owner, *engines = [psutil.Process(int(pid)) for pid in pids]
+        others = [] if warm else owner.children(recursive=True)
+        # Semaphores have no name any more once both sides have opened them.
+        files = set(left(shared_memory_of([owner.pid, *(process.pid for process in engines)])))
+        assert files, "vLLM's processes talk through shared memory"
+        yield Owned(owner, list({*engines, *others}), {*files, Path(root)}, end)
+        for process in (owner, *engines, *others):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
-def gone(pids: list[int]) -> bool:
-    return not any(
-        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids
-    )
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
 def wait_until(condition, seconds: float = 30) -> bool:
@@ -70,18 +83,25 @@ def sockets(tmp_path: Path) -> list[Path]:
     return list(tmp_path.glob("rlswitch-socket-*"))
 
 
-def test_a_killed_owner_takes_its_engine_along(tmp_path: Path, engine: str) -> None:
-    owner, pids, files = start_owner(tmp_path, engine, "time.sleep(600)")
-    assert len(pids) >= 2 and not gone(pids) and len(left(files)) == len(files)
-    owner.send_signal(signal.SIGKILL)
-    owner.wait()
-    assert wait_until(lambda: gone(pids)), [psutil.Process(p) for p in pids if psutil.pid_exists(p)]
-    assert wait_until(lambda: not left(files)), left(files)
-    assert not sockets(tmp_path)
+@pytest.mark.parametrize(("engine", "warm"), [("local", False), ("server", True)])
+def test_a_killed_owner_takes_its_engine_along(tmp_path: Path, engine: str, warm: bool) -> None:
+    with started_owner(tmp_path, engine, 600, warm=warm) as (owner, processes, files, end):
+        assert len(processes) >= 2 and not gone(processes) and len(left(files)) == len(files)
+        assert bool(sockets(tmp_path)) == (engine == "server")
+        owner.send_signal(signal.SIGKILL)
+        end(30)
+        assert wait_until(lambda: gone(processes)), processes
+        assert wait_until(lambda: not left(files)), left(files)
+        assert not sockets(tmp_path)
 
 
+@pytest.mark.parametrize("engine", ["local", "server"])
 def test_an_ordinary_end_leaves_nothing(tmp_path: Path, engine: str) -> None:
-    owner, pids, files = start_owner(tmp_path, engine, "time.sleep(3)")
-    assert owner.wait(timeout=120) == 0
-    assert gone(pids) and not left(files)
-    assert not sockets(tmp_path)
+    with started_owner(tmp_path, engine, 1, warm=True) as (_, processes, files, end):
+        end(120)
+        assert gone(processes) and not left(files)
+        assert not sockets(tmp_path)
+
+
+if __name__ == "__main__":
+    own(sys.argv[1:])

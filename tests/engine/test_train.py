@@ -1,19 +1,17 @@
 """The whole loop as a user runs it, on the real vLLM: small, but nothing left out."""
 
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import start, train
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.engine
-
-ROOT = Path(__file__).resolve().parents[2]
 
 GROUPS = (
     "reward/mean reward/std reward/exact_match/mean reward/frac_zero_std reward/error_rate"
@@ -153,20 +151,20 @@ def test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3(run_train, tmp_p
 def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["recipe=grpo", *SMALL, "evaluation.every=0", "num_steps=500", f"output_dir={out}", "logger=[]"]
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-    ) as run:
-        for line in run.stdout:
+    reader, writer = os.pipe()
+    with open(reader) as lines, open(tmp_path / "stderr", "w+") as errors:
+        process = start(train, words, tmp_path, (writer, errors.fileno()))
+        os.close(writer)
+        for line in lines:
             if line.startswith("step ") and "/500" in line:
-                run.send_signal(signal.SIGTERM)
+                os.kill(process.pid, signal.SIGTERM)
                 break
-        _, errors = run.communicate(timeout=120)
-    assert run.returncode == 75, errors
-    assert "SIGTERM" in errors and "checkpoint saved" in errors
+        lines.read()  # to its end
+        process.join(120)
+        errors.seek(0)
+        said = errors.read()
+    assert process.exitcode == 75, said
+    assert "SIGTERM" in said and "checkpoint saved" in said
     steps = records(out / "metrics.jsonl")
     saved = out / "checkpoints" / f"step_{steps[-1]['step']:06d}"
     assert saved.is_dir() and steps[-1]["step"] < 500
