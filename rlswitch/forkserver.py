@@ -37,7 +37,9 @@ MODULES = (
 )
 """What the server imports. Without one of them its children import it themselves."""
 
-SUPPORTED = sys.version_info < (3, 14)  # later ones give the server a key that its children do not inherit
+SUPPORTED = (3, 11, 1) <= sys.version_info < (3, 14)
+"""Before, any user of the machine could have the server run things (CVE-2022-42919); later ones give it a key
+that its children do not inherit."""
 
 _get_context = multiprocessing.get_context
 
@@ -53,7 +55,7 @@ def prepare() -> None:
     try:
         with _silenced():  # what the imports have to say is said again in this process
             forkserver.ensure_running()
-        atexit.register(_end_server)
+        atexit.register(_end_server, os.getpid())
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]
@@ -61,13 +63,19 @@ def prepare() -> None:
             os.environ["PYTHONPATH"] = before
 
 
-def _end_server() -> None:
+def _end_server(owner: int) -> None:
     """It would end by itself soon after its last client; nothing of ours is to outlive us even so long."""
     server: Any = forkserver._forkserver
     pid, server._forkserver_pid = server._forkserver_pid, None
-    if pid is not None:
+    if pid is not None and os.getpid() == owner:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def socket_directory() -> str | None:
+    """Where the server listens, in one of its children: a killed owner cannot remove it any more."""
+    address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+    return os.path.dirname(address) if address else None
 
 
 @contextmanager

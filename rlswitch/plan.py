@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from rlswitch import sizes
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.launch import CPU_KV_CACHE_GIB, llm_arguments
-from rlswitch.engines.local import can_release_kv_cache
+from rlswitch.engines.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.parking import SLACK, parked_by_auto
 from rlswitch.sizes import DeviceFacts, ModelShape, gib
 from rlswitch.types import ConfigError
+from rlswitch.verdicts import refuted_levels
 from rlswitch.weights import SHM, choose_directory
 
 
@@ -79,6 +81,8 @@ class Plan:
     shortfalls: list[Shortfall] = field(default_factory=list)
     advice: dict[str, Any] = field(default_factory=dict)
     """The fewest settings that would make it fit."""
+    unusable: dict[str, str] = field(default_factory=dict)
+    """Sleep levels that were out of the question, and why."""
 
     def total(self, phase: str) -> int:
         """Bytes on the device in `rollout` or `update`; `parked` of them in host memory."""
@@ -92,9 +96,8 @@ class Plan:
 
 def show(run: Run) -> None:
     """Prints the plan of `run` on this machine; raises ConfigError when nothing can make it fit."""
-    plan = make_plan(
-        run, DeviceFacts.measure(), frees_kv=run.switch.level == "auto" and can_release_kv_cache()
-    )
+    facts = DeviceFacts.measure()
+    plan = make_plan(run, facts, unusable_levels(run, facts) if run.switch.level == "auto" else {})
     console = Console(highlight=False, markup=False)
     for part in render(plan, run):
         console.print(part, soft_wrap=isinstance(part, str))
@@ -109,27 +112,39 @@ def level_of(run: Run) -> str:
     """What switch.level comes to on this machine."""
     if run.switch.level != "auto":
         return run.switch.level
-    shape, facts = ModelShape.read(run.model), DeviceFacts.measure()
-    return choose_level(run, shape, facts, can_release_kv_cache())
+    facts = DeviceFacts.measure()
+    return choose_level(run, ModelShape.read(run.model), facts, unusable_levels(run, facts))
 
 
-def choose_level(run: Run, shape: ModelShape, facts: DeviceFacts, frees_kv: bool) -> str:
+def unusable_levels(run: Run, facts: DeviceFacts) -> dict[str, str]:
+    """Sleep levels that this vLLM lacks, or that scripts/probe.py has seen fail here, and why."""
+    lacking = {} if can_release_kv_cache() else {"kv": NO_KV_LEVEL}
+    return refuted_levels(run.model.path, facts.name) | lacking
+
+
+def choose_level(run: Run, shape: ModelShape, facts: DeviceFacts, unusable: Mapping[str, str]) -> str:
     """The least that leaves room for the update: what stays on the device need not come back.
 
-    Level 1 is never the answer: a copy of weights that the next push replaces would be made for nothing.
+    Level 1 only where level 2 does not work: its copy of weights that the next push replaces is made for
+    nothing.
     """
-    for level in ("0", "kv") if frees_kv else ("0",):
-        if not predict(_changed(run, {"switch.level": level}), shape, facts).shortfalls:
+    for level in ("0", "kv"):
+        fits = not predict(_changed(run, {"switch.level": level}), shape, facts).shortfalls
+        if fits and level not in unusable:
             return level
-    return "2"
+    return "1" if "2" in unusable and "1" not in unusable else "2"
 
 
-def make_plan(run: Run, facts: DeviceFacts, frees_kv: bool = True) -> Plan:
-    """The plan of `run`; where it does not fit, with the fewest settings that would make it."""
+def make_plan(run: Run, facts: DeviceFacts, unusable: Mapping[str, str] = MappingProxyType({})) -> Plan:
+    """The plan of `run`; where it does not fit, with the fewest settings that would make it.
+
+    `unusable`: levels that switch.level=auto must not choose, and why.
+    """
     shape = ModelShape.read(run.model)
     if run.switch.level == "auto":
-        run = _changed(run, {"switch.level": choose_level(run, shape, facts, frees_kv)})
+        run = _changed(run, {"switch.level": choose_level(run, shape, facts, unusable)})
     plan = predict(run, shape, facts)
+    plan.unusable = dict(unusable)
     if plan.shortfalls:
         for settings in remedies(run, facts):
             if not predict(_changed(run, settings), shape, facts).shortfalls:
@@ -282,6 +297,8 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
         f"copies: to the device {facts.h2d_gbps:.1f} GB/s, from it {facts.d2h_gbps:.1f}, within"
         f" host memory {facts.copy_gbps:.1f}"
     )
+    for level, why in plan.unusable.items():
+        yield f"level {level} is no choice: {why}"
     if not plan.shortfalls:
         yield f"fits: {gib(plan.limit_bytes)} GiB can be used"
     for shortfall in plan.shortfalls:

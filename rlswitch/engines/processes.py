@@ -14,6 +14,8 @@ from pathlib import Path
 
 import psutil
 
+from rlswitch.forkserver import socket_directory
+
 OWNER_PID = "RLSWITCH_OWNER_PID"
 PUBLISH_ROOT = "RLSWITCH_PUBLISH_ROOT"
 SOCKET_DIRECTORY = "RLSWITCH_SOCKET_DIRECTORY"
@@ -78,10 +80,15 @@ def watch_owner() -> None:
     """
     owner = int(os.environ.get(OWNER_PID, "0"))
     if owner:
-        threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+        directories = [os.environ.get(PUBLISH_ROOT), os.environ.get(SOCKET_DIRECTORY)]
+        parent = psutil.Process().parent()
+        if parent is not None and parent.ppid() == owner:  # a job's fork server is the sweep's: it lives on
+            directories.append(socket_directory())
+        args = (owner, [directory for directory in directories if directory])
+        threading.Thread(target=_end_with, args=args, daemon=True).start()
 
 
-def _end_with(owner: int) -> None:
+def _end_with(owner: int, directories: Sequence[str]) -> None:
     with suppress(ProcessLookupError):  # already gone
         poller = select.poll()
         poller.register(os.pidfd_open(owner), select.POLLIN)
@@ -89,9 +96,8 @@ def _end_with(owner: int) -> None:
     doomed = own_family()[::-1]
     for file in shared_memory_of(doomed):
         file.unlink(missing_ok=True)
-    for name in (PUBLISH_ROOT, SOCKET_DIRECTORY):
-        if name in os.environ:
-            shutil.rmtree(os.environ[name], ignore_errors=True)
+    for directory in directories:
+        shutil.rmtree(directory, ignore_errors=True)
     for pid in doomed:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -1,10 +1,15 @@
 """The programs in docs/, run as they are printed."""
 
 import re
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from runs import finish, program
+
+from rlswitch.device import Device
+from rlswitch.engines.hosting import launched
+from rlswitch.serving import frozen_run
 
 pytestmark = pytest.mark.engine
 
@@ -39,4 +44,20 @@ def test_two_models_take_turns(tiny_model, tmp_path: Path) -> None:
     lines = run_block(block("switching.md"), tmp_path, *(tiny.path for tiny in models))
     expected = [f"{tiny.path}: {greedy(tiny, '12+34=', 8)!r}, proven: True" for tiny in models]
     assert expected[0] != expected[1]
+    assert [line for line in lines if "proven" in line] == expected * 2
+
+
+def test_two_running_servers_take_turns(tiny_model, tmp_path: Path) -> None:
+    models = [tiny_model(tie=True), tiny_model(tie=False)]
+    with ExitStack() as stack:
+        addresses = []
+        for index, tiny in enumerate(models):
+            settings = {"listen": "127.0.0.1:0", "max_model_len": 64, "kv_cache_gib": 0.0625}
+            run = frozen_run(str(tiny.path), server=True, **settings)
+            log, scratch = tmp_path / f"server-{index}.log", tmp_path / "scratch"
+            server = launched(run, str(tiny.path), Device.detect(), log, scratch)
+            client, _ = stack.enter_context(server)
+            addresses.append(client.address)
+        lines = run_block(block("switching.md"), tmp_path, *addresses)
+    expected = [f"{tiny.path}: {greedy(tiny, '12+34=', 8)!r}, proven: True" for tiny in models]
     assert [line for line in lines if "proven" in line] == expected * 2

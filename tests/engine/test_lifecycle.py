@@ -78,16 +78,18 @@ def left(paths: set[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def sockets(tmp_path: Path) -> list[Path]:
-    """Directories of a launched server's socket."""
-    return list(tmp_path.glob("rlswitch-socket-*"))
+def sockets(tmp_path: Path) -> list[str]:
+    """Directories of a launched server's socket, and of a fork server's."""
+    return sorted(
+        path.name.split("-")[0] for path in tmp_path.iterdir() if path.is_dir() and "-" in path.name
+    )
 
 
 @pytest.mark.parametrize(("engine", "warm"), [("local", False), ("server", True)])
 def test_a_killed_owner_takes_its_engine_along(tmp_path: Path, engine: str, warm: bool) -> None:
     with started_owner(tmp_path, engine, 600, warm=warm) as (owner, processes, files, end):
         assert len(processes) >= 2 and not gone(processes) and len(left(files)) == len(files)
-        assert bool(sockets(tmp_path)) == (engine == "server")
+        assert sockets(tmp_path) == (["rlswitch"] if engine == "server" else ["pymp"])
         owner.send_signal(signal.SIGKILL)
         end(30)
         assert wait_until(lambda: gone(processes)), processes
