@@ -8,7 +8,7 @@ from typing import Any
 
 from rlswitch.rewards.code import CodeReward
 from rlswitch.rewards.functions import Format, exact_match, length, math
-from rlswitch.rewards.sandbox import Limits, Sandbox, SandboxError
+from rlswitch.rewards.sandbox import PATIENCE, Limits, Sandbox, SandboxError
 from rlswitch.types import ConfigError
 
 ONE_BY_ONE = {"code"}
@@ -46,7 +46,9 @@ def make_format(settings: Settings) -> Format:
 
 
 def make_code(settings: Settings) -> CodeReward:
-    limits = Limits(seconds=min(10.0, settings.timeout_s / 2), memory_bytes=settings.memory_bytes)
+    limits = Limits(
+        seconds=min(10.0, settings.timeout_s / (2 * PATIENCE)), memory_bytes=settings.memory_bytes
+    )
     try:
         sandbox = Sandbox(limits, settings.allow_unsandboxed)
     except SandboxError as error:

@@ -6,8 +6,9 @@ Whatever comes after that line on standard input, its end included, asks for the
 dies with whoever started it, even by kill -9. When this process has ended nothing is left: neither
 a process, whatever it did with sessions and double forks, nor a file in its private directory.
 
-STATUS_FD gets one JSON object: {"exit": 3}, {"signal": 9}, or {"refused": why} when the kernel did
-not let the program be started like this; nothing when the end was asked for.
+STATUS_FD gets one JSON object: {"exit": 3, "cpu": 0.1}, {"signal": 9, "cpu": 10.0} with the seconds
+that it computed, or {"refused": why} when the kernel did not let the program be started like this;
+nothing when the end was asked for.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
         if child == 0:
             _be_child(spec, directory, status)
         if _ends_before_asked(child) and not spec["isolate"]:
-            _report(status, _ended(os.waitpid(child, 0)[1]))
+            _report(status, _ended(*os.wait4(child, 0)[1:]))
     except OSError as error:
         _report(status, {"refused": str(error)})
     finally:
@@ -133,9 +134,9 @@ def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
         program = os.fork()
         if program == 0:
             _become_program(spec, directory, status)
-        while (ended := os.wait())[0] != program:
+        while (ended := os.wait3(0))[0] != program:
             continue
-        _report(status, _ended(ended[1]))
+        _report(status, _ended(*ended[1:]))
     except BaseException as error:
         _report(status, {"refused": f"{type(error).__name__}: {error}"})
     os._exit(0)
@@ -249,12 +250,12 @@ def _read_line(fd: int) -> bytes:
     return line
 
 
-def _ended(wait_status: int) -> dict[str, int]:
-    code = os.waitstatus_to_exitcode(wait_status)
-    return {"exit": code} if code >= 0 else {"signal": -code}
+def _ended(wait_status: int, usage: resource.struct_rusage) -> dict[str, float]:
+    code, cpu = os.waitstatus_to_exitcode(wait_status), usage.ru_utime + usage.ru_stime
+    return {"exit": code, "cpu": cpu} if code >= 0 else {"signal": -code, "cpu": cpu}
 
 
-def _report(status: int, what: dict[str, int] | dict[str, str]) -> None:
+def _report(status: int, what: dict[str, float] | dict[str, str]) -> None:
     os.write(status, json.dumps(what).encode() + b"\n")
 
 
