@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlswitch import lora
 from rlswitch.batching import completion_tokens, lay_out
@@ -81,10 +81,26 @@ def builtin_model(path: str, key: str = "model.path") -> ModuleType | None:
     return importlib.import_module(MODELS[name])
 
 
+def read_config(model: ModelConfig, path: str, key: str = "model.path") -> PretrainedConfig:
+    """The config.json in `path`, where the setting `key` leads to. Raises ConfigError."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key} = {model.path}: its configuration cannot be read: {reason}; set a directory or hub id"
+            " with a config.json that transformers knows"
+        ) from error
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """How many tokens the model can attend to, where it says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def refuse_longer_than_context(run: Run, path: str) -> None:
     """Raises ConfigError when a prompt and its completion can be longer than the model can attend to."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(read_config(run.model, path))
     if limit is not None and run.max_model_len > limit:
         raise ConfigError(
             f"rollout.max_new_tokens = {run.rollout.max_new_tokens}: with data.max_prompt_tokens"

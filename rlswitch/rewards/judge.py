@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import EngineConfig, JudgeConfig, ModelConfig, Run
 from rlswitch.data import encode, load_tokenizer
@@ -18,7 +18,7 @@ from rlswitch.engines.base import Engine
 from rlswitch.engines.local import LocalBackend
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
-from rlswitch.models import resolve_model
+from rlswitch.models import context_of, read_config, resolve_model
 from rlswitch.options import did_you_mean
 from rlswitch.rewards import TENANTS
 from rlswitch.rewards.scorer import Mark
@@ -130,12 +130,13 @@ def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) 
     refuse_unknown_blanks(run.judge.prompt, columns)
     path = resolve_model(model, say, "judge.path")
     tokenizer = load_tokenizer(model, path, "judge.path")
+    limit = context_of(read_config(model, path, "judge.path"))
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
-    engine = EngineConfig(**shared | {"max_model_len": context_length(run, path, tokenizer, prompts)})
+    shared["max_model_len"] = room_for(run, prompts, tokenizer, limit)
     switch = replace(run.switch, level=run.judge.level)
     return JudgeCandidate(
         config=run.judge,
-        run=replace(run, model=model, engine=engine, switch=switch),
+        run=replace(run, model=model, engine=EngineConfig(**shared), switch=switch),
         path=path,
         tokenizer=tokenizer,
     )
@@ -153,13 +154,13 @@ def refuse_unknown_blanks(template: str, columns: Sequence[str]) -> None:
         raise ConfigError(*problems)
 
 
-def context_length(run: Run, path: str, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]) -> int:
-    """How many tokens a question and its reply may have: what `prompts` need and some room, in its context.
+def room_for(
+    run: Run, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> int:
+    """How many tokens question and reply may have together: what `prompts` need, and some room.
 
-    Raises ConfigError when the model's context does not even hold those.
+    Raises ConfigError when that is more than the `limit` of the judge's context.
     """
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
     longest = max(
         len(encode_question(fill_in(run.judge.prompt, it.messages, "", it.columns), tokenizer))
         for it in prompts

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -29,7 +28,7 @@ from rlswitch.device import Device
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.fingerprint import named_fingerprints
 from rlswitch.ledger import Ledger
-from rlswitch.models import resolve_model
+from rlswitch.models import context_of, read_config, resolve_model
 from rlswitch.parking import nbytes
 from rlswitch.rewards import TENANTS
 from rlswitch.rewards.scorer import Mark
@@ -219,10 +218,7 @@ def find_reward_model(
     model = ModelConfig(path=run.reward_model.path)
     path = resolve_model(model, say, "reward_model.path")
     tokenizer = load_tokenizer(model, path, "reward_model.path")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise unusable(model.path, f"cannot be read: {str(error).strip().splitlines()[0]}") from error
+    config = read_config(model, path, "reward_model.path")
     kinds = config.architectures or []
     if not any("SequenceClassification" in kind for kind in kinds):
         raise unusable(
@@ -230,7 +226,7 @@ def find_reward_model(
         )
     if config.num_labels != 1:
         raise unusable(model.path, f"has {config.num_labels} labels: which is the reward could not be told")
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(config)
     return RewardModelCandidate(
         path=Path(path),
         tokenizer=tokenizer,

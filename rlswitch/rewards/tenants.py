@@ -10,7 +10,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Mark, Pending
@@ -21,9 +20,9 @@ from rlswitch.types import PolicyWeights, Rollout
 class RewardTenant(ABC):
     """A tenant of the switch (switch.Tenant) that can score once it holds the device."""
 
-    name: ClassVar[str]
+    name: str
     """In switch.jsonl and on the console."""
-    reward: ClassVar[str]
+    reward: str
     """In reward.functions and the metrics."""
 
     @abstractmethod
@@ -52,7 +51,7 @@ class RewardTenant(ABC):
 class Candidate(ABC):
     """A model that has been looked at, can be refused no more, and is not started yet."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def start(self, ledger: Ledger, output_dir: Path, publish_root: Path) -> RewardTenant:

@@ -61,7 +61,7 @@ def cached(
     path = cache_directory() / f"{name}-{recipe.hexdigest()[:12]}-seed{seed}"
     if path.is_dir():
         return path
-    say(f"making the built-in {name} (about a minute, then cached in {path.parent})")
+    say(f"making builtin:{name} (about a minute, then cached in {path.parent})")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
     try:
