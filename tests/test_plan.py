@@ -366,11 +366,16 @@ def test_it_reads_well_at_80_columns_without_a_terminal(gpu_run, qwen) -> None:
     assert len([line for line in text.splitlines() if "Adam states" in line]) == 1
 
 
-def test_the_command_prints_and_leaves_nothing_behind(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "row"),
+    [("grpo", "KV cache"), ("judge", "judge weights"), ("reward_model", "reward model weights")],
+)
+def test_the_command_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, recipe, row) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
-    assert cli.main(["recipe=grpo", "mode=plan"]) == cli.DONE
-    assert "fits: " in capsys.readouterr().out
+    assert cli.main([f"recipe={recipe}", "mode=plan"]) == cli.DONE
+    printed = capsys.readouterr().out
+    assert "fits: " in printed and row in printed
     assert list(tmp_path.iterdir()) == []
 
 

@@ -71,15 +71,15 @@ def build_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(build_config())
 
 
-def build_config(hidden: int = 192, layers: int = 3) -> Qwen3Config:
+def build_config() -> Qwen3Config:
     """Its shape: 1.6 million parameters."""
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     return Qwen3Config(
         vocab_size=len(VOCABULARY),
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 32,
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=64,
