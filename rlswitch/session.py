@@ -28,7 +28,10 @@ from rlswitch.ledger import Ledger
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.plan import level_of
+from rlswitch.rewards.judge import find_judge
+from rlswitch.rewards.reward_model import find_reward_model
 from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.tenants import Candidate, RewardTenant
 from rlswitch.schedule import refuse_unfit_schedule
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
@@ -48,6 +51,8 @@ class Session:
     engine: Engine
     trainer: Trainer
     scorer: Scorer
+    tenants: list[RewardTenant]
+    """The models among the rewards, in the order of reward.functions."""
     prompts: Prompts
     held_out: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
@@ -95,7 +100,7 @@ class Session:
     ) -> dict[str, float]:
         sampled, trained = int(batch.mask.sum()), int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
-        pids = [os.getpid(), *self.engine.backend.pids]
+        pids = [os.getpid(), *self.engine.backend.pids, *(pid for it in self.tenants for pid in it.pids)]
         if self.device.kind == "cuda":
             device_bytes = self.device.total_bytes() - self.device.free_bytes()
         else:
@@ -118,13 +123,15 @@ class Inputs:
     prompts: Prompts
     held_out: list[Prompt]
     scorer: Scorer
+    candidates: list[Candidate]
+    """The models among the rewards."""
     first: list[Prompt]
     """A look at the training prompts."""
 
 
 @contextmanager
 def open_session(run: Run) -> Iterator[Session]:
-    """Builds a run and closes it. The engine comes first, on an empty device, and is left asleep."""
+    """Builds a run and closes it. Each tenant is started on a device that the others have left."""
     disable_progress_bar()
     assert run.output_dir is not None, "the command line names it"
     output_dir = Path(run.output_dir)
@@ -147,12 +154,17 @@ def open_session(run: Run) -> Iterator[Session]:
         monitor.phase("engine start")
         engine = start_engine(run, inputs, device, ledger, publisher, output_dir / "engine.log")
         stack.callback(engine.close)
-        taken_by_engine = device.total_bytes() - device.free_bytes()  # CUDA graphs and workspaces too
+        taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
         switch = Switch(ledger, holder=engine)
+        tenants = []
+        for candidate in inputs.candidates:
+            monitor.phase(f"{candidate.name} start")
+            tenants.append(start_tenant(candidate, switch, publisher, output_dir, stack))
+            taken.append(device.total_bytes() - device.free_bytes())
         switch.vacate()
         monitor.phase("trainer start")
         trainer = build_trainer(run, inputs, device, ledger, publisher, engine.backend.block_size)
-        trainer.parking.engine_bytes = taken_by_engine
+        trainer.parking.engine_bytes = max(taken)
         if resumed:
             checkpoint.restore(resumed, trainer)
             monitor.say(f"resumed from {resumed} at step {state.step}")
@@ -171,6 +183,7 @@ def open_session(run: Run) -> Iterator[Session]:
             engine=engine,
             trainer=trainer,
             scorer=inputs.scorer,
+            tenants=tenants,
             prompts=inputs.prompts,
             held_out=inputs.held_out,
             tokenizer=inputs.tokenizer,
@@ -200,6 +213,12 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
         prompts, held_out = load_prompts(run, tokenizer, say)
         first = prompts.take(8)
         scorer.check([*first, *held_out])
+        candidates: list[Candidate] = []
+        for name in scorer.tenants:
+            if name == "judge":
+                candidates.append(find_judge(run, [*first, *held_out], say))
+            else:
+                candidates.append(find_reward_model(run, tokenizer, say))
         if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
             refuse_unfit_server(run, model_path)
         else:
@@ -211,6 +230,7 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
             prompts=prompts,
             held_out=held_out,
             scorer=scorer,
+            candidates=candidates,
             first=first,
         )
 
@@ -231,6 +251,17 @@ def start_engine(
         verify=run.switch.verify,
         tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
     )
+
+
+def start_tenant(
+    candidate: Candidate, switch: Switch, publisher: Publisher, output_dir: Path, stack: ExitStack
+) -> RewardTenant:
+    """Starts it on a device that nobody holds; it is the holder then, and `stack` closes it."""
+    switch.vacate()
+    tenant = candidate.start(switch.ledger, output_dir, publisher.root)
+    stack.callback(tenant.close)
+    switch.holder = tenant
+    return tenant
 
 
 def build_trainer(
