@@ -246,8 +246,8 @@ def test_without_them_nothing_of_the_plan_changes(gpu_run) -> None:
 def test_auto_makes_room_for_the_judge_too(scored_run) -> None:
     run = scored_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
     facts = replace(GPU, total_bytes=80 * GIB, free_bytes=79 * GIB)
-    assert choose_level(run, ROUND, facts, True) == "0"
-    assert choose_level(run, ROUND, facts, True, Scoring.read(run)) == "kv"
+    assert choose_level(run, ROUND, facts, {}) == "0"
+    assert choose_level(run, ROUND, facts, {}, Scoring.read(run)) == "kv"
 
 
 def test_a_judge_that_cannot_start_beside_a_sleeping_engine_is_named(scored_run) -> None:
