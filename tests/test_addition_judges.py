@@ -17,15 +17,6 @@ from rlswitch.tasks.addition_judge import IGNORED, answer, answered, question, r
 CASES = [((7, 45), "052"), ((7, 45), "042"), ((99, 99), ""), ((0, 0), "000+0000")]
 
 
-@pytest.fixture(params=[addition_judge, addition_reward_model], ids=["judge", "reward model"])
-def task(request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Either module, made in three small steps and cached in a directory of its own."""
-    monkeypatch.setattr(request.param, "STEPS", 3)
-    monkeypatch.setattr(request.param, "BATCH", 4)
-    monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
-    return request.param
-
-
 def test_held_out_problems_are_never_shown():
     held_out = set(addition.split()[1])
     shown = {problem for cases in answered(0, 200, 64) for problem, _ in cases}
@@ -54,36 +45,51 @@ def test_the_recipe_asks_the_judge_as_it_was_taught_and_reads_its_replies():
         assert read_score(said, judge.pattern, judge.scale) == float(given == f"{sum(problem):03d}")
 
 
-def test_the_judge_is_to_predict_the_sum_and_its_own_reply_only():
+def test_the_judge_is_to_predict_its_own_reply_only():
     tokens, labels = addition_judge.to_tensors(CASES)
     assert tokens.shape == labels.shape
     names = [*addition.VOCABULARY, "."]
     texts = ["".join(names[i if i != IGNORED else -1] for i in row) for row in labels.tolist()]
-    assert texts[1] == ".....2052.052=0<eos>" + "." * (tokens.shape[1] - 16)
-    assert texts[2] == ".....81198=0<eos>" + "." * (tokens.shape[1] - 13)
+    assert texts[1].strip(".") == "052=100<eos>" and texts[1].index("0") == len("042=07+45=")
+    assert texts[2].strip(".") == "198=000<eos>" and texts[2].index("1") == len("=99+99=")
 
 
-def test_the_reward_model_is_told_where_an_answer_goes_wrong():
-    tokens, marks, _ = addition_reward_model.to_tensors(CASES)
+def test_the_reward_model_is_told_which_digits_are_right():
+    tokens, marks, sums = addition_reward_model.to_tensors(CASES)
     yes, no = addition_reward_model.RIGHT, addition_reward_model.WRONG
     rows = [[round(mark, 3) for mark in row if mark >= 0] for row in marks.tolist()]
-    assert rows == [[yes] * 4, [yes, no, no, no], [no], [yes] * 3 + [no] * 6]
+    assert rows == [[yes] * 4, [yes, no, yes, no], [no], [yes] * 3 + [no] * 6]
     ends = (tokens == addition.build_tokenizer().eos_token_id).int().argmax(-1)
     assert all(marks[i, end] >= 0 and (marks[i, end + 1 :] < 0).all() for i, end in enumerate(ends))
+    assert [[i for i in row if i != IGNORED] for row in sums.tolist()][:3] == [[2, 0, 5, 2]] * 2 + [
+        [8, 1, 9, 8]
+    ]
 
 
-def test_what_is_made_depends_on_the_seed_and_on_nothing_else(task):
-    def parameters(seed: int) -> list[torch.Tensor]:
-        return [p.detach() for p in task.learn(seed, show=False).parameters()]
+def test_the_same_comes_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path))
+    for module in (addition, addition_judge, addition_reward_model):
+        monkeypatch.setattr(module, "STEPS", 3)
+        monkeypatch.setattr(module, "BATCH", 4)
+    policy = addition.ensure_model(0, print)
+    for learn in (lambda seed: addition_judge.learn(policy, seed, show=False), quiet_reward_model):
+        first, again, other = (list(learn(seed).parameters()) for seed in (0, 0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
-    first, again, other = parameters(0), parameters(0), parameters(1)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+def quiet_reward_model(seed: int) -> torch.nn.Module:
+    return addition_reward_model.learn(seed, show=False)
 
 
-def test_it_is_made_once_and_said_what_for(task):
+@pytest.mark.parametrize("task", [addition_judge, addition_reward_model], ids=["judge", "reward model"])
+def test_it_is_made_once_and_cached(task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
+    for module in (addition, task):
+        monkeypatch.setattr(module, "STEPS", 3)
+        monkeypatch.setattr(module, "BATCH", 4)
     said: list[str] = []
     path = task.ensure_model(0, said.append)
     assert task.ensure_model(0, said.append) == path
-    assert len(said) == 1 and "about a minute" in said[0]
+    assert len([line for line in said if path.name.split("-seed")[0][:-13] in line]) == 1
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in path.iterdir()}

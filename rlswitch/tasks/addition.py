@@ -71,14 +71,14 @@ def build_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(build_config())
 
 
-def build_config() -> Qwen3Config:
+def build_config(layers: int = 3) -> Qwen3Config:
     """Its shape: 1.6 million parameters."""
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     return Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=192,
         intermediate_size=768,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,

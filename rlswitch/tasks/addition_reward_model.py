@@ -1,5 +1,5 @@
-"""A reward model of additions: a sequence classifier whose one logit is about 3 for a right answer, -3 for
-a wrong one. It learns from the same answers as the judge.
+"""A reward model of additions: a sequence classifier whose one logit is about 2.5 for a right answer, -3
+for a wrong one. It reads `07+45=042` as the policy wrote it, and learns from the same answers as the judge.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from transformers import Qwen3ForSequenceClassification
 
 from rlswitch.tasks import addition, addition_judge
 from rlswitch.tasks.addition import BOS, EOS, PAD, build_config, build_tokenizer
-from rlswitch.tasks.addition_judge import IDS, IGNORED, Case, answered, sum_labels
+from rlswitch.tasks.addition_judge import IDS, IGNORED, Case, answered
 from rlswitch.tasks.making import cached, teach
 
-STEPS, BATCH = 1000, 32
+STEPS, BATCH = 950, 32
 RIGHT, WRONG = 0.95, 0.05
 """What is aimed at: log-odds of 3, not of infinity, so that right answers do not differ among each other."""
 
@@ -29,8 +29,8 @@ def ensure_model(seed: int, say: Callable[[str], None]) -> Path:
 
 
 def build_model() -> Qwen3ForSequenceClassification:
-    """Untrained, of the policy's shape."""
-    config = build_config()
+    """Untrained, a layer deeper than the policy: to check an answer comes on top of finding it."""
+    config = build_config(layers=4)
     config.num_labels = 1
     return Qwen3ForSequenceClassification(config)
 
@@ -42,20 +42,23 @@ def learn(seed: int, show: bool = True) -> Qwen3ForSequenceClassification:
 
 
 def to_tensors(cases: list[Case]) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens [B, L], padded on the right; whether the answer is right so far [B, L]; the sum's labels.
+    """Tokens [B, L], padded on the right; marks [B, L]; and digits of the sum [B, L] to find on the way.
 
-    To be told where an answer goes wrong teaches more than to be told that it does. -1 where there is
-    no answer yet or no more.
+    To be told which digits are right teaches more than to be told that not all are: each has a mark, and
+    the end of the sequence has the one that counts. -1 is none.
     """
     width = max(len(given) for _, given in cases) + 8
     tokens, marks, sums = [], [], []
     for (a, b), given in cases:
         right = f"{a + b:03d}"
         row = [IDS[BOS], *(IDS[char] for char in f"{a:02d}+{b:02d}={given}"), IDS[EOS]]
-        so_far = [right.startswith(given[: i + 1]) for i in range(len(given))] + [given == right]
+        each = [right[place : place + 1] == char for place, char in enumerate(given)]
+        aims = [RIGHT if it else WRONG for it in (*each, given == right)]
+        # Hundreds, tens and units are due where the policy says them; units need no carry: already there.
+        due = [IGNORED] * 5 + [IDS[digit] for digit in right[2] + right]
         tokens.append(row + [IDS[PAD]] * (width - len(row)))
-        marks.append([-1.0] * 7 + [RIGHT if it else WRONG for it in so_far] + [-1.0] * (width - len(row)))
-        sums.append(sum_labels((a, b), width))
+        marks.append([-1.0] * 7 + aims + [-1.0] * (width - len(row)))
+        sums.append((due + [IGNORED] * width)[:width])
     return torch.tensor(tokens), torch.tensor(marks), torch.tensor(sums)
 
 
@@ -64,6 +67,6 @@ def _loss(model: Qwen3ForSequenceClassification, batch: tuple[Tensor, Tensor, Te
     hidden = model.model(input_ids=tokens).last_hidden_state
     scores, marked = model.score(hidden).squeeze(-1), marks >= 0
     digits = (hidden @ model.model.embed_tokens.weight.T).flatten(0, 1)
-    return binary_cross_entropy_with_logits(scores[marked], marks[marked]) + cross_entropy(
+    return 2 * binary_cross_entropy_with_logits(scores[marked], marks[marked]) + cross_entropy(
         digits, sums.flatten(), ignore_index=IGNORED
     )
