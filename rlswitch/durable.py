@@ -68,16 +68,14 @@ def find_fault(path: Path) -> str | None:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         return f"its manifest cannot be read ({error})"
-    if not isinstance(manifest, dict) or not isinstance(files := manifest.get("files"), dict):
-        return "its manifest is corrupt, or by an rlswitch that is too old"
-    form = manifest.get("format")
+    form, files = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("format", "files"))
     if isinstance(form, int) and form > FORMAT:
         raise ConfigError(
             f"resume = {path}: it has format {form}, this rlswitch reads up to {FORMAT}; install the one that"
             " saved it, or set resume=never or another output_dir"
         )
-    if form != FORMAT:
-        return f"its manifest is corrupt (format {form}, this reads {FORMAT})"
+    if form != FORMAT or not isinstance(files, dict):
+        return f"its manifest is corrupt, or of an older format (it says {form}, this reads {FORMAT})"
     if strangers := sorted(_files(path).keys() - files.keys() - {MANIFEST}):
         return f"{strangers[0]} is not in its manifest: nothing is read that was not saved with it"
     return next((fault for name, it in files.items() if (fault := _file_fault(path, name, it))), None)

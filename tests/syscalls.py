@@ -99,7 +99,7 @@ def run_watched(
     listener = descriptors[0]
     try:
         while (notice := _next(listener)) is not None:
-            call = _call_of(pid, root, notice[4], notice[7:])
+            call = _call_of(pid, root, notice[3], notice[6:])
             number, answer = len(calls), 0
             if call is not None:
                 calls.append(call)

@@ -79,7 +79,7 @@ def test_no_program_that_a_run_starts_inherits_its_lock(tmp_path: Path):
     with only_run_in(tmp_path / "run", print):
         (tmp_path / "run" / "metrics.jsonl").touch()
         done = subprocess.run([sys.executable, "-c", code], close_fds=False, capture_output=True, text=True)
-    assert LOCK not in done.stdout and done.stdout
+    assert str(tmp_path / "run" / LOCK) not in done.stdout and done.stdout
 
 
 def test_a_directory_that_cannot_be_written_is_refused(tmp_path: Path):
@@ -136,7 +136,7 @@ def test_a_disk_without_room_is_refused_with_both_sizes(make_run, tmp_path, monk
     run = make_run()
     refuse_full_disk(run, tmp_path, 1000, 0)
     for need, published in ((free + 10**12, 0), (0, free + 10**12)):
-        with pytest.raises(ConfigError, match=r"free, checkpoints need .* GB more.*checkpoint\.keep"):
+        with pytest.raises(ConfigError, match=r"GB free, checkpoints need .* more.*checkpoint\.keep"):
             refuse_full_disk(run, tmp_path, need, published)
     (tmp_path / "checkpoints").mkdir()
     monkeypatch.setattr(room.os, "access", lambda *_: False)  # root may write anywhere
