@@ -103,12 +103,13 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
 
 
 def _failure(final: Path, error: Exception) -> str:
-    """What to tell whoever has to make room: what is lost, and what is not."""
+    """What is lost, what is not, and how to go on."""
     others = [path for path in reversed(steps_in(final.parent)) if find_fault(path) is None]
     left = f"{others[0]} is whole" if others else "there is none before it"
+    then = "goes on from there" if others else "starts afresh"
     return (
-        f"checkpoint {final} could not be saved ({' '.join(str(error).split())}); {left}; make room in"
-        f" {final.parent}, then the same command goes on from there"
+        f"checkpoint {final} could not be saved ({' '.join(str(error).split())}); {left}; once"
+        f" {final.parent} has room and can be written, the same command {then}"
     )
 
 

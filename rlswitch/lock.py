@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlswitch.types import ConfigError
@@ -26,9 +26,10 @@ def only_run_in(directory: Path, say: Callable[[str], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        if os.listdir(directory) == [LOCK]:  # refused before anything was made
-            (directory / LOCK).unlink()
-            directory.rmdir()
+        with suppress(OSError):  # somebody has removed it
+            if os.listdir(directory) == [LOCK]:  # refused before anything was made
+                (directory / LOCK).unlink()
+                directory.rmdir()
         os.close(handle)
 
 

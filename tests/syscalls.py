@@ -55,6 +55,8 @@ class Call(NamedTuple):
 
     name: str
     path: Path
+    target: Path | None = None
+    """Where a rename moves it to."""
 
 
 class Ended(NamedTuple):
@@ -167,12 +169,13 @@ def _call_of(pid: int, root: Path, number: int, arguments: tuple[int, ...]) -> C
         if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return None
     if how == "fd":
-        path = _target(pid, arguments[0])
+        paths = [_target(pid, arguments[0])]
     elif how == "path":
-        path = _target(pid) / _text(pid, arguments[0])
+        paths = [_target(pid) / _text(pid, address) for address in arguments[: 1 + (name == "rename")]]
     else:
-        path = _target(pid, arguments[0]) / _text(pid, arguments[1])
-    return Call(name, path) if path.is_relative_to(root) else None
+        pairs = [arguments[:2], arguments[2:4]][: 1 + (name == "rename")]
+        paths = [_target(pid, directory) / _text(pid, address) for directory, address in pairs]
+    return Call(name, *paths) if paths[0].is_relative_to(root) else None
 
 
 def _target(pid: int, descriptor: int | None = None) -> Path:

@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlswitch import cli, room
+from rlswitch.config import Run
 from rlswitch.lock import LOCK, only_run_in
 from rlswitch.records import LineFile
 from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
@@ -151,6 +153,42 @@ def test_a_disk_that_fills_up_during_the_run_ends_it_with_a_line(capsys):
     assert cli.guarded(train) == 1
     said = capsys.readouterr().err
     assert said.startswith("rlswitch: error: ") and "No space left" in said and said.count("\n") == 1
+
+
+@pytest.fixture
+def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Opens a session as far as the engine, which is not to be reached."""
+    from rlswitch import session
+
+    def inputs(run: Run, say: object) -> SimpleNamespace:
+        nothing = SimpleNamespace(close=lambda: None)
+        return SimpleNamespace(model_path=run.model.path, scorer=nothing, prompts=None)
+
+    monkeypatch.setattr(session, "load_inputs", inputs)
+
+    def start() -> None:
+        with session.open_session(make_run()):
+            pytest.fail("it was started")
+
+    return start
+
+
+def test_a_run_without_room_is_refused_and_leaves_no_directory(started, tmp_path, monkeypatch):
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ConfigError, match=r"output_dir = .*: 0\.00 MB free, checkpoints need"):
+        started()
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_session_holds_its_directory(started, tmp_path, other_run):
+    with pytest.raises(ConfigError, match=f"a run with pid {other_run.pid}"):
+        started()
+
+
+def test_a_session_with_damaged_checkpoints_only_is_not_started(started, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="none of the 1 checkpoints"):
+        started()
 
 
 # -- whole lines -------------------------------------------------------------------------------
