@@ -8,7 +8,7 @@
     python train.py --help                               every choice and every setting
 
 Exit codes: 0 done; 1 a crash; 2 wrong configuration or input; 3 a push could not be proven;
-75 preempted, with a checkpoint saved: run the same command again.
+75 preempted, with a checkpoint saved: run the same command again; 130 interrupted.
 """
 
 from rlswitch.cli import main

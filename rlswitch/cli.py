@@ -5,12 +5,14 @@ Nothing here imports torch or vLLM before the whole configuration is known to be
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from operator import attrgetter
 
 from rlswitch.arguments import Arguments, parse, refuse_broken_environment, run_hydra
@@ -23,6 +25,8 @@ from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
 
 NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
 DIRECTORY_NAME_LENGTH = 100
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+ROOM_HINT = "make room and run the same command again: it goes on from its newest checkpoint"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -46,7 +50,7 @@ def guarded(command: Callable[[], int]) -> int:
     except ProofError as error:
         return _report([str(error)], NOT_PROVEN)
     except Preempted as error:
-        print(f"rlswitch: {error}", file=sys.stderr)
+        _tell(f"rlswitch: {error}")
         return PREEMPTED
     except RLSwitchError as error:
         return _report(str(error).splitlines(), FAILED)
@@ -55,7 +59,9 @@ def guarded(command: Callable[[], int]) -> int:
     except BrokenPipeError:  # train.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            return _report([f"{error}; {ROOM_HINT}"], FAILED)
         traceback.print_exc()
         return FAILED
 
@@ -114,8 +120,13 @@ def _report(lines: Iterable[str], code: int) -> int:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exc()
     for line in lines:
-        print(f"rlswitch: error: {' '.join(line.split())}", file=sys.stderr)
+        _tell(f"rlswitch: error: {' '.join(line.split())}")
     return code
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # the terminal has gone: the exit code still says it
+        print(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -255,7 +255,8 @@ class Run:
     """Rollouts and updates to make; a finished run goes on when this is raised."""
     seed: int = number(0, at_least=0, below=2**32)
     resume: str = "auto"
-    """auto: from the newest valid checkpoint in output_dir; never; or the path of a checkpoint."""
+    """auto: from the newest valid checkpoint in output_dir; changed: also with other settings than it was
+    saved with; never; the path of a checkpoint; or changed:PATH."""
     mode: str = choice("train", "plan", "rewards")
     logger: list[str] = field(default_factory=lambda: ["wandb"])
     """Trackers of accelerate by name: wandb (offline without a key), tensorboard, ...; [] for none."""

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,14 +176,16 @@ class LiveDisplay(Display):
     def show(self, step: int, metrics: Mapping[str, float], sample: Sample | None) -> None:
         self.view.add(step, metrics)
         self.view.sample = sample or self.view.sample
-        self._live.refresh()
+        with suppress(OSError, ValueError):  # the terminal has gone
+            self._live.refresh()
 
     def phase(self, name: str) -> None:
         self._phase, self._phase_began = name, time.monotonic()
 
     def close(self, outcome: str, rows: Sequence[tuple[str, str]]) -> None:
         self._phase = ""
-        self._live.stop()
+        with suppress(OSError, ValueError):
+            self._live.stop()
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")

@@ -6,7 +6,6 @@ run that was killed leaves a readable trace.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import defaultdict
@@ -159,10 +158,12 @@ class Trace:
     """Appends events to a Chrome trace: a JSON array whose closing bracket may be missing."""
 
     def __init__(self, path: Path):
-        old = path.read_text().splitlines() if path.exists() else []
-        whole = [line for line in old[1:] if line.endswith("},")]  # a kill may have torn the last one
-        path.write_text("\n".join(["[", *whole]) + "\n")
-        self._handle = path.open("a", buffering=1)
+        old = path.read_bytes().splitlines() if path.exists() else []
+        whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may have torn the last one
+        draft = path.with_name(path.name + ".tmp")
+        draft.write_bytes(b"\n".join([b"[", *whole]) + b"\n")
+        os.replace(draft, path)
+        self._events = LineFile(path, end=",\n")
 
     def append(self, event: dict) -> None:
-        self._handle.write(json.dumps(event) + ",\n")
+        self._events.append([event])

@@ -6,7 +6,7 @@ trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--
 
 from __future__ import annotations
 
-from rlswitch import checkpoint, evaluation
+from rlswitch import checkpoint, evaluation, resume
 from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
 from rlswitch.report import write_report
@@ -18,7 +18,7 @@ from rlswitch.types import Group, Preempted, Sampling
 
 def train(run: Run) -> None:
     """Runs to `run.num_steps`, from the newest checkpoint when there is one."""
-    if finished := checkpoint.finished(run):
+    if finished := resume.finished(run):
         print(finished)
         return
     with open_session(run) as session:

@@ -19,14 +19,20 @@ class LineFile:
     A batch of records goes out in one write: a kill falls between two batches, not into a line.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, end: str = "\n"):
+        self._end = end
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        lines = [json.dumps(record, allow_nan=False) + self._end for record in records]
         rest = memoryview("".join(lines).encode())
-        while rest:  # a full disk or a signal can cut a write short
-            rest = rest[os.write(self._handle, rest) :]
+        before = os.fstat(self._handle).st_size
+        try:
+            while rest:  # a full disk or a signal can cut a write short
+                rest = rest[os.write(self._handle, rest) :]
+        except OSError:
+            os.ftruncate(self._handle, before)
+            raise
 
     def close(self) -> None:
         if self._handle >= 0:

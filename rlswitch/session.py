@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -14,8 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rlswitch import checkpoint, proof
-from rlswitch.checkpoint import LoopState
+from rlswitch import checkpoint, proof, resume
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
@@ -25,14 +23,19 @@ from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
 from rlswitch.engines.server import ServerBackend
 from rlswitch.ledger import Ledger
+from rlswitch.lock import only_run_in
 from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.plan import level_of
+from rlswitch.resume import LoopState
 from rlswitch.rewards.judge import find_judge
 from rlswitch.rewards.reward_model import find_reward_model
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.tenants import Candidate, RewardTenant
+from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
 from rlswitch.schedule import refuse_unfit_schedule
+from rlswitch.signals import leave_at_second_interrupt, listen_for_signals
+from rlswitch.sizes import ModelShape
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
 from rlswitch.types import Batch, ConfigError, Group, Prompt
@@ -136,13 +139,13 @@ def open_session(run: Run) -> Iterator[Session]:
     assert run.output_dir is not None, "the command line names it"
     output_dir = Path(run.output_dir)
     with ExitStack() as stack:
+        leave_at_second_interrupt(stack)
         inputs = load_inputs(run, print)
         stack.callback(inputs.scorer.close)
         run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
-        choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
-        resumed = checkpoint.resume_from(run, output_dir, print)
-        state = checkpoint.read_state(resumed, run) if resumed else LoopState()
+        stack.enter_context(only_run_in(output_dir, print))
+        resumed, state = choose_start(run, device, nbytes, output_dir)
         inputs.prompts.seek(state.cursor)
 
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
@@ -192,13 +195,15 @@ def open_session(run: Run) -> Iterator[Session]:
         )
 
 
-def listen_for_signals(stack: ExitStack) -> list[str]:
-    """Collects SIGTERM and SIGUSR1 instead of dying of them: the loop ends at the next checkpoint."""
-    received: list[str] = []
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        before = signal.signal(number, lambda n, frame: received.append(signal.Signals(n).name))
-        stack.callback(signal.signal, number, before)
-    return received
+def choose_start(run: Run, device: Device, nbytes: int, output_dir: Path) -> tuple[Path | None, LoopState]:
+    """Where the run goes on from. Raises ConfigError, also when the disk has no room for what it will save."""
+    resumed, state = resume.choose(run, output_dir, print)
+    itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
+    size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
+    kept = len(resume.steps_in(output_dir / "checkpoints"))
+    by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
+    refuse_full_disk(run, output_dir, room_needed(run, size, state.step, kept), 2 * nbytes if by_disk else 0)
+    return resumed, state
 
 
 def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:

@@ -42,6 +42,10 @@ class RewardError(RLSwitchError, RuntimeError):
     """Reward functions could not be called at all, or failed on too many rollouts of a step."""
 
 
+class SaveError(RLSwitchError, RuntimeError):
+    """A checkpoint could not be written; the ones before it are intact. Exit code 1."""
+
+
 class Preempted(RLSwitchError):
     """A signal asked the run to stop; a checkpoint is saved. Exit code 75: run again to go on."""
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,23 +17,13 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlswitch import checkpoint
-from rlswitch.checkpoint import (
-    MANIFEST,
-    SCHEMA,
-    LoopState,
-    find_fault,
-    finished,
-    is_due,
-    newest,
-    read_state,
-    restore,
-    resume_from,
-    save,
-)
+from rlswitch.checkpoint import is_due, restore, save
 from rlswitch.config import CheckpointConfig
+from rlswitch.durable import FORMAT, MANIFEST, find_fault
 from rlswitch.models import refuse_longer_than_context
+from rlswitch.resume import LoopState, choose, finished, newest, read_state
 from rlswitch.trainer import Trainer
-from rlswitch.types import ConfigError
+from rlswitch.types import ConfigError, SaveError
 
 LEARNING = {"lr": 1e-3, "lr_schedule": "linear", "warmup_steps": 1, "minibatches": 2}
 
@@ -137,7 +130,7 @@ def test_nothing_in_a_checkpoint_can_run_code(keep_step):
     path = keep_step(1)
     files = [file for file in path.rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".jinja"}
-    listed = json.loads((path / MANIFEST).read_text())
+    listed = json.loads((path / MANIFEST).read_text())["files"]
     assert sorted([*listed, MANIFEST]) == sorted(str(file.relative_to(path)) for file in files)
 
 
@@ -147,7 +140,7 @@ def test_nothing_in_a_checkpoint_can_run_code(keep_step):
 @pytest.mark.parametrize(
     "name", [MANIFEST, "state.json", "optimizer.safetensors", "policy/model.safetensors"]
 )
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "bomb"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
     keep_step, tmp_path, name: str, damage: str
 ):
@@ -159,6 +152,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
         file.unlink()
     elif damage == "truncated":
         file.write_bytes(content[:middle])
+    elif damage == "bomb":  # to safetensors: a header of 2^60 bytes
+        file.write_bytes((1 << 60).to_bytes(8, "little") + content[8:])
     else:
         flipped = bytes([content[middle] ^ 1])
         file.write_bytes(content[:middle] + flipped + content[middle + 1 :])
@@ -187,12 +182,59 @@ def test_a_flipped_bit_in_any_byte_is_found(keep_step, tmp_path, data: st.DataOb
         file.write_bytes(content)
 
 
-def test_without_a_valid_checkpoint_there_is_none(keep_step, tmp_path):
+class Trap:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "policy/pytorch_model.bin", "policy/more.safetensors"])
+def test_a_file_that_was_not_saved_with_it_spoils_a_checkpoint_and_is_not_read(keep_step, tmp_path, name):
+    good, bad, sprung = keep_step(1), keep_step(2), tmp_path / "sprung"
+    (bad / name).write_bytes(pickle.dumps(Trap(sprung)))
     said: list[str] = []
-    assert newest(tmp_path / "checkpoints", said.append) is None
-    shutil.rmtree(keep_step(3) / "policy")
-    assert newest(tmp_path / "checkpoints", said.append) is None
-    assert len(said) == 1
+    assert newest(tmp_path / "checkpoints", said.append) == good
+    assert len(said) == 1 and f"{bad} is passed over: {name} is not in its manifest" in said[0]
+    assert not sprung.exists()
+    pickle.loads((bad / name).read_bytes())
+    assert sprung.exists()  # the trap works
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        "7",
+        '{"format": 2}',
+        '{"state.json": {"bytes": 1}}',
+        '{"format": 2, "files": {"a": 1}}',
+        "[" * 9999,
+    ],
+)
+def test_a_manifest_of_any_other_shape_is_a_fault(keep_step, text: str):
+    path = keep_step(1)
+    (path / MANIFEST).write_text(text)
+    assert find_fault(path) is not None
+
+
+def test_without_any_checkpoint_there_is_none(tmp_path):
+    assert newest(tmp_path / "checkpoints", pytest.fail) is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them(
+    keep_step, make_run, tmp_path
+):
+    for step in (1, 2):
+        shutil.rmtree(keep_step(step) / "policy")
+    said: list[str] = []
+    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* is whole; .*resume=never"):
+        choose(make_run("ppo"), tmp_path, said.append)
+    assert len(said) == 2
+    assert choose(make_run("ppo", resume="never"), tmp_path, print) == (None, LoopState())
 
 
 # -- which ones are there ----------------------------------------------------------------------
@@ -219,29 +261,45 @@ def test_what_was_just_saved_outlives_a_later_checkpoint_of_an_abandoned_run(kee
     assert names(tmp_path / "checkpoints") == ["step_000020"]
 
 
-def test_a_leftover_draft_is_harmless(keep_step, tmp_path):
-    draft = tmp_path / "checkpoints" / ".step_000007.tmp"
-    (draft / "policy").mkdir(parents=True)
-    (draft / "junk.bin").write_text("half")
-    assert newest(tmp_path / "checkpoints", print) is None
-    path = keep_step(7)
-    assert newest(tmp_path / "checkpoints", print) == path
-    assert not (path / "junk.bin").exists() and not draft.exists()
+def test_the_next_start_removes_what_an_interrupted_save_has_left(keep_step, make_run, tmp_path):
+    path = keep_step(1)
+    for name in (".step_000001.old", ".step_000002.tmp"):
+        (path.parent / name / "policy").mkdir(parents=True)
+        (path.parent / name / "junk.bin").write_text("half")
+    assert choose(make_run("ppo", trainer=LEARNING), tmp_path, print)[0] == path
+    assert names(path.parent) == ["step_000001"]
 
 
-@pytest.mark.parametrize("step", ["_manifest", "_make_durable"])
-def test_a_save_that_breaks_off_leaves_the_one_before(
+def test_a_checkpoint_that_was_put_aside_gets_its_name_back_if_no_other_took_it(
+    keep_step, make_run, tmp_path
+):
+    path = keep_step(1)
+    path.rename(path.parent / ".step_000001.old")
+    assert choose(make_run("ppo", trainer=LEARNING), tmp_path, print)[0] == path
+    assert find_fault(path) is None
+
+
+@pytest.mark.parametrize("step", ["_write", "_save_policy"])
+def test_a_save_without_room_says_which_checkpoint_is_left(
     keep_step, tmp_path, monkeypatch: pytest.MonkeyPatch, step: str
 ):
     good = keep_step(1)
 
     def full(*_) -> None:
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, step, full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SaveError, match=rf"step_000002 could not be saved .*No space.*; {good} is whole"):
         keep_step(2)
-    assert newest(tmp_path / "checkpoints", print) == good
+    assert names(tmp_path / "checkpoints") == ["step_000001"]
+
+
+def test_what_is_not_about_the_disk_stays_a_crash_and_leaves_no_draft(keep_step, tmp_path, monkeypatch):
+    keep_step(1)
+    monkeypatch.setattr(checkpoint, "_write", lambda *_: {}["a mistake of ours"])
+    with pytest.raises(KeyError):
+        keep_step(2)
+    assert names(tmp_path / "checkpoints") == ["step_000001"]
 
 
 # -- what a run resumes from -------------------------------------------------------------------
@@ -249,18 +307,20 @@ def test_a_save_that_breaks_off_leaves_the_one_before(
 
 def test_resume_means_auto_never_or_a_path(keep_step, make_run, tmp_path):
     first, second = keep_step(1), keep_step(2)
-    assert resume_from(make_run(resume="auto"), tmp_path, print) == second
-    assert resume_from(make_run(resume="never"), tmp_path, print) is None
-    assert resume_from(make_run(resume=str(first)), tmp_path, print) == first
+    for word, expected in (("auto", second), ("never", None), ("changed", second), (str(first), first)):
+        path, state = choose(make_run("ppo", resume=word, trainer=LEARNING), tmp_path, print)
+        assert path == expected
+        assert state.step == (int(expected.name[-6:]) if expected else 0)
 
 
 def test_a_resume_path_that_is_missing_or_broken_is_refused(keep_step, make_run, tmp_path):
     with pytest.raises(ConfigError, match="resume = /nowhere: there is no such directory"):
-        resume_from(make_run(resume="/nowhere"), tmp_path, print)
+        choose(make_run(resume="/nowhere"), tmp_path, print)
     path = keep_step(1)
     (path / "state.json").unlink()
-    with pytest.raises(ConfigError, match=r"state\.json is missing"):
-        resume_from(make_run(resume=str(path)), tmp_path, print)
+    for word in (str(path), f"changed:{path}"):
+        with pytest.raises(ConfigError, match=r"state\.json is missing"):
+            choose(make_run(resume=word), tmp_path, print)
 
 
 def test_the_checkpoint_of_another_model_is_refused(keep_step, make_run):
@@ -269,12 +329,13 @@ def test_the_checkpoint_of_another_model_is_refused(keep_step, make_run):
         read_state(path, make_run())
 
 
-def test_a_newer_format_is_refused_whatever_it_holds(keep_step, make_run):
-    path = keep_step(1)
-    for details in ({"schema": SCHEMA + 1}, json.loads((path / "state.json").read_text())):
-        (path / "state.json").write_text(json.dumps(details | {"schema": SCHEMA + 1}))
-        with pytest.raises(ConfigError, match=f"format {SCHEMA + 1}, this reads {SCHEMA}"):
-            read_state(path, make_run())
+def test_a_newer_format_is_refused_whatever_it_holds(keep_step, make_run, tmp_path):
+    keep_step(1)
+    manifest = keep_step(2) / MANIFEST
+    for content in ({"files": {}}, json.loads(manifest.read_text()), {"files": [], "format": "later"}):
+        manifest.write_text(json.dumps(content | {"format": FORMAT + 1}))
+        with pytest.raises(ConfigError, match=f"format {FORMAT + 1}, this rlswitch reads up to {FORMAT}"):
+            choose(make_run("ppo", trainer=LEARNING), tmp_path, print)
 
 
 def test_a_checkpoint_that_does_not_fit_the_model_is_refused(keep_step, build):

@@ -175,7 +175,7 @@ def test_a_checkpoint_holds_the_adapter_and_loads_with_from_pretrained(
     assert not (path / "merged").exists()
     loaded = AutoModelForCausalLM.from_pretrained(path / "policy", dtype=torch.float32)
     torch.testing.assert_close(logprobs_of(loaded), logprobs_of(trainer.policy), atol=2e-5, rtol=0)
-    listed = json.loads((path / "manifest.json").read_text())
+    listed = json.loads((path / "manifest.json").read_text())["files"]
     assert {Path(name).suffix for name in listed} <= {".safetensors", ".json", ".jinja"}
 
 

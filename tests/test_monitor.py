@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -162,6 +163,28 @@ def test_trim_drops_later_records_and_torn_lines_only(tmp_path):
     trim(tmp_path / "new.jsonl", 2)
     assert list(read(tmp_path / "new.jsonl")) == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new.jsonl", "x.jsonl"]
+
+
+class GoneScreen(io.StringIO):
+    """A terminal that has been closed."""
+
+    gone = False
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return super().write(text)
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_terminal_that_has_gone_does_not_stop_a_run(tmp_path, live: bool):
+    screen = GoneScreen()
+    with Monitor(make_run(), tmp_path, console=Console(file=screen, force_terminal=live)) as monitor:
+        monitor.log(1, METRICS, make_groups())
+        screen.gone = True
+        monitor.log(2, METRICS, make_groups())
+        monitor.say("nobody hears this")
+    assert [record["step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
 # -- config.yaml -----------------------------------------------------------------------------------

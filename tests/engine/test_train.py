@@ -11,6 +11,8 @@ import torch
 from runs import start, train
 from transformers import AutoModelForCausalLM
 
+from rlswitch.lock import only_run_in
+
 pytestmark = pytest.mark.engine
 
 GROUPS = (
@@ -101,6 +103,21 @@ def test_a_finished_run_says_so_and_changes_nothing(ppo_run, run_train) -> None:
     before = (out / "metrics.jsonl").read_bytes()
     again = run_train("recipe=ppo", "num_steps=8", f"output_dir={out}", "evaluation.every=8")
     assert "complete" in again.stdout and "num_steps" in again.stdout
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_neither_as_another_one_nor_beside_another(ppo_run, run_train) -> None:
+    out, _ = ppo_run
+    before = (out / "metrics.jsonl").read_bytes()
+    words = ("recipe=ppo", "num_steps=9", f"output_dir={out}")
+    changed = run_train(*words, "trainer.lr=0.5", "rollout.group_size=4", check=False)
+    lines = [line for line in changed.stderr.splitlines() if line.startswith("rlswitch: error: ")]
+    assert changed.returncode == 2 and len(lines) == 2, changed.stderr
+    assert "rollout.group_size = 4: was 8 when step_000008 was saved" in changed.stderr
+    with only_run_in(out, print):
+        second = run_train(*words, check=False)
+    assert second.returncode == 2
+    assert f"a run with pid {os.getpid()} on host" in second.stderr
     assert (out / "metrics.jsonl").read_bytes() == before
 
 

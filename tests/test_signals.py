@@ -1,0 +1,114 @@
+"""Signals end a run after its step, with one save; a second Ctrl-C ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from rlswitch import loop
+from rlswitch.signals import listen_for_signals
+from rlswitch.types import Preempted
+
+INTERRUPTED = """
+import os, signal, sys, time
+from contextlib import ExitStack
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever we were started to ignore
+from rlswitch.signals import leave_at_second_interrupt
+with ExitStack() as stack:
+    leave_at_second_interrupt(stack)
+    stack.callback(print, "closed", flush=True)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+    if "twice" in sys.argv:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def nothing_ignored() -> Iterator[None]:
+    """As if the tests themselves had not been started by nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_a_polite_signal_is_noted_and_nothing_else(name: str):
+    number = signal.Signals[name]
+    before = signal.getsignal(number)
+    with ExitStack() as stack:
+        received = listen_for_signals(stack)
+        os.kill(os.getpid(), number)
+        assert received == [name]
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_under_nohup_does_not_hear_the_end_of_its_terminal():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with ExitStack() as stack:
+        received = listen_for_signals(stack)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+
+
+def test_the_first_interrupt_takes_down_in_order_and_the_second_leaves_at_once():
+    for words, printed, code in (
+        ([], "interrupted\nclosed\n", 0),
+        (["twice"], "interrupted\n", 130),
+    ):
+        words = [sys.executable, "-c", INTERRUPTED, *words]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+        assert (done.stdout, done.returncode) == (printed, code), done.stderr
+
+
+def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
+    make_run, monkeypatch: pytest.MonkeyPatch
+):
+    run = make_run(num_steps=9, checkpoint={"every": 2}, evaluation={"every": 0})
+    run.output_dir = None  # nothing was finished there
+    saved: list[str] = []
+
+    class Trainer(SimpleNamespace):
+        def update(self, batch: object) -> dict[str, float]:
+            self.version += 1
+            return {}
+
+    trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: None)
+
+    @contextmanager
+    def opened(_run):
+        with ExitStack() as stack:
+            received = listen_for_signals(stack)
+
+            def save() -> None:
+                saved.append("begun")
+                os.kill(os.getpid(), signal.SIGTERM)
+                saved.append(f"done {trainer.version}")
+
+            yield SimpleNamespace(
+                trainer=trainer,
+                engine=None,
+                switch=SimpleNamespace(give_to=lambda *_: None),
+                ledger=SimpleNamespace(step=0),
+                stop_signals=received,
+                log=lambda *_: None,
+                save=save,
+            )
+
+    monkeypatch.setattr(loop, "open_session", opened)
+    monkeypatch.setattr(loop, "collect", lambda session: [])
+    monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
+    with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
+        loop.train(run)
+    assert saved == ["begun", "done 2"]
