@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from rlswitch import lora
 from rlswitch.batching import completion_tokens, lay_out
 from rlswitch.config import ModelConfig, Run
-from rlswitch.options import did_you_mean
-from rlswitch.tasks import BUILTIN
+from rlswitch.tasks import BUILTIN, refuse_unknown_task
 from rlswitch.types import Batch, ConfigError
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
@@ -69,18 +68,42 @@ def builtin_task(path: str) -> ModuleType | None:
     """The module behind `builtin:NAME`, None for any other path. Raises ConfigError for an unknown one."""
     if not path.startswith("builtin:"):
         return None
-    name = path.removeprefix("builtin:")
-    if name not in BUILTIN:
-        raise ConfigError(
-            f"model.path = {path}: no such built-in task (there is {', '.join(BUILTIN)})"
-            f"{did_you_mean(name, BUILTIN)}"
+    refuse_unknown_task("model.path", path)
+    return importlib.import_module(BUILTIN[path.removeprefix("builtin:")])
+
+
+def outline(config: ModelConfig, path: str) -> PreTrainedModel:
+    """The model on the meta device: names and shapes, no weights. Raises ConfigError."""
+    trust = config.trust_remote_code
+    try:
+        read = AutoConfig.from_pretrained(path, revision=config.revision, trust_remote_code=trust)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                read, attn_implementation=config.attn_implementation, trust_remote_code=trust
+            )
+    except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = (
+            f"its configuration cannot be read: {reason}; set a directory with the config.json of a causal"
+            " language model, or a hub id that is cached or reachable"
         )
-    return importlib.import_module(BUILTIN[name])
+        if "trust_remote_code" in str(error):
+            what = "is custom code; set model.trust_remote_code=true to run it, if you trust its authors"
+        elif isinstance(error, ImportError) or "attn_implementation" in str(error):
+            raise _unfit_attention(config, reason) from error
+        raise ConfigError(f"model.path = {config.path}: {what}") from error
 
 
-def refuse_longer_than_context(run: Run, path: str) -> None:
+def refuse_unfit_model(run: Run, path: str) -> None:
+    """Raises ConfigError for what could not be built once the engine has started, adapters included."""
+    model = outline(run.model, path)
+    refuse_longer_than_context(run, model.config)
+    if run.model.lora_rank:
+        lora.add_adapters(model, run.model, path, causal=True)
+
+
+def refuse_longer_than_context(run: Run, config: Any) -> None:
     """Raises ConfigError when a prompt and its completion can be longer than the model can attend to."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and run.max_model_len > limit:
         raise ConfigError(
@@ -210,13 +233,16 @@ def _load(auto_class: Any, config: ModelConfig, path: str, dtype: torch.dtype) -
             use_safetensors=True,  # a pickle could run code while it loads
         )
     except ImportError as error:  # flash_attention_2 without its package
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
-        ) from error
+        raise _unfit_attention(config, str(error).strip().splitlines()[0]) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.path = {path}: cannot be loaded: {reason}; set a directory or hub id with"
             " config.json and *.safetensors"
         ) from error
+
+
+def _unfit_attention(config: ModelConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
+    )

@@ -13,13 +13,11 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlswitch.config import ModelConfig, Run
 from rlswitch.device import Device
 from rlswitch.lora import add_adapters
-from rlswitch.models import LOGITS_AT_ONCE
-from rlswitch.types import ConfigError
+from rlswitch.models import LOGITS_AT_ONCE, builtin_task, outline
 
 GIB = 2**30
 ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
@@ -164,22 +162,11 @@ def switch_seconds(
 
 
 def _empty_model(config: ModelConfig) -> Any:
+    task = builtin_task(config.path)
+    if task is None:
+        return outline(config, config.path)
     with torch.device("meta"):
-        if config.path == "builtin:addition":
-            from rlswitch.tasks.addition import build_model
-
-            return build_model()
-        trust = config.trust_remote_code
-        try:
-            read = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=trust)
-            return AutoModelForCausalLM.from_config(read, trust_remote_code=trust)
-        except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"model.path = {config.path}: its configuration cannot be read: {reason}; set a"
-                " directory with the config.json of a causal language model, or a hub id that is"
-                " cached or reachable"
-            ) from error
+        return task.build_model()
 
 
 def _count(model: nn.Module) -> int:

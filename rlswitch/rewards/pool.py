@@ -176,7 +176,10 @@ class Pool:
         self._idle: list[Worker] = []
         self._busy: list[Worker] = []
         self._closed = False
-        worker, loaded = self._start()
+        try:
+            worker, loaded = self._start()
+        except RewardError as error:
+            raise ConfigError(str(error)) from error  # nothing has run yet: the input is wrong
         self._idle.append(worker)
         if loaded["problems"]:
             self.close()
