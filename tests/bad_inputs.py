@@ -161,7 +161,7 @@ COMMAND_LINE = [
         "mine/recipe/keys.yaml: switch.verify = False: must be text; put it in quotes",
         "mine/recipe/keys.yaml: logger = wandb: must be a list of text: [a, b], or [] for none",
         "mine/recipe/keys.yaml: engine = local: belongs in the defaults list: - override /engine: local",
-        "mine/recipe/keys.yaml: data = x: a section, not a setting; set its keys one by one, such as data.path",
+        "mine/recipe/keys.yaml: data = x: a section, not a setting; set its keys one by one, ...",
         "mine/recipe/keys.yaml: algorithm.gama = 1: unknown setting; did you mean 'algorithm.gamma'?",
         "mine/recipe/keys.yaml: algorithm.gamma = x: must be a number",
         "seed = -1: must be at least 0",
@@ -510,7 +510,8 @@ DATA = [
     bad(
         "a split that the data does not have",
         "data=builtin:addition data.split=tset",
-        "data.split = tset: builtin:addition has the splits train, test; did you mean 'test'?; set one of them",
+        "data.split = tset: builtin:addition has the splits train, test; did you mean 'test'?; set one of"
+        " them",
     ),
     bad(
         "held-out rows that are not there",
@@ -756,15 +757,16 @@ REWARDS = [
     bad(
         "functions that do not take the columns there are",
         "reward.functions=[mine.py:needs,mine.py:narrow]",
-        "reward.functions = mine.py:needs: cannot be called (missing a required argument: 'solution'); it gets"
-        " prompts, completions, completion_ids, answer; let it take the unnamed as **columns",
+        "reward.functions = mine.py:needs: cannot be called (missing a required argument: 'solution'); it"
+        " gets prompts, completions, completion_ids, answer; let it take the unnamed as **columns",
         "reward.functions = mine.py:narrow: cannot be called (...); ...",
         files={"mine.py": "def needs(solution, **columns): ...\ndef narrow(completions): ...\n"},
     ),
     bad(
         "an unknown tracker",
         "logger=wandbb",
-        "logger = wandbb: no such tracker, nothing would be logged to it; set one of ...; did you mean 'wandb'?",
+        "logger = wandbb: no such tracker, nothing would be logged to it; set one of ...; did you mean"
+        " 'wandb'?",
     ),
 ]
 
@@ -777,7 +779,8 @@ MODEL = [
     bad(
         "a misspelt directory",
         "model=./modle",
-        "model.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean 'model'?",
+        "model.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
+        " 'model'?",
     ),
     bad(
         "a hub model that is not cached, offline",
@@ -901,8 +904,8 @@ MODEL = [
     bad(
         "a tokenizer of another model",
         "",
-        "model.path = model: its tokenizer makes token ... of '...', and the model embeds 10 only: it would be"
-        " out of range; set a model with a tokenizer of its own",
+        "model.path = model: its tokenizer makes token ... of '...', and the model embeds 10 only: it would"
+        " be out of range; set a model with a tokenizer of its own",
         model={"config.json": {"vocab_size": 10, "pad_token_id": 0, "eos_token_id": 1}},
     ),
     bad(
@@ -932,7 +935,8 @@ MODEL = [
     bad(
         "adapters for layers that are not there",
         "model.lora_rank=2 model.lora_targets=[q_prj]",
-        "model.lora_targets = ['q_prj']: ...; name linear layers of the model, as q_proj, or [] for all of them",
+        "model.lora_targets = ['q_prj']: ...; name linear layers of the model, as q_proj, or [] for all"
+        " of them",
     ),
     bad(
         "adapters that a push could not carry",
@@ -963,7 +967,8 @@ MODEL = [
     bad(
         "a schedule without what it needs",
         "trainer.lr_schedule=cosine_with_min_lr",
-        "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in trainer.lr_schedule_kwargs (...)",
+        "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
+        " trainer.lr_schedule_kwargs (...)",
     ),
 ]
 
@@ -1033,15 +1038,15 @@ MACHINE = [
     bad(
         "a level that this vLLM does not have",
         "switch.level=kv",
-        "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can); upgrade vLLM, or"
-        " set switch.level=2",
+        "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can); upgrade vLLM,"
+        " or set switch.level=2",
         machine=old_vllm,
     ),
     bad(
         "more GPUs than there are",
         "engine.tensor_parallel_size=4 model.dtype=float16",
-        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees, vLLM would not start; set"
-        " at most 1, or let CUDA_VISIBLE_DEVICES name more",
+        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees, vLLM would not start;"
+        " set at most 1, or let CUDA_VISIBLE_DEVICES name more",
         machine=one_old_gpu,
     ),
     bad(
@@ -1053,8 +1058,8 @@ MACHINE = [
     bad(
         "a model that cannot fit, in a plan",
         "mode=plan engine.kv_cache_gib=9",
-        "model.path = model: cannot fit on GPU: ..., and no combination of memory settings helps; set a smaller"
-        " model.path or use a larger device",
+        "model.path = model: cannot fit on GPU: ..., and no combination of memory settings helps; set a"
+        " smaller model.path or use a larger device",
         machine=small_gpu,
     ),
     bad(

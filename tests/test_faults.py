@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +14,11 @@ from typing import Any
 
 import pytest
 from bad_inputs import BAD_INPUTS, BASE, ROWS, SECTIONS, BadInput
+from faults import FAULTS
 
 from rlswitch import cli
 
+TESTS = Path(__file__).parent
 ERROR = "rlswitch: error: "
 LIGHT = [*SECTIONS["The command line"], *SECTIONS["Settings"]]
 """Told by the settings alone."""
@@ -87,3 +91,28 @@ def test_a_bad_input_is_answered_in_its_line(
 def test_there_are_enough_bad_inputs_and_no_two_are_called_the_same() -> None:
     names = [given.about for given in BAD_INPUTS]
     assert len(names) >= 60 and len(set(names)) == len(names)
+
+
+def test_every_fault_is_shown_by_a_test_that_exists() -> None:
+    assert len(FAULTS) >= 60 and len({fault.about for fault in FAULTS}) == len(FAULTS)
+    trees = {
+        file: ast.parse((TESTS / file).read_text()) for file in {it.test.partition("::")[0] for it in FAULTS}
+    }
+    functions = {
+        f"{file}::{node.name}"
+        for file, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert {fault.test.partition("[")[0] for fault in FAULTS} <= functions
+    for fault in FAULTS:
+        test, _, case = fault.test.rstrip("]").partition("[")
+        words = {
+            node.value for node in ast.walk(trees[test.partition("::")[0]]) if isinstance(node, ast.Constant)
+        }
+        assert not case or case in words, f"{fault.test}: no such case"
+
+
+def test_the_page_is_what_its_script_makes_of_the_tables() -> None:
+    script = runpy.run_path(str(TESTS.parent / "scripts" / "fault_pages.py"))
+    assert script["PAGE"].read_text() == script["page"](), "run python scripts/fault_pages.py"
