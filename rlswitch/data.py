@@ -195,7 +195,7 @@ def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: S
     key = run.data.prompt_key
     blame = f"data.prompt_key = {key}"
     refuse_bad_rows(table, key)
-    if isinstance(table.rows[0][key], list) and not tokenizer.chat_template:
+    if not tokenizer.chat_template and any(isinstance(row[key], list) for row in table.rows):
         raise ConfigError(
             f"{blame}: holds chat messages, but the tokenizer of {run.model.path} has no chat"
             " template; set model.path to an instruct model, or give a column of strings"

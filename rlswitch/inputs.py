@@ -24,6 +24,8 @@ GLANCE_BYTES = 1 << 26
 HEADER_BYTES = 100_000_000
 """What safetensors allows for the header of a file."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
+TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+"""Without any of them transformers makes an empty one, to which every prompt is empty."""
 
 
 def refuse_wrong_inputs(run: Run) -> None:
@@ -79,6 +81,8 @@ def _directory_fault(folder: Path) -> str:
         parts = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its JSON files cannot be read ({reason(error)}); copy the model again"
+    if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
+        return "has no tokenizer; save it beside the weights with save_pretrained"
     files = sorted(folder.glob("*.safetensors"))
     if missing := sorted(parts - {file.name for file in files}):
         return f"has no {missing[0]}, which its index names; copy the model again"

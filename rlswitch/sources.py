@@ -126,6 +126,9 @@ def _load(source: Source) -> Any:
     import datasets
 
     file = source.file
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it raises says it all
+    if os.path.exists(file):
+        datasets.disable_progress_bars()  # of a download they are of use
     try:
         if file.is_file():
             return datasets.load_dataset("parquet", data_files=str(file), split="train")

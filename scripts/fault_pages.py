@@ -83,7 +83,7 @@ def _code(text: str) -> str:
 
 def _link(test: str) -> str:
     file, _, name = test.partition("::")
-    return f"[{name}](../tests/{file})".replace("_", r"\_")
+    return f"[`{name}`](../tests/{file})"
 
 
 if __name__ == "__main__":

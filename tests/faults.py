@@ -144,8 +144,8 @@ PUSHES = [
         "engine/test_frozen.py::test_a_checkpoint_that_changes_on_disk_is_not_served",
     ),
     Fault(
-        "The proof is not looked at",
-        "a whole run whose push is spoilt",
+        "A push of a whole run",
+        "it is spoilt",
         "exit 3 before any rollout, with the check that failed",
         "engine/test_train.py::test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3",
     ),

@@ -78,6 +78,7 @@ def test_a_bad_input_is_answered_in_its_line(
     if given.machine:
         given.machine(monkeypatch)
     before = listing(here)
+    capsys.readouterr()  # what making the tiny model said
 
     assert cli.main([*BASE.split(), *given.words.split()]) == cli.WRONG_CONFIG
     said = capsys.readouterr().err.splitlines()
