@@ -4,7 +4,7 @@ PY := .venv/bin/python
 ARGS ?=
 recipe = ppo
 
-.PHONY: train test check format setup setup-test clean
+.PHONY: train test check lint format setup setup-test clean
 
 # `make train recipe=grpo`, or `make train ARGS="recipe=grpo num_steps=20"`: Hydra refuses to be
 # told the recipe twice.
@@ -16,11 +16,13 @@ test: setup-test
 	@$(PY) -m pytest $(ARGS)
 
 # What must be green before a commit: what is quick.
-check: setup-test
+check: lint
+	@$(PY) -m pytest -q -m "not engine and not processes"
+
+lint: setup-test
 	@$(PY) -m ruff format --check .
 	@$(PY) -m ruff check .
 	@$(PY) -m mypy
-	@$(PY) -m pytest -q -m "not engine and not processes"
 
 format: setup-test
 	@$(PY) -m ruff check --fix .

@@ -63,7 +63,8 @@ class Outcome:
 
     problem: str | None
     """Why it did not end by itself with exit code 0: `exit code 1: ZeroDivisionError: ...`,
-    `killed by SIGSEGV`, `ran longer than 10 s`, `did not end within 30 s`, `printed more than 1048576 bytes`."""
+    `killed by SIGSEGV`, `ran longer than 10 s`, `did not end within 30 s`, `printed more than 1048576
+    bytes`."""
     output: str
     errors: str
 
