@@ -100,7 +100,7 @@ def _foreign_token(tokenizer: PreTrainedTokenizerBase, config: Path) -> str:
     if not config.is_file():  # of a hub id
         return ""
     read = json.loads(config.read_text())
-    embedded = read.get("text_config", read).get("vocab_size") or len(tokenizer)
+    embedded = (read.get("text_config") or read).get("vocab_size") or len(tokenizer)
     special = {*tokenizer.all_special_ids} - {tokenizer.eos_token_id}
     for token, index in tokenizer.get_vocab().items() if len(tokenizer) > embedded else ():
         if index >= embedded and index not in special:
