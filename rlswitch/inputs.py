@@ -96,15 +96,15 @@ def _directory_fault(folder: Path) -> str:
 
 def _weights_fault(file: Path) -> str:
     """Whether a safetensors file is as long as its header says."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if not 0 < length <= min(size - 8, HEADER_BYTES):
-            return f"is no safetensors file, or cut off: its header would have {length} of {size} bytes"
-        try:
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= min(size - 8, HEADER_BYTES):
+                return f"is no safetensors file, or cut off: its header would have {length} of {size} bytes"
             header = json.loads(stream.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            return f"is no safetensors file ({reason(error)})"
-    expected = 8 + length + max(ends, default=0)
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        expected = 8 + length + max(ends, default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"cannot be read as safetensors ({reason(error)})"
     return "" if size == expected else f"has {size} bytes instead of {expected}"

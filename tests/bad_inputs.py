@@ -852,7 +852,8 @@ MODEL = [
     bad(
         "weights whose header is no JSON",
         "",
-        "model.path = model: model.safetensors is no safetensors file (JSONDecodeError: ...); copy it again",
+        "model.path = model: model.safetensors cannot be read as safetensors (JSONDecodeError: ...); copy"
+        " it again",
         model={"model.safetensors": (2).to_bytes(8, "little") + b"no"},
     ),
     bad(
@@ -874,18 +875,6 @@ MODEL = [
         "model.path = model: is custom code; set model.trust_remote_code=true to run it, if you trust its"
         " authors",
         model={"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}},
-    ),
-    bad(
-        "a tokenizer with code of its own",
-        "",
-        "model.path = model: its tokenizer is custom code; set model.trust_remote_code=true to run it",
-        model={
-            "tokenizer.json": None,
-            "tokenizer_config.json": {
-                "auto_map": {"AutoTokenizer": ["mine.Tokenizer", None]},
-                "tokenizer_class": "MyTokenizer",
-            },
-        },
     ),
     bad(
         "no tokenizer",

@@ -320,3 +320,14 @@ def test_a_missing_pad_token_becomes_eos_and_a_given_one_stays():
     padded = load_tokenizer(ModelConfig(path="padded"), "padded")
     assert (bare.eos_token_id, bare.pad_token_id) == (0, 0)
     assert (padded.eos_token_id, padded.pad_token_id) == (0, 1)
+
+
+def test_a_tokenizer_with_code_of_its_own_is_not_run_unasked():
+    Path("custom").mkdir()
+    Path("custom/config.json").write_text('{"model_type": "mine"}')
+    auto_map = {"AutoTokenizer": ["mine.MyTokenizer", None]}
+    Path("custom/tokenizer_config.json").write_text(
+        json.dumps({"auto_map": auto_map, "tokenizer_class": "MyTokenizer"})
+    )
+    with pytest.raises(ConfigError, match=r"^model\.path = custom: .*set model\.trust_remote_code=true"):
+        load_tokenizer(ModelConfig(path="custom"), "custom")
