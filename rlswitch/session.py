@@ -25,7 +25,7 @@ from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
 from rlswitch.engines.server import ServerBackend
 from rlswitch.ledger import Ledger
-from rlswitch.models import refuse_longer_than_context, resolve_model
+from rlswitch.models import refuse_unfit_model, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.plan import level_of
 from rlswitch.rewards.judge import find_judge
@@ -207,7 +207,7 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
         scorer = build_scorer(run)
         undo.callback(scorer.close)
         model_path = resolve_model(run.model, say)
-        refuse_longer_than_context(run, model_path)
+        refuse_unfit_model(run, model_path)
         refuse_unfit_schedule(run)
         tokenizer = load_tokenizer(run.model, model_path)
         prompts, held_out = load_prompts(run, tokenizer, say)
