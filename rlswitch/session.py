@@ -144,6 +144,7 @@ def open_session(run: Run) -> Iterator[Session]:
         stack.callback(inputs.scorer.close)
         run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
+        choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
         stack.enter_context(only_run_in(output_dir, print))
         resumed, state = choose_start(run, device, nbytes, output_dir)
         inputs.prompts.seek(state.cursor)

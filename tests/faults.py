@@ -383,13 +383,13 @@ FILES = [
         "The disk is full while saving",
         "the save breaks off at each of its steps",
         "the error is raised; the checkpoint before is whole and is found",
-        "test_checkpoint.py::test_a_save_that_breaks_off_leaves_the_one_before",
+        "test_interrupted_save.py::test_a_save_broken_off_anywhere_leaves_the_old_checkpoint_or_the_new_one",
     ),
     Fault(
         "A save was cut off",
         "its draft is left",
         "it is never taken for a checkpoint, and is removed",
-        "test_checkpoint.py::test_a_leftover_draft_is_harmless",
+        "test_checkpoint.py::test_the_next_start_removes_what_an_interrupted_save_has_left",
     ),
     Fault(
         "The last line is torn",
