@@ -16,14 +16,14 @@ def to_batch(groups: Sequence[Group], pad_token_id: int, device: torch.device) -
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     sequences = [r.prompt.token_ids + r.token_ids for r in rollouts]
     completions = [r.token_ids for r in rollouts]
-    token_ids = _pad(sequences, pad_token_id, torch.long)
+    token_ids = pad_right(sequences, pad_token_id, torch.long)
     group_index = [i for i, group in enumerate(groups) for _ in group.rollouts]
     batch = Batch(
         token_ids=token_ids,
-        attention_mask=_pad([[1] * len(s) for s in sequences], 0, torch.long),
+        attention_mask=pad_right([[1] * len(s) for s in sequences], 0, torch.long),
         prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
-        mask=_pad([[True] * len(c) for c in completions], False, torch.bool),
-        rollout_logprobs=_pad([r.logprobs for r in rollouts], 0.0, torch.float32),
+        mask=pad_right([[True] * len(c) for c in completions], False, torch.bool),
+        rollout_logprobs=pad_right([r.logprobs for r in rollouts], 0.0, torch.float32),
         rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float32),
         group=torch.tensor(group_index),
         truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
@@ -37,7 +37,11 @@ def micro_batches(batch: Batch, token_budget: int, packed: bool = False) -> Iter
     Packed, only the tokens themselves count. A rollout longer than the budget gets a micro-batch of its
     own rather than being lost.
     """
-    lengths = batch.attention_mask.sum(-1)
+    return within_budget(batch.attention_mask.sum(-1), token_budget, packed)
+
+
+def within_budget(lengths: Tensor, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
+    """As micro_batches, of rows with these lengths [B]."""
     order = torch.argsort(lengths, descending=True, stable=True)
     sizes = lengths[order].tolist()
     start = 0
@@ -105,6 +109,7 @@ def completion_tokens(batch: Batch) -> Tensor:
     return batch.token_ids.gather(1, (completion_positions(batch) + 1).clamp(max=last))
 
 
-def _pad(rows: Sequence[Sequence], fill: object, dtype: torch.dtype) -> Tensor:
+def pad_right(rows: Sequence[Sequence], fill: object, dtype: torch.dtype) -> Tensor:
+    """Rows of any length as one tensor [B, L]."""
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=dtype)

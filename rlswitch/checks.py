@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.engines.address import UNPROTECTED, parse_listen, parse_url
 from rlswitch.options import field_problems
+from rlswitch.rewards import TENANTS
+from rlswitch.rewards.template import pattern_problems, template_problems
 
 OWNED_BY_SETTINGS = {
     "model": "model.path",
@@ -51,6 +53,7 @@ def problems(run: Run) -> Iterator[str]:
             )
     yield from size_problems(run)
     yield from reward_problems(run)
+    yield from tenant_problems(run)
     if run.model.lora_rank == 0 and run.checkpoint.merged:
         yield (
             "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
@@ -116,6 +119,28 @@ def reward_problems(run: Run) -> Iterator[str]:
             )
     if not run.reward.functions:
         yield "reward.functions = []: nothing to learn from; name at least one reward function"
+
+
+def tenant_problems(run: Run) -> Iterator[str]:
+    """A judge or reward model that is asked and not there, or the other way round; how it is asked."""
+    functions = run.reward.functions
+    for name in TENANTS:
+        path = getattr(run, name).path
+        if name in functions and not path:
+            yield (
+                f"{name}.path = null: reward.functions names '{name}', there would be nothing to ask; set"
+                f" {name}.path=<a Hugging Face directory or hub id>"
+            )
+        elif path and name not in functions:
+            yield (
+                f"{name}.path = {path}: reward.functions = {functions} does not name '{name}', it would never"
+                f" be asked; set reward.functions=[{','.join([*functions, name])}], or {name}.path=null"
+            )
+        if functions.count(name) > 1:
+            yield f"reward.functions = {functions}: '{name}' is there twice, it has one score; name it once"
+    if "judge" in functions:
+        yield from template_problems(run.judge.prompt)
+        yield from pattern_problems(run.judge.pattern)
 
 
 def address_problems(engine: ServerEngineConfig) -> Iterator[str]:

@@ -67,9 +67,10 @@ class DataConfig:
 @dataclass(kw_only=True, slots=True)
 class RewardConfig:
     functions: list[str] = field(default_factory=lambda: ["exact_match"])
-    """Built-in names, `package.module:function`, or `file.py:function`, with TRL's signature."""
+    """Built-in names, `package.module:function`, or `file.py:function`, with TRL's signature; and the models
+    `judge` and `reward_model`, each with a section of its own."""
     weights: list[float] = field(default_factory=list)
-    """One weight per function; empty: all 1."""
+    """One weight each; empty: all 1."""
     overlong_buffer: int = number(0, at_least=0)
     """Completions that use the last so many tokens lose up to 1 of their reward (DAPO); 0: none do."""
     workers: int = number(1, at_least=1)
@@ -84,6 +85,43 @@ class RewardConfig:
     """What the built-in `format` asks for: a regular expression for the whole completion."""
     allow_unsandboxed: bool = False
     """Run programs that the model wrote where the kernel gives no isolation: with limits only."""
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig:
+    """The reward `judge`: a second vLLM engine that takes its turn on the device (docs/rewards.md).
+
+    It is always a local one, with the run's engine.* and model.dtype, a context of its own, and without
+    trust_remote_code.
+    """
+
+    path: str | None = None
+    """Its model, as in model.path; `builtin:addition-judge` is made on the spot."""
+    level: str = choice("1", "2")
+    """While others have the device: 1, weights in RAM; 2, dropped and read from its files again."""
+    prompt: str = (
+        "Question:\n{prompt}\n\nAnswer:\n{completion}\n\n"
+        "Is the answer correct? Reply with 1 if it is and with 0 if it is not, and nothing else."
+    )
+    """What it is asked: {prompt}, {completion} and the dataset's columns are filled in. As one message of
+    a chat where its tokenizer has a chat template, as text to continue where not."""
+    pattern: str = r"\b([01])\b"
+    """Regular expression with one group around the score; its last match in the reply counts."""
+    scale: float = number(1.0, above=0)
+    """What the score is divided by: 10 for a scale from 0 to 10."""
+    retries: int = number(2, at_least=0)
+    """How often it is asked again, at temperature > 0, after a reply without a score: then it is an error."""
+    max_new_tokens: int = number(32, at_least=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardModelConfig:
+    """The reward `reward_model`: the one logit of a sequence classifier (docs/rewards.md)."""
+
+    path: str | None = None
+    """Its model, as in model.path, with num_labels 1; `builtin:addition-reward-model` is made on the spot."""
+    level: str = choice("1", "2")
+    """While others have the device: 1, weights in RAM; 2, dropped and read from its files again."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -227,6 +265,8 @@ class Run:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     algorithm: Algorithm
     engine: EngineConfig

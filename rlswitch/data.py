@@ -66,11 +66,11 @@ class Prompts:
         return int(self._order[1][place])
 
 
-def load_tokenizer(model: ModelConfig, path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, where model.path leads to; a missing pad token becomes eos."""
+def load_tokenizer(model: ModelConfig, path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
+    """The tokenizer at `path`, where the setting `key` leads to; a missing pad token becomes eos."""
     from transformers import AutoTokenizer
 
-    blame = f"model.path = {model.path}"
+    blame = f"{key} = {model.path}"
     if not Path(path).exists() and not HUB_ID.fullmatch(path):
         raise ConfigError(f"{blame}: no such directory, and not a hub id (name or owner/name)")
     try:

@@ -1,17 +1,24 @@
-"""Accuracy on the held-out prompts, measured while the engine is awake anyway."""
+"""Accuracy on the held-out prompts, measured while the engine is awake anyway.
+
+The first reward function says what is right. Only where there is none is a judge or a reward model asked:
+then the device changes hands here too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from typing import TYPE_CHECKING
 
-from rlswitch.config import EvaluationConfig, Run
-from rlswitch.engines.base import Engine
-from rlswitch.ledger import Ledger
+from rlswitch.config import EvaluationConfig
 from rlswitch.rewards.scorer import Pending, Scorer
-from rlswitch.types import Prompt, Sampling
+from rlswitch.rewards.tenants import ask_in_turn
+from rlswitch.types import Sampling
+
+if TYPE_CHECKING:
+    from rlswitch.session import Session
 
 CORRECT = 1.0
-"""A completion is correct when the first reward function gives it at least this much."""
+"""A completion is correct when it gets at least this much."""
 
 
 def is_due(config: EvaluationConfig, step: int, num_steps: int) -> bool:
@@ -19,10 +26,9 @@ def is_due(config: EvaluationConfig, step: int, num_steps: int) -> bool:
     return config.every > 0 and (step % config.every == 0 or step == num_steps)
 
 
-def evaluate(
-    engine: Engine, held_out: Sequence[Prompt], scorer: Scorer, run: Run, ledger: Ledger
-) -> dict[str, float]:
+def evaluate(session: Session) -> dict[str, float]:
     """`val/<dataset>/acc`, greedy, and `val/<dataset>/pass@k` over sampled completions."""
+    run, engine, scorer = session.run, session.engine, session.scorer
     assert engine.version is not None
     name = dataset_name(run.data.eval_path or run.data.path)
     greedy = Sampling(
@@ -39,13 +45,16 @@ def evaluate(
         seed=run.seed,
         step=engine.version,
     )
-    with ledger.work("evaluation"):
-        pending = [(f"val/{name}/acc", scorer.submit(engine.generate(held_out, greedy)))]
+    with session.ledger.work("evaluation"):
+        pending = {f"val/{name}/acc": scorer.submit(engine.generate(session.held_out, greedy))}
         if run.evaluation.num_samples > 1:  # while the first are being scored
             key = f"val/{name}/pass@{run.evaluation.num_samples}"
-            pending.append((key, scorer.submit(engine.generate(held_out, sampled))))
+            pending[key] = scorer.submit(engine.generate(session.held_out, sampled))
         engine.forget_prefixes()  # a resumed run has not just evaluated
-        return {key: _share_solved(scores, scorer) for key, scores in pending}
+        judges = [tenant for tenant in session.tenants if tenant.reward == scorer.judged_by]
+        for scores in pending.values():
+            ask_in_turn(judges, scores, session.switch)
+        return {key: _share_solved(scores, scorer) for key, scores in pending.items()}
 
 
 def dataset_name(path: str) -> str:
@@ -57,12 +66,12 @@ def dataset_name(path: str) -> str:
 
 
 def _share_solved(pending: Pending, scorer: Scorer) -> float:
-    """Of the groups of which at least one rollout has a reward."""
+    """Of the groups of which at least one rollout has a reward; nan when none has."""
     scorer.collect(pending)
-    first = scorer.names[0]
+    judge = scorer.judged_by
     solved = [
-        any((rollout.rewards.get(first) or 0.0) >= CORRECT for rollout in group.rollouts)
+        any((rollout.rewards.get(judge) or 0.0) >= CORRECT for rollout in group.rollouts)
         for group in pending.groups
-        if group.rollouts
+        if any(rollout.rewards for rollout in group.rollouts)
     ]
-    return sum(solved) / len(solved)
+    return sum(solved) / len(solved) if solved else math.nan

@@ -20,7 +20,9 @@ FREE = {
     "an evaluation has its own seeds and leaves nothing behind, neither weights nor prefixes": (
         "evaluation",
     ),
-    "every push is the same weights, whichever way they take; a sampled token does not know": ("switch",),
+    "every push is the same weights, whichever way they take; a sampled token does not know": (
+        *("switch", "judge.level", "reward_model.level"),
+    ),
     "where tensors lie while others compute": ("trainer.park",),
     "how the engine is started and reached; the local one and a server sample the same": (
         *("engine.start_timeout_s", "engine.fork_server", "engine.listen", "engine.url"),

@@ -56,6 +56,7 @@ class Ledger:
         self._trace = Trace(output_dir / "trace.json")
         self._seconds: dict[str, float] = defaultdict(float)
         self._bytes = 0
+        self._working = ""
         self._step_began = self._origin = time.monotonic()
 
     def restart(self) -> None:
@@ -73,6 +74,8 @@ class Ledger:
             yield
         finally:
             self.hand_over = ("", "")
+            if self._working:
+                self.on_phase(self._working)
 
     @contextmanager
     def phase(self, name: str, pids: list[int] | None = None) -> Iterator[Phase]:
@@ -104,13 +107,20 @@ class Ledger:
 
     @contextmanager
     def work(self, name: str) -> Iterator[None]:
-        """A stretch of a tenant's own work: rollout, update and the like."""
+        """A stretch of the tenants' own work: rollout, update and the like.
+
+        Hand-overs in the middle of it, to a judge and back, are the switch's time and not counted twice.
+        """
         assert name in WORK_PHASES, name
         self.on_phase(name)
-        began = time.monotonic()
-        yield
+        began, switching = time.monotonic(), self._switch_seconds()
+        self._working = name
+        try:
+            yield
+        finally:
+            self._working = ""
         seconds = time.monotonic() - began
-        self._seconds[name] += seconds
+        self._seconds[name] += seconds - (self._switch_seconds() - switching)
         self._trace_event(name, "work", began, seconds, {"step": self.step})
 
     def step_metrics(self) -> dict[str, float]:
@@ -119,13 +129,16 @@ class Ledger:
         A checkpoint is saved after its step's record, so its seconds are in the next one.
         """
         step = time.monotonic() - self._step_began
-        switch = sum(self._seconds[name] for name in SWITCH_PHASES)
+        switch = self._switch_seconds()
         metrics = {f"switch/{name}_s": self._seconds[name] for name in SWITCH_PHASES}
         metrics |= {"switch/total_s": switch, "switch/bytes": self._bytes}
         metrics |= {"switch/share": switch / step if step > 0 else 0.0}
         metrics |= {f"timing_s/{name}": self._seconds[name] for name in WORK_PHASES}
         self.restart()
         return metrics | {"timing_s/switch": switch, "timing_s/step": step}
+
+    def _switch_seconds(self) -> float:
+        return sum(self._seconds[name] for name in SWITCH_PHASES)
 
     def _trace_event(self, name: str, lane: str, began: float, seconds: float, arguments: dict) -> None:
         event = {

@@ -11,6 +11,7 @@ from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
 from rlswitch.report import write_report
 from rlswitch.rewards.shaping import punish_overlong
+from rlswitch.rewards.tenants import ask_in_turn
 from rlswitch.session import Session, open_session
 from rlswitch.types import Group, Preempted, Sampling
 
@@ -24,21 +25,21 @@ def train(run: Run) -> None:
         trainer, engine, switch = session.trainer, session.engine, session.switch
         if trainer.version == 0 and evaluation.is_due(run.evaluation, 0, run.num_steps):
             switch.give_to(engine, trainer.publish())
-            session.log(evaluate(engine, session.held_out, session.scorer, run, session.ledger))
+            session.log(evaluate(session))
 
         while trainer.version < run.num_steps:
             session.ledger.step = trainer.version + 1
             switch.give_to(engine, trainer.publish())  # wake, reload, prove, reset the prefix cache
             groups = collect(session)
 
-            switch.give_to(trainer)  # the engine sleeps, the trainer comes back
+            switch.give_to(trainer)  # the engine, or a judge, sleeps; the trainer comes back
             batch = trainer.prepare(groups)  # refuses rollouts of another policy version
             run.algorithm.estimate_advantages(batch, trainer.memory)
             metrics = trainer.update(batch)
 
             if evaluation.is_due(run.evaluation, trainer.version, run.num_steps):
                 switch.give_to(engine, trainer.publish())  # stays awake for the next rollouts
-                metrics |= evaluate(engine, session.held_out, session.scorer, run, session.ledger)
+                metrics |= evaluate(session)
             session.log(metrics, groups, batch)
             if checkpoint.is_due(run.checkpoint, trainer.version, run.num_steps) or session.stop_signals:
                 session.save()
@@ -60,6 +61,7 @@ def collect(session: Session) -> list[Group]:
     kept: list[Group] = []
     spare: list[Group] = []
     for _ in range(1 + run.algorithm.dynamic_sampling):
+        session.switch.give_to(session.engine, session.trainer.publish())  # a judge may have it
         groups = sample(session, run.rollout.num_prompts - len(kept))
         for group in groups:
             (kept if group.is_informative or not run.algorithm.dynamic_sampling else spare).append(group)
@@ -81,7 +83,9 @@ def sample(session: Session, num_prompts: int) -> list[Group]:
     with session.ledger.work("rollout"):
         groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
     with session.ledger.work("reward"):
-        session.scorer.score(groups)
+        pending = session.scorer.submit(groups)  # functions, in processes of their own
+        ask_in_turn(session.tenants, pending, session.switch)  # judge, reward model: the engine sleeps
+        session.scorer.collect(pending)
         if run.reward.overlong_buffer:
             punish_overlong(groups, run.rollout.max_new_tokens, run.reward.overlong_buffer)
     return groups

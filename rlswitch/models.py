@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rlswitch import lora
 from rlswitch.batching import completion_tokens, lay_out
 from rlswitch.config import ModelConfig, Run
 from rlswitch.options import did_you_mean
-from rlswitch.tasks import BUILTIN
+from rlswitch.tasks import MODELS
 from rlswitch.types import Batch, ConfigError
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
@@ -42,11 +42,14 @@ class Critic(nn.Module):
         return layout.spread(values, batch)
 
 
-def resolve_model(config: ModelConfig, say: Callable[[str], None]) -> str:
-    """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now."""
-    task = builtin_task(config.path)
-    if task is not None:
-        return str(task.ensure_model(config.warm_start_seed, say))
+def resolve_model(config: ModelConfig, say: Callable[[str], None], key: str = "model.path") -> str:
+    """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now.
+
+    `key` is the setting that names it, for what is said when there is no such model.
+    """
+    module = builtin_model(config.path, key)
+    if module is not None:
+        return str(module.ensure_model(config.warm_start_seed, say))
     if Path(config.path).is_dir():
         return config.path
     from huggingface_hub import snapshot_download
@@ -60,28 +63,44 @@ def resolve_model(config: ModelConfig, say: Callable[[str], None]) -> str:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model.path = {config.path}: is no directory, and the hub does not give it: {reason};"
+            f"{key} = {config.path}: is no directory, and the hub does not give it: {reason};"
             " set a directory with config.json and *.safetensors, or a hub id that is cached or reachable"
         ) from error
 
 
-def builtin_task(path: str) -> ModuleType | None:
+def builtin_model(path: str, key: str = "model.path") -> ModuleType | None:
     """The module behind `builtin:NAME`, None for any other path. Raises ConfigError for an unknown one."""
     if not path.startswith("builtin:"):
         return None
     name = path.removeprefix("builtin:")
-    if name not in BUILTIN:
+    if name not in MODELS:
         raise ConfigError(
-            f"model.path = {path}: no such built-in task (there is {', '.join(BUILTIN)})"
-            f"{did_you_mean(name, BUILTIN)}"
+            f"{key} = {path}: no such built-in model (there is {', '.join(MODELS)})"
+            f"{did_you_mean(name, MODELS)}"
         )
-    return importlib.import_module(BUILTIN[name])
+    return importlib.import_module(MODELS[name])
+
+
+def read_config(model: ModelConfig, path: str, key: str = "model.path") -> PretrainedConfig:
+    """The config.json in `path`, where the setting `key` leads to. Raises ConfigError."""
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"{key} = {model.path}: its configuration cannot be read: {reason}; set a directory or hub id"
+            " with a config.json that transformers knows"
+        ) from error
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """How many tokens the model can attend to, where it says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def refuse_longer_than_context(run: Run, path: str) -> None:
     """Raises ConfigError when a prompt and its completion can be longer than the model can attend to."""
-    config = AutoConfig.from_pretrained(path, trust_remote_code=run.model.trust_remote_code)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(read_config(run.model, path))
     if limit is not None and run.max_model_len > limit:
         raise ConfigError(
             f"rollout.max_new_tokens = {run.rollout.max_new_tokens}: with data.max_prompt_tokens"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -25,25 +25,45 @@ from rlswitch.device import Device
 from rlswitch.engines.launch import CPU_KV_CACHE_GIB, llm_arguments
 from rlswitch.engines.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.parking import SLACK, parked_by_auto
-from rlswitch.sizes import DeviceFacts, ModelShape, gib
+from rlswitch.rewards import TENANTS
+from rlswitch.sizes import DeviceFacts, ModelShape, Scoring, gib
 from rlswitch.types import ConfigError
 from rlswitch.verdicts import refuted_levels
 from rlswitch.weights import SHM, choose_directory
 
+ROLLOUT, UPDATE = "rollout", "update"
+"""The phases of every step; a tenant that scores has one of its own, of its name, in between."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One thing in memory: the bytes of the device that it takes in each phase."""
+    """One thing in memory: the bytes of the device that it takes in its owner's phase, and in the others."""
 
     name: str
-    rollout: int
-    update: int
+    phase: str
+    awake: int
+    asleep: int = 0
     parked: int = 0
-    """Bytes in pinned host memory during the rollout."""
+    """Bytes in pinned host memory outside its owner's phase."""
 
     @classmethod
     def of_trainer(cls, name: str, size: int, parked: bool) -> Row:
-        return cls(name, 0, size, size) if parked else cls(name, size, size)
+        return cls(name, UPDATE, size, 0, size) if parked else cls.always(name, size)
+
+    @classmethod
+    def always(cls, name: str, size: int) -> Row:
+        return cls(name, UPDATE, size, size)
+
+    def at(self, phase: str) -> int:
+        return self.awake if phase == self.phase else self.asleep
+
+    @property
+    def rollout(self) -> int:
+        return self.at(ROLLOUT)
+
+    @property
+    def update(self) -> int:
+        return self.at(UPDATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +82,7 @@ class Plan:
 
     parameters: int
     device: DeviceFacts
+    phases: list[str]
     rows: list[Row]
     limit_bytes: int
     """What the rows may sum up to in each phase."""
@@ -85,13 +106,21 @@ class Plan:
     """Sleep levels that were out of the question, and why."""
 
     def total(self, phase: str) -> int:
-        """Bytes on the device in `rollout` or `update`; `parked` of them in host memory."""
-        return sum(getattr(row, phase) for row in self.rows)
+        """Bytes on the device in a phase; in `parked`, those in host memory."""
+        return sum(row.parked if phase == "parked" else row.at(phase) for row in self.rows)
+
+    @property
+    def parked_by_trainer(self) -> int:
+        return sum(row.parked for row in self.rows if row.phase == UPDATE)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, sums included."""
-        sums = {f"{phase}_bytes": self.total(phase) for phase in ("rollout", "update", "parked")}
-        return asdict(self) | sums | {"fits": not self.shortfalls}
+        rows = [
+            {"name": row.name, "parked": row.parked} | {phase: row.at(phase) for phase in self.phases}
+            for row in self.rows
+        ]
+        sums = {f"{phase}_bytes": self.total(phase) for phase in (*self.phases, "parked")}
+        return asdict(self) | sums | {"rows": rows, "fits": not self.shortfalls}
 
 
 def show(run: Run) -> None:
@@ -113,7 +142,8 @@ def level_of(run: Run) -> str:
     if run.switch.level != "auto":
         return run.switch.level
     facts = DeviceFacts.measure()
-    return choose_level(run, ModelShape.read(run.model), facts, unusable_levels(run, facts))
+    shape, others = ModelShape.read(run.model), Scoring.read(run)
+    return choose_level(run, shape, facts, unusable_levels(run, facts), others)
 
 
 def unusable_levels(run: Run, facts: DeviceFacts) -> dict[str, str]:
@@ -122,14 +152,20 @@ def unusable_levels(run: Run, facts: DeviceFacts) -> dict[str, str]:
     return refuted_levels(run.model.path, facts.name) | lacking
 
 
-def choose_level(run: Run, shape: ModelShape, facts: DeviceFacts, unusable: Mapping[str, str]) -> str:
-    """The least that leaves room for the update: what stays on the device need not come back.
+def choose_level(
+    run: Run,
+    shape: ModelShape,
+    facts: DeviceFacts,
+    unusable: Mapping[str, str],
+    others: Sequence[Scoring] = (),
+) -> str:
+    """The least that leaves room for the others: what stays on the device need not come back.
 
     Level 1 only where level 2 does not work: its copy of weights that the next push replaces is made for
     nothing.
     """
     for level in ("0", "kv"):
-        fits = not predict(_changed(run, {"switch.level": level}), shape, facts).shortfalls
+        fits = not predict(_changed(run, {"switch.level": level}), shape, facts, others).shortfalls
         if fits and level not in unusable:
             return level
     return "1" if "2" in unusable and "1" not in unusable else "2"
@@ -140,78 +176,88 @@ def make_plan(run: Run, facts: DeviceFacts, unusable: Mapping[str, str] = Mappin
 
     `unusable`: levels that switch.level=auto must not choose, and why.
     """
-    shape = ModelShape.read(run.model)
+    shape, others = ModelShape.read(run.model), Scoring.read(run)
     if run.switch.level == "auto":
-        run = _changed(run, {"switch.level": choose_level(run, shape, facts, unusable)})
-    plan = predict(run, shape, facts)
+        run = _changed(run, {"switch.level": choose_level(run, shape, facts, unusable, others)})
+    plan = predict(run, shape, facts, others)
     plan.unusable = dict(unusable)
     if plan.shortfalls:
         for settings in remedies(run, facts):
-            if not predict(_changed(run, settings), shape, facts).shortfalls:
+            if not predict(_changed(run, settings), shape, facts, others).shortfalls:
                 plan.advice = settings
                 break
     return plan
 
 
-def predict(run: Run, shape: ModelShape, facts: DeviceFacts) -> Plan:
+def predict(run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Plan:
     """The arithmetic, for steps after the first: with Adam's states; gradients come and go."""
     cuda, level = facts.kind == "cuda", run.switch.level
     engine = llm_arguments(run, run.model.path, Device(facts.kind))
     itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
     published = shape.parameters * itemsize
-    weights, own, kv = published // ranks, sizes.ENGINE_OWN[facts.kind], engine.get("kv_cache_memory_bytes")
-    if kv is None:
-        kv = max(int(engine["gpu_memory_utilization"] * facts.total_bytes) - weights - own, 0)
+    weights, own = published // ranks, sizes.ENGINE_OWN[facts.kind]
+    kv = kv_cache_bytes(engine, weights, facts)
+    scoring = [row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)]
     policy, critic = Trained.policy(shape, itemsize), Trained.critic(shape, itemsize, run)
     reference = published if run.algorithm.needs_reference and not shape.adapters else 0
     park = run.trainer.park if cuda else "nothing"
     if park == "auto":
         held, states = policy.held + critic.held + reference, 8 * (policy.learned + critic.learned)
-        park = parked_by_auto(held, states, weights + kv + own, facts.total_bytes)
+        needs = [sum(row.awake for row in scoring if row.phase == tenant.name) for tenant in others]
+        park = parked_by_auto(held, states, max(weights + kv + own, *needs, 0), facts.total_bytes)
     mixed = cuda and engine["dtype"] == "bfloat16"  # as in trainer.py
-    tokens, checkpointing = sizes.largest_micro_batch(run), run.trainer.gradient_checkpointing
-    activations = shape.activation_bytes(tokens, 2 if mixed else 4, checkpointing)
+    activations = shape.activation_bytes(
+        sizes.largest_micro_batch(run), 2 if mixed else 4, run.trainer.gradient_checkpointing
+    )
     keeps = {"0": weights + kv, "kv": weights, "1": 0 if cuda else weights, "2": 0}[level]
+    on_host = weights if cuda and level == "1" else 0
     directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
     in_memory = 2 * published if directory == SHM else 0
     rows = [
         *policy.rows("policy", park),
         *critic.rows("critic", park),
         Row.of_trainer(f"reference, {engine['dtype']}", reference, park == "everything"),
-        Row("activations and logits (estimate)", 0, activations),
-        Row(f"engine weights, {engine['dtype']}", weights, min(keeps, weights)),
-        Row("KV cache", kv, max(keeps - weights, 0)),
-        Row("engine's own (estimate)", own, sizes.ENGINE_ASLEEP[facts.kind]),
-        Row("trainer's own (estimate)", *[sizes.TRAINER_OWN[facts.kind]] * 2),
-        Row(f"two published versions in {SHM}", *[0 if cuda else in_memory] * 2),
+        Row("activations and logits (estimate)", UPDATE, activations),
+        Row(f"engine weights, {engine['dtype']}", ROLLOUT, weights, min(keeps, weights), on_host),
+        Row("KV cache", ROLLOUT, kv, max(keeps - weights, 0)),
+        Row("engine's own (estimate)", ROLLOUT, own, sizes.ENGINE_ASLEEP[facts.kind]),
+        *scoring,
+        Row.always("trainer's own (estimate)", sizes.TRAINER_OWN[facts.kind]),
+        Row.always(f"two published versions in {SHM}", 0 if cuda else in_memory),
     ]
+    per_token = shape.kv_bytes_per_token(itemsize, ranks)
     plan = Plan(
         parameters=shape.parameters,
         device=facts,
-        rows=[row for row in rows if row.rollout or row.update],
+        phases=[ROLLOUT, *(tenant.name for tenant in others), UPDATE],
+        rows=[row for row in rows if row.awake or row.asleep],
         limit_bytes=min(int((1 - SLACK) * facts.total_bytes), facts.free_bytes),
         level=level,
         park=park,
         directory=str(directory),
         published_bytes=published,
         freed_bytes=weights + kv - keeps,
-        kv_bytes_per_token=shape.kv_bytes_per_token(itemsize, ranks),
-        kv_tokens=kv // shape.kv_bytes_per_token(itemsize, ranks),
+        kv_bytes_per_token=per_token,
+        kv_tokens=kv // per_token,
         seconds={},
     )
-    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, plan.total("parked"))
-    checks = [
-        Shortfall("the rollout", plan.total("rollout"), plan.limit_bytes),
-        Shortfall("the update", plan.total("update"), plan.limit_bytes),
-        Shortfall("one rollout's KV cache", run.max_model_len * plan.kv_bytes_per_token, kv),
-    ]
+    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, plan.parked_by_trainer)
+    checks = [Shortfall(f"the {phase}", plan.total(phase), plan.limit_bytes) for phase in plan.phases]
+    checks.append(Shortfall("one rollout's KV cache", run.max_model_len * per_token, kv))
     if cuda:
-        host = plan.total("parked") + in_memory + (weights if level == "1" else 0)
-        asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
-        checks.append(Shortfall("vLLM at its start", asked, facts.free_bytes))
-        checks.append(Shortfall("host memory", host, facts.host_free_bytes))
+        checks += gpu_checks(plan, int(engine["gpu_memory_utilization"] * facts.total_bytes), in_memory)
     plan.shortfalls = [check for check in checks if check.needs > check.has]
     return plan
+
+
+def gpu_checks(plan: Plan, asked: int, in_memory: int) -> Iterator[Shortfall]:
+    """What else can fall short where the device is not the host: `asked` is what an engine starts with."""
+    facts = plan.device
+    yield Shortfall("vLLM at its start", asked, facts.free_bytes)
+    if TENANTS["judge"] in plan.phases:  # started while the rollout engine sleeps
+        beside = sum(row.asleep for row in plan.rows if row.phase == ROLLOUT)
+        yield Shortfall("the judge's vLLM at its start", asked, facts.free_bytes - beside)
+    yield Shortfall("host memory", plan.total("parked") + in_memory, facts.host_free_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +286,31 @@ class Trained:
 
     def rows(self, name: str, park: str) -> Iterator[Row]:
         yield Row.of_trainer(f"{name} parameters", self.held, park == "everything")
-        yield Row(f"{name} gradients, float32", 0, 4 * self.learned)
+        yield Row(f"{name} gradients, float32", UPDATE, 4 * self.learned)
         yield Row.of_trainer(f"{name} Adam states, float32", 8 * self.learned, park != "nothing")
+
+
+def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
+    """Of an engine with these arguments and weights: as set, or what they leave of its share."""
+    size = engine.get("kv_cache_memory_bytes")
+    if size is not None:
+        return size
+    share = int(engine["gpu_memory_utilization"] * facts.total_bytes)
+    return max(share - weights - sizes.ENGINE_OWN[facts.kind], 0)
+
+
+def scoring_rows(tenant: Scoring, engine: dict[str, Any], itemsize: int, facts: DeviceFacts) -> Iterator[Row]:
+    """What a judge (an engine like the run's own) or a reward model takes in its turn and outside it."""
+    name, ranks = tenant.name, engine["tensor_parallel_size"] if tenant.has_engine else 1
+    weights, cuda = tenant.shape.parameters * itemsize // ranks, facts.kind == "cuda"
+    on_host = weights if tenant.level == "1" else 0
+    # On a CPU level 1 has nowhere to move the weights to.
+    kept, parked = (0, on_host) if cuda else (on_host, 0)
+    yield Row(f"{name} weights, {engine['dtype']}", name, weights, kept, parked)
+    if tenant.has_engine:
+        yield Row(f"{name}'s KV cache", name, kv_cache_bytes(engine, weights, facts))
+        own, asleep = sizes.ENGINE_OWN[facts.kind], sizes.ENGINE_ASLEEP[facts.kind]
+        yield Row(f"{name}'s own (estimate)", name, own, asleep)
 
 
 def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
@@ -273,12 +342,13 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     yield f"{run.model.path}: {plan.parameters / 1e6:,.1f} million parameters, on {facts.name}"
     memory = Table("GiB, predicted", box=box.SIMPLE)
     switch = Table("a switch there and back", box=box.SIMPLE)
-    for table, heading in ((memory, "rollout"), (memory, "update"), (switch, "seconds, predicted")):
+    for table, heading in (*((memory, phase) for phase in plan.phases), (switch, "seconds, predicted")):
         table.add_column(heading, justify="right")
     for row in plan.rows:
-        memory.add_row(row.name, "parked" if row.parked else gib(row.rollout), gib(row.update))
+        cells = ((row.parked and phase != row.phase, row.at(phase)) for phase in plan.phases)
+        memory.add_row(row.name, *("parked" if parked else gib(size) for parked, size in cells))
     memory.add_section()
-    totals = [plan.total(phase) for phase in ("rollout", "update")]
+    totals = [plan.total(phase) for phase in plan.phases]
     memory.add_row("total", *map(gib, totals), style="bold")
     share = [f"{total / facts.total_bytes:.0%}" for total in totals]
     memory.add_row(f"share of the device, {gib(facts.total_bytes)} GiB", *share)
@@ -288,7 +358,8 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     yield switch
     rollouts, whole = run.rollout.num_prompts * run.rollout.group_size, run.max_model_len
     yield (
-        f"trainer.park = {run.trainer.park}: parks {plan.park}, {plan.total('parked') / sizes.GIB:.2f} GiB\n"
+        f"trainer.park = {run.trainer.park}: parks {plan.park},"
+        f" {plan.parked_by_trainer / sizes.GIB:.2f} GiB\n"
         f"switch.level = {run.switch.level}: level {plan.level}, sleeping frees {gib(plan.freed_bytes)} GiB\n"
         f"switch.transport = {run.switch.transport}: {gib(plan.published_bytes)} GiB a push,"
         f" through {plan.directory}\n"

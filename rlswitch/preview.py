@@ -6,7 +6,7 @@ Leaves nothing behind. A reward that does not give the right answers full marks 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +21,9 @@ from rlswitch.device import Device
 from rlswitch.engines.base import Request, request_seed
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.session import Inputs, load_inputs, start_engine
+from rlswitch.rewards.tenants import ask_in_turn
+from rlswitch.session import Inputs, load_inputs, start_engine, start_tenant
+from rlswitch.switch import Switch
 from rlswitch.types import EngineError, Group, Prompt, Rollout
 from rlswitch.weights import Publisher
 
@@ -31,7 +33,7 @@ GOLD, SAMPLED, SAMPLES = 64, 4, 2
 
 
 def show(run: Run) -> None:
-    """Prints how the reward functions score gold answers and a few samples; trains nothing."""
+    """Prints how the rewards score gold answers and a few samples; trains nothing."""
     inputs = load_inputs(run, print)
     console = Console(highlight=False)
     with ExitStack() as stack:
@@ -44,8 +46,7 @@ def show(run: Run) -> None:
             scored["the model's"] = sample(run, inputs, prompts[:SAMPLED])
         except EngineError as error:
             console.print(f"no samples of the model: {str(error).splitlines()[0]}")
-        for groups in scored.values():
-            inputs.scorer.score(groups)
+        score(inputs, scored.values())
         for part in render(scored, inputs.scorer):
             console.print(part)
 
@@ -59,6 +60,20 @@ def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
             text = str(prompt.columns[column])
             groups.append(_group(prompt, [(text, tokenizer.encode(text, add_special_tokens=False))]))
     return groups
+
+
+def score(inputs: Inputs, scored: Iterable[list[Group]]) -> None:
+    """Fills in all rewards; the models among them are started one by one, and ended again."""
+    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
+        directory = Path(name)
+        publisher = Publisher("disk", 0, directory)
+        stack.callback(publisher.close)
+        switch = Switch(Ledger(Device.detect(), directory))
+        tenants = [start_tenant(it, switch, publisher, directory, stack) for it in inputs.candidates]
+        for groups in scored:
+            pending = inputs.scorer.submit(groups)
+            ask_in_turn(tenants, pending, switch)
+            inputs.scorer.collect(pending)
 
 
 def sample(run: Run, inputs: Inputs, prompts: Sequence[Prompt]) -> list[Group]:

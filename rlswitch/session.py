@@ -28,7 +28,10 @@ from rlswitch.models import refuse_longer_than_context, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.plan import level_of
 from rlswitch.resume import LoopState
+from rlswitch.rewards.judge import find_judge
+from rlswitch.rewards.reward_model import find_reward_model
 from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.tenants import Candidate, RewardTenant
 from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
 from rlswitch.schedule import refuse_unfit_schedule
 from rlswitch.signals import leave_at_second_interrupt, listen_for_signals
@@ -51,6 +54,8 @@ class Session:
     engine: Engine
     trainer: Trainer
     scorer: Scorer
+    tenants: list[RewardTenant]
+    """The models among the rewards, in the order of reward.functions."""
     prompts: Prompts
     held_out: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
@@ -98,7 +103,7 @@ class Session:
     ) -> dict[str, float]:
         sampled, trained = int(batch.mask.sum()), int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
-        pids = [os.getpid(), *self.engine.backend.pids]
+        pids = [os.getpid(), *self.engine.backend.pids, *(pid for it in self.tenants for pid in it.pids)]
         if self.device.kind == "cuda":
             device_bytes = self.device.total_bytes() - self.device.free_bytes()
         else:
@@ -121,13 +126,15 @@ class Inputs:
     prompts: Prompts
     held_out: list[Prompt]
     scorer: Scorer
+    candidates: list[Candidate]
+    """The models among the rewards."""
     first: list[Prompt]
     """A look at the training prompts."""
 
 
 @contextmanager
 def open_session(run: Run) -> Iterator[Session]:
-    """Builds a run and closes it. The engine comes first, on an empty device, and is left asleep."""
+    """Builds a run and closes it. Each tenant is started on a device that the others have left."""
     disable_progress_bar()
     assert run.output_dir is not None, "the command line names it"
     output_dir = Path(run.output_dir)
@@ -137,10 +144,8 @@ def open_session(run: Run) -> Iterator[Session]:
         stack.callback(inputs.scorer.close)
         run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
-        choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
         stack.enter_context(only_run_in(output_dir, print))
-        resumed, state = resume.choose(run, output_dir, print)
-        refuse_without_room(run, device, nbytes, output_dir, state.step)
+        resumed, state = choose_start(run, device, nbytes, output_dir)
         inputs.prompts.seek(state.cursor)
 
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
@@ -152,12 +157,17 @@ def open_session(run: Run) -> Iterator[Session]:
         monitor.phase("engine start")
         engine = start_engine(run, inputs, device, ledger, publisher, output_dir / "engine.log")
         stack.callback(engine.close)
-        taken_by_engine = device.total_bytes() - device.free_bytes()  # CUDA graphs and workspaces too
+        taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
         switch = Switch(ledger, holder=engine)
+        tenants = []
+        for candidate in inputs.candidates:
+            monitor.phase(f"{candidate.name} start")
+            tenants.append(start_tenant(candidate, switch, publisher, output_dir, stack))
+            taken.append(device.total_bytes() - device.free_bytes())
         switch.vacate()
         monitor.phase("trainer start")
         trainer = build_trainer(run, inputs, device, ledger, publisher, engine.backend.block_size)
-        trainer.parking.engine_bytes = taken_by_engine
+        trainer.parking.engine_bytes = max(taken)
         if resumed:
             checkpoint.restore(resumed, trainer)
             monitor.say(f"resumed from {resumed} at step {state.step}")
@@ -176,6 +186,7 @@ def open_session(run: Run) -> Iterator[Session]:
             engine=engine,
             trainer=trainer,
             scorer=inputs.scorer,
+            tenants=tenants,
             prompts=inputs.prompts,
             held_out=inputs.held_out,
             tokenizer=inputs.tokenizer,
@@ -184,13 +195,15 @@ def open_session(run: Run) -> Iterator[Session]:
         )
 
 
-def refuse_without_room(run: Run, device: Device, nbytes: int, output_dir: Path, step: int) -> None:
-    """Raises ConfigError when the disk has no room for what the run will save there."""
+def choose_start(run: Run, device: Device, nbytes: int, output_dir: Path) -> tuple[Path | None, LoopState]:
+    """Where the run goes on from. Raises ConfigError, also where the disk has no room for its saves."""
+    resumed, state = resume.choose(run, output_dir, print)
     itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
     kept = len(resume.steps_in(output_dir / "checkpoints"))
     by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
-    refuse_full_disk(run, output_dir, room_needed(run, size, step, kept), 2 * nbytes if by_disk else 0)
+    refuse_full_disk(run, output_dir, room_needed(run, size, state.step, kept), 2 * nbytes if by_disk else 0)
+    return resumed, state
 
 
 def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
@@ -205,6 +218,12 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
         prompts, held_out = load_prompts(run, tokenizer, say)
         first = prompts.take(8)
         scorer.check([*first, *held_out])
+        candidates: list[Candidate] = []
+        for name in scorer.tenants:
+            if name == "judge":
+                candidates.append(find_judge(run, [*first, *held_out], say))
+            else:
+                candidates.append(find_reward_model(run, tokenizer, say))
         if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
             refuse_unfit_server(run, model_path)
         else:
@@ -216,6 +235,7 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
             prompts=prompts,
             held_out=held_out,
             scorer=scorer,
+            candidates=candidates,
             first=first,
         )
 
@@ -236,6 +256,17 @@ def start_engine(
         verify=run.switch.verify,
         tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
     )
+
+
+def start_tenant(
+    candidate: Candidate, switch: Switch, publisher: Publisher, output_dir: Path, stack: ExitStack
+) -> RewardTenant:
+    """Starts it on a device that nobody holds; it is the holder then, and `stack` closes it."""
+    switch.vacate()
+    tenant = candidate.start(switch.ledger, output_dir, publisher.root)
+    stack.callback(tenant.close)
+    switch.holder = tenant
+    return tenant
 
 
 def build_trainer(

@@ -13,12 +13,13 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlswitch.config import ModelConfig, Run
 from rlswitch.device import Device
 from rlswitch.lora import add_adapters
-from rlswitch.models import LOGITS_AT_ONCE
+from rlswitch.models import LOGITS_AT_ONCE, builtin_model
+from rlswitch.rewards import TENANTS
 from rlswitch.types import ConfigError
 
 GIB = 2**30
@@ -92,9 +93,11 @@ class ModelShape:
     vocabulary: int
 
     @classmethod
-    def read(cls, config: ModelConfig) -> ModelShape:
-        """Builds the model on the meta device: names and shapes, no weights."""
-        model = _empty_model(config)
+    def read(
+        cls, config: ModelConfig, key: str = "model.path", kind: Any = AutoModelForCausalLM
+    ) -> ModelShape:
+        """Builds the model that `key` names on the meta device: names and shapes, no weights."""
+        model = _empty_model(config, key, kind)
         text = model.config.get_text_config()
         heads, parameters, backbone = text.num_attention_heads, _count(model), _count(model.base_model)
         if config.lora_rank:
@@ -133,6 +136,34 @@ class ModelShape:
         return tokens * (kept + layer) + casts + 2 * 4 * logits + 4 * 4 * min(logits, LOGITS_AT_ONCE)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scoring:
+    """A tenant that only scores: a judge or a reward model."""
+
+    name: str
+    """As in switch.jsonl: the name of its phase."""
+    shape: ModelShape
+    level: str
+
+    @property
+    def has_engine(self) -> bool:
+        """With a KV cache and memory of its own beside the weights."""
+        return self.name == TENANTS["judge"]
+
+    @classmethod
+    def read(cls, run: Run) -> list[Scoring]:
+        """Those among the rewards of `run`."""
+        judge, model, found = run.judge, run.reward_model, []
+        if "judge" in run.reward.functions and judge.path is not None:
+            shape = ModelShape.read(ModelConfig(path=judge.path), "judge.path")
+            found.append(cls(name=TENANTS["judge"], shape=shape, level=judge.level))
+        if "reward_model" in run.reward.functions and model.path is not None:
+            kind = AutoModelForSequenceClassification
+            shape = ModelShape.read(ModelConfig(path=model.path), "reward_model.path", kind)
+            found.append(cls(name=TENANTS["reward_model"], shape=shape, level=model.level))
+        return found
+
+
 def largest_micro_batch(run: Run) -> int:
     """Tokens in it: the budget, or a whole minibatch of rollouts at full length."""
     longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
@@ -163,22 +194,19 @@ def switch_seconds(
     }
 
 
-def _empty_model(config: ModelConfig) -> Any:
+def _empty_model(config: ModelConfig, key: str, kind: Any) -> Any:
     with torch.device("meta"):
-        if config.path == "builtin:addition":
-            from rlswitch.tasks.addition import build_model
-
-            return build_model()
+        if module := builtin_model(config.path, key):
+            return module.build_model()
         trust = config.trust_remote_code
         try:
             read = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=trust)
-            return AutoModelForCausalLM.from_config(read, trust_remote_code=trust)
+            return kind.from_config(read, trust_remote_code=trust)
         except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"model.path = {config.path}: its configuration cannot be read: {reason}; set a"
-                " directory with the config.json of a causal language model, or a hub id that is"
-                " cached or reachable"
+                f"{key} = {config.path}: its configuration cannot be read: {reason}; set a directory with"
+                " the config.json of a model of this kind, or a hub id that is cached or reachable"
             ) from error
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlswitch.options import did_you_mean
-from rlswitch.tasks import BUILTIN
+from rlswitch.tasks import TASKS
 from rlswitch.types import ConfigError
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -78,10 +78,10 @@ def read(source: Source) -> Table:
 
 def _builtin(source: Source) -> Any:
     name = source.path.removeprefix("builtin:")
-    if name not in BUILTIN:
-        hint = did_you_mean(name, BUILTIN)
-        raise source.problem(f"no such built-in task (there is {', '.join(BUILTIN)}){hint}")
-    return importlib.import_module(BUILTIN[name]).load_datasets()
+    if name not in TASKS:
+        hint = did_you_mean(name, TASKS)
+        raise source.problem(f"no such built-in task (there is {', '.join(TASKS)}){hint}")
+    return importlib.import_module(TASKS[name]).load_datasets()
 
 
 def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:

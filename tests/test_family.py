@@ -191,10 +191,12 @@ def session_with(rewards_by_prompt, rounds: int, wanted: int):
     )
     return asked, SimpleNamespace(
         run=run,
-        trainer=SimpleNamespace(version=0),
+        trainer=SimpleNamespace(version=0, publish=lambda: None),
+        switch=SimpleNamespace(give_to=lambda engine, weights: None),
+        tenants=[],
         prompts=SimpleNamespace(take=take),
         engine=SimpleNamespace(generate=generate),
-        scorer=SimpleNamespace(score=lambda groups: None),
+        scorer=SimpleNamespace(submit=lambda groups: None, collect=lambda pending: None),
         ledger=SimpleNamespace(work=lambda name: nullcontext()),
     )
 

@@ -17,7 +17,7 @@ from rlswitch.config import ModelConfig
 from rlswitch.parking import SLACK, parked_by_auto
 from rlswitch.plan import _changed, choose_level, make_plan, predict, render, show
 from rlswitch.provenance import versions
-from rlswitch.sizes import GIB, DeviceFacts, ModelShape, switch_seconds
+from rlswitch.sizes import GIB, DeviceFacts, ModelShape, Scoring, switch_seconds
 from rlswitch.types import ConfigError
 from rlswitch.verdicts import refuted_levels
 
@@ -206,6 +206,57 @@ def test_what_sleeping_frees_is_what_does_not_stay(gpu_run, level, stays) -> Non
     assert plan.freed_bytes == weights.rollout + kv.rollout - weights.update - kv.update
 
 
+@pytest.fixture
+def scored_run(gpu_run, qwen):
+    """A run with a judge and a reward model of 0.6 billion parameters."""
+
+    def make(level: str = "1", **settings):
+        path = qwen(SMALL | {"num_labels": 1})
+        return gpu_run(
+            reward={"functions": ["judge", "reward_model"]},
+            judge={"path": path, "level": level},
+            reward_model={"path": path, "level": level},
+            **settings,
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_judge_and_reward_model_have_a_phase_each_and_leave_the_device(scored_run, level) -> None:
+    run = scored_run(level)
+    plan = predict(run, ROUND, GPU, Scoring.read(run))
+    assert plan.phases == ["rollout", "judge", "reward model", "update"]
+    found, weights = rows(plan), 2 * 596_049_920
+    assert [found["judge weights"].at(phase) for phase in plan.phases] == [0, weights, 0, 0]
+    judge = ["judge weights", "judge's KV cache", "judge's own (estimate)"]
+    assert sum(found[name].at("judge") for name in judge) == int(0.85 * 140 * GIB)
+    assert found["judge's own (estimate)"].update == GIB  # a context stays
+    scores = 2 * (596_049_920 + 1024)  # one label for the head, which was tied
+    assert [found["reward model weights"].at(phase) for phase in plan.phases] == [0, 0, scores, 0]
+    assert plan.total("parked") - plan.parked_by_trainer == (weights + scores if level == "1" else 0)
+    assert found["policy gradients"].at("judge") == 0
+    assert found["engine weights"].at("judge") == 0
+
+
+def test_without_them_nothing_of_the_plan_changes(gpu_run) -> None:
+    assert Scoring.read(gpu_run()) == []
+
+
+def test_auto_makes_room_for_the_judge_too(scored_run) -> None:
+    run = scored_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
+    facts = replace(GPU, total_bytes=80 * GIB, free_bytes=79 * GIB)
+    assert choose_level(run, ROUND, facts, {}) == "0"
+    assert choose_level(run, ROUND, facts, {}, Scoring.read(run)) == "kv"
+
+
+def test_a_judge_that_cannot_start_beside_a_sleeping_engine_is_named(scored_run) -> None:
+    run = scored_run(switch={"level": "0"}, engine={"gpu_memory_utilization": 0.65, "kv_cache_gib": 1.0})
+    facts = replace(GPU, total_bytes=20 * GIB, free_bytes=16 * GIB)
+    names = [shortfall.what for shortfall in predict(run, ROUND, facts, Scoring.read(run)).shortfalls]
+    assert "the judge's vLLM at its start" in names
+
+
 def test_on_a_cpu_nothing_is_parked_and_level_1_frees_the_kv_cache_only(make_run) -> None:
     run = make_run(trainer={"park": "everything"}, switch={"level": "1", "transport": "disk"})
     plan = predict(run, ROUND, CPU)
@@ -303,6 +354,7 @@ def test_to_dict_is_plain_data_with_the_sums(gpu_run, qwen) -> None:
     data = json.loads(json.dumps(plan.to_dict()))
     assert data["fits"] is True
     assert data["rollout_bytes"] == sum(row["rollout"] for row in data["rows"])
+    assert {"update", "parked", "name"} <= data["rows"][0].keys()
 
 
 def test_it_reads_well_at_80_columns_without_a_terminal(gpu_run, qwen) -> None:
@@ -316,11 +368,16 @@ def test_it_reads_well_at_80_columns_without_a_terminal(gpu_run, qwen) -> None:
     assert len([line for line in text.splitlines() if "Adam states" in line]) == 1
 
 
-def test_the_command_prints_and_leaves_nothing_behind(tmp_path: Path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "row"),
+    [("grpo", "KV cache"), ("judge", "judge weights"), ("reward_model", "reward model weights")],
+)
+def test_the_command_prints_and_leaves_nothing_behind(tmp_path, monkeypatch, capsys, recipe, row) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
-    assert cli.main(["recipe=grpo", "mode=plan"]) == cli.DONE
-    assert "fits: " in capsys.readouterr().out
+    assert cli.main([f"recipe={recipe}", "mode=plan"]) == cli.DONE
+    printed = capsys.readouterr().out
+    assert "fits: " in printed and row in printed
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from rlswitch.options import did_you_mean
+from rlswitch.rewards import TENANTS
 from rlswitch.rewards.builtin import Settings, builtin
 from rlswitch.types import ConfigError
 
@@ -60,16 +61,22 @@ class Function:
 
 
 def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function], list[str]]:
-    """The functions, under names of their own, and a line for each entry that is none."""
+    """The functions, under names of their own, and a line for each entry that is none.
+
+    A tenant is no function and keeps its name, whatever a function is called.
+    """
     functions: list[Function] = []
     problems: list[str] = []
+    tenants = [entry for entry in entries if entry in TENANTS]
     for entry in entries:
+        if entry in tenants:
+            continue
         try:
             name, call = _find(entry, settings)
         except ConfigError as error:
             problems += error.problems
         else:
-            unique = _unique(name, [other.name for other in functions])
+            unique = _unique(name, [*tenants, *(other.name for other in functions)])
             functions.append(Function(unique, entry, call))
     return functions, problems
 
@@ -81,7 +88,8 @@ def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
     if not colon and entry in known_here:
         return entry, known_here[entry]()
     if not colon:
-        known = f"{', '.join(known_here)}{did_you_mean(entry, known_here)}"
+        names = [*known_here, *TENANTS]
+        known = f"{', '.join(names)}{did_you_mean(entry, names)}"
         what = "no function named" if entry.endswith(".py") else "no such built-in function"
         raise ConfigError(
             f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"

@@ -6,11 +6,12 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, product
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
+from rlswitch.rewards import TENANTS
 from rlswitch.rewards.builtin import ONE_BY_ONE, Settings
 from rlswitch.rewards.functions import Completion
 from rlswitch.rewards.pool import Answer, Call, Pool
@@ -31,9 +32,19 @@ NAMED, CAUSES = 5, 3
 """So many rollouts without a reward are named on the console at a time, so many in a RewardError."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mark:
+    """What a tenant says of one rollout: a score, or why there is none."""
+
+    score: float | None = None
+    error: str = ""
+    extra: str = ""
+    """What it had to say, for rollouts.jsonl."""
+
+
 @dataclass(kw_only=True, slots=True)
 class Scores:
-    """What the functions said about some rollouts, by row and name."""
+    """What was said about some rollouts, by row and name."""
 
     rewards: list[dict[str, float]]
     errors: list[dict[str, str]]
@@ -46,14 +57,26 @@ class Scores:
     def count_errors(self) -> int:
         return sum(map(bool, self.errors))
 
+    def add(self, name: str, marks: Sequence[Mark]) -> None:
+        """Notes down what the tenant `name` said, a mark per row."""
+        for row, mark in enumerate(marks):
+            if mark.score is None:
+                self.errors[row][name] = mark.error
+            else:
+                self.rewards[row][name] = mark.score
+            if mark.extra:
+                self.extra[row][name] = mark.extra
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pending:
-    """Groups on their way through the reward functions; Scorer.collect waits for them."""
+    """Groups on their way through the rewards; Scorer.collect waits for the functions."""
 
     groups: Sequence[Group]
     rollouts: list[Rollout]
     scores: Future[Scores]
+    marks: dict[str, list[Mark]] = field(default_factory=dict)
+    """By name, of the tenants that have been asked (tenants.py)."""
 
 
 class Scorer:
@@ -71,6 +94,9 @@ class Scorer:
         """Takes the lines for the console: rollouts without a reward, and what functions print."""
         self._config, self._step_size = config, step_size
         self._weights = config.weights or [1.0] * len(config.functions)
+        self._entries = [entry for entry in config.functions if entry not in TENANTS]
+        self.tenants = [entry for entry in config.functions if entry in TENANTS]
+        """Names of the models that have to be asked beside the functions (tenants.py)."""
         problems = [
             f"reward.weights = {config.weights}: {weight} is not a finite number"
             for weight in self._weights
@@ -102,8 +128,14 @@ class Scorer:
 
     @property
     def names(self) -> list[str]:
-        """What the functions are called in Rollout.rewards and in the metrics, in their order."""
-        return self._pool.names
+        """What the rewards are called in Rollout.rewards and in the metrics, in their order."""
+        functions = iter(self._pool.names)
+        return [name if name in TENANTS else next(functions) for name in self._config.functions]
+
+    @property
+    def judged_by(self) -> str:
+        """Whose score says whether an answer is right: the first function's, or the first tenant's."""
+        return (self._pool.names or self.tenants)[0]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ConfigError where a function cannot be called with the columns of `prompts`."""
@@ -133,6 +165,10 @@ class Scorer:
         Raises RewardError, and changes nothing, when more than reward.max_error_rate have none, or all.
         """
         scores = pending.scores.result()
+        for name, marks in pending.marks.items():
+            scores.add(name, marks)
+        if len(pending.marks) == len(self.tenants):  # else somebody may still have a number
+            self._miss(scores)
         self._refuse_too_many(pending.rollouts, scores)
         weights = dict(zip(self.names, self._weights, strict=True))
         rows = zip(pending.rollouts, scores.rewards, scores.errors, scores.extra, strict=True)
@@ -182,13 +218,15 @@ class Scorer:
                 scores.retried += answer.seconds
             calls.extendleft(reversed(self._take(answer, scores)))
             self._give_up(calls, scores)
+        return scores
+
+    def _miss(self, scores: Scores) -> None:
         for rewards, errors in zip(scores.rewards, scores.errors, strict=True):
             if not rewards and not errors and not scores.gave_up:
                 errors[self.names[0]] = (
                     "returned None, as every function did (leave such rows out of the dataset, or return a"
                     " number)"
                 )
-        return scores
 
     def _first_calls(self, groups: Sequence[Group]) -> Iterable[Call]:
         """Whole groups, one call for each worker; the async functions share theirs."""
@@ -202,7 +240,7 @@ class Scorer:
         waiting = tuple(i for i, is_async in enumerate(self._pool.is_async) if is_async)
         alone = [(i,) for i, is_async in enumerate(self._pool.is_async) if not is_async]
         for functions in [*alone, *filter(None, [waiting])]:
-            one_by_one = self._config.functions[functions[0]] in ONE_BY_ONE
+            one_by_one = self._entries[functions[0]] in ONE_BY_ONE
             for rows in [(row,) for row in range(ends[-1])] if one_by_one else chunks:
                 if rows:
                     yield Call(functions=functions, rows=rows)
@@ -215,7 +253,7 @@ class Scorer:
         results: list[dict[str, Any]] = answer.results or [{"error": answer.lost}]
         again: list[Call] = []
         for function, result in zip(call.functions, results, strict=True):
-            name = self.names[function]
+            name = self._pool.names[function]
             if "error" in result:
                 again += self._again(function, call.rows, result["error"], scores)
                 continue
@@ -230,7 +268,7 @@ class Scorer:
 
     def _again(self, function: int, rows: Sequence[int], why: str, scores: Scores) -> list[Call]:
         if len(rows) == 1:
-            scores.errors[rows[0]][self.names[function]] = why
+            scores.errors[rows[0]][self._pool.names[function]] = why
             return []
         parts = iter(rows)
         size = math.ceil(len(rows) / PARTS)
@@ -249,7 +287,7 @@ class Scorer:
                 calls.remove(call)
                 why = f"{call.after} (it or another of {len(call.rows)} that were tried together)"
                 for function, row in product(call.functions, call.rows):
-                    scores.errors[row].setdefault(self.names[function], why)
+                    scores.errors[row].setdefault(self._pool.names[function], why)
 
     def _allowed(self, rollouts: int) -> float:
         return self._config.max_error_rate * max(rollouts, self._step_size)

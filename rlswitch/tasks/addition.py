@@ -7,20 +7,17 @@ right about four times in ten. Reinforcement learning has to make it reliable.
 
 from __future__ import annotations
 
-import hashlib
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from datasets import Dataset, DatasetDict
-from rich.progress import track
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlswitch.tasks.making import cached, teach
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCABULARY = [*"0123456789+=", PAD, BOS, EOS, "<unused>"]
@@ -28,7 +25,6 @@ HELD_OUT = 512
 SPLIT_SEED = 1234  # the split never moves: what was held out once stays held out
 
 STEPS, BATCH, FORGETS = 800, 32, 0.62
-LR, WARMUP = 2e-3, 20
 
 Problem = tuple[int, int]
 
@@ -55,29 +51,7 @@ def load_datasets() -> DatasetDict:
 
 def ensure_model(seed: int, say: Callable[[str], None]) -> Path:
     """The warm-started model's directory, made when it is not cached or its recipe has changed."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()
-    path = cache_directory() / f"addition-{recipe[:12]}-seed{seed}"
-    if path.is_dir():
-        return path
-    say(f"making the built-in model (less than a minute, then cached in {path.parent})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=".addition-"))
-    try:
-        warm_start(seed).save_pretrained(draft)
-        build_tokenizer().save_pretrained(draft)
-        draft.rename(path)
-    except OSError:  # another process made the same model meanwhile
-        if not path.is_dir():
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return path
-
-
-def cache_directory() -> Path:
-    """$RLSWITCH_CACHE, or rlswitch/ in the user's cache directory."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlswitch"
-    return Path(os.environ.get("RLSWITCH_CACHE") or default)
+    return cached("addition", [__file__], seed, lambda: (warm_start(seed), build_tokenizer()), say)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -94,12 +68,17 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_model() -> Qwen3ForCausalLM:
     """An untrained policy with tied embeddings."""
+    return Qwen3ForCausalLM(build_config())
+
+
+def build_config(layers: int = 3) -> Qwen3Config:
+    """Its shape: 1.6 million parameters."""
     ids = {token: i for i, token in enumerate(VOCABULARY)}
-    config = Qwen3Config(
+    return Qwen3Config(
         vocab_size=len(VOCABULARY),
         hidden_size=192,
         intermediate_size=768,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         head_dim=32,
@@ -109,27 +88,19 @@ def build_model() -> Qwen3ForCausalLM:
         bos_token_id=ids[BOS],
         eos_token_id=ids[EOS],
     )
-    return Qwen3ForCausalLM(config)
 
 
 def warm_start(seed: int, show: bool = True) -> Qwen3ForCausalLM:
     """A policy taught by the careless pupil; the same from the same seed."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = build_model()
-        # In float32 throughout: bfloat16, as Muon has inside, is many times slower on older CPUs.
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
-        batches = track(_demonstrations(seed), description="warm start", total=STEPS, disable=not show)
-        for step, tokens in enumerate(batches):
-            optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP) * (1 - step / STEPS)
-            optimizer.zero_grad()
-            logits = model(input_ids=tokens[:, :-1], logits_to_keep=4).logits
-            torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -4:].flatten()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-    return model
+    return teach(
+        build_model,
+        _demonstrations(seed),
+        _loss_of_answers,
+        steps=STEPS,
+        seed=seed,
+        what="warm start",
+        show=show,
+    )
 
 
 def demonstrate(a: int, b: int, generator: random.Random) -> str:
@@ -150,3 +121,8 @@ def _demonstrations(seed: int) -> Iterator[Tensor]:
         chosen = [generator.choice(problems) for _ in range(BATCH)]
         texts = [f"{a:02d}+{b:02d}={demonstrate(a, b, generator)}" for a, b in chosen]
         yield torch.tensor([[ids[BOS], *(ids[c] for c in text), ids[EOS]] for text in texts])
+
+
+def _loss_of_answers(model: Qwen3ForCausalLM, tokens: Tensor) -> Tensor:
+    logits = model(input_ids=tokens[:, :-1], logits_to_keep=4).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, -4:].flatten())

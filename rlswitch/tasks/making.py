@@ -1,0 +1,82 @@
+"""Built-in models are made on the spot: taught from a stream of batches, then kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LR, WARMUP = 2e-3, 20
+
+Model = TypeVar("Model", bound=nn.Module)
+Batch = TypeVar("Batch")
+
+
+def teach(
+    build: Callable[[], Model],
+    batches: Iterable[Batch],
+    loss: Callable[[Model, Batch], Tensor],
+    *,
+    steps: int,
+    seed: int,
+    what: str,
+    show: bool = True,
+) -> Model:
+    """A new model after `steps` updates, one a batch; the same from the same seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = build()
+        # In float32 throughout: bfloat16, as Muon has inside, is many times slower on older CPUs.
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
+        for step, batch in enumerate(track(batches, description=what, total=steps, disable=not show)):
+            optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+            optimizer.zero_grad()
+            loss(model, batch).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    return model
+
+
+def cached(
+    name: str,
+    sources: Sequence[str],
+    seed: int,
+    make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
+    say: Callable[[str], None],
+) -> Path:
+    """The directory with what `make` gives, made when it is not there or the `sources` have changed."""
+    recipe = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (*sources, __file__)))
+    recipe.update(torch.__version__.encode())
+    path = cache_directory() / f"{name}-{recipe.hexdigest()[:12]}-seed{seed}"
+    if path.is_dir():
+        return path
+    say(f"making builtin:{name} (about a minute, then cached in {path.parent})")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
+    try:
+        for part in make():
+            part.save_pretrained(draft)
+        draft.rename(path)
+    except OSError:  # another process made the same model meanwhile
+        if not path.is_dir():
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return path
+
+
+def cache_directory() -> Path:
+    """$RLSWITCH_CACHE, or rlswitch/ in the user's cache directory."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rlswitch"
+    return Path(os.environ.get("RLSWITCH_CACHE") or default)

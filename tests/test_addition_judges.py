@@ -1,0 +1,95 @@
+"""The built-in judge and reward model: what they are taught. How right they are is seen in tests/engine."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlswitch.compose import Source, compose_run
+from rlswitch.rewards.template import fill_in, read_score
+from rlswitch.tasks import addition, addition_judge, addition_reward_model
+from rlswitch.tasks.addition_judge import IGNORED, answer, answered, question, reply
+
+CASES = [((7, 45), "052"), ((7, 45), "042"), ((99, 99), ""), ((0, 0), "000+0000")]
+
+
+def test_held_out_problems_are_never_shown():
+    held_out = set(addition.split()[1])
+    shown = {problem for cases in answered(0, 200, 64) for problem, _ in cases}
+    assert len(shown) > 6000 and not shown & held_out
+
+
+def test_about_half_of_the_answers_are_wrong_and_most_of_them_nearly_right():
+    generator, kinds = random.Random(0), Counter()
+    for _ in range(2000):
+        a, b = generator.randrange(100), generator.randrange(100)
+        given, right = answer(a, b, generator), f"{a + b:03d}"
+        kinds["right"] += given == right
+        kinds["near"] += len(given) == 3 and sum(x != y for x, y in zip(given, right, strict=True)) == 1
+    assert 0.4 < kinds["right"] / 2000 < 0.6
+    assert kinds["near"] > 600
+
+
+def test_the_recipe_asks_the_judge_as_it_was_taught_and_reads_its_replies():
+    judge = compose_run(["recipe=judge"], Source.default()).judge
+    for problem, given in CASES:
+        prompt = f"{problem[0]:02d}+{problem[1]:02d}="
+        asked = fill_in(judge.prompt, prompt, given, {"answer": "never shown"})
+        assert asked == question(problem, given)
+        said = reply(problem, given)
+        assert len(said) < judge.max_new_tokens
+        assert read_score(said, judge.pattern, judge.scale) == float(given == f"{sum(problem):03d}")
+
+
+def test_the_judge_is_to_predict_its_own_reply_only():
+    tokens, labels = addition_judge.to_tensors(CASES)
+    assert tokens.shape == labels.shape
+    names = [*addition.VOCABULARY, "."]
+    texts = ["".join(names[i if i != IGNORED else -1] for i in row) for row in labels.tolist()]
+    assert texts[1].strip(".") == "052=100<eos>" and texts[1].index("0") == len("042=07+45=")
+    assert texts[2].strip(".") == "198=000<eos>" and texts[2].index("1") == len("=99+99=")
+
+
+def test_the_reward_model_is_told_which_digits_are_right():
+    tokens, marks, sums = addition_reward_model.to_tensors(CASES)
+    yes, no = addition_reward_model.RIGHT, addition_reward_model.WRONG
+    rows = [[round(mark, 3) for mark in row if mark >= 0] for row in marks.tolist()]
+    assert rows == [[yes] * 4, [yes, no, yes, no], [no], [yes] * 3 + [no] * 6]
+    ends = (tokens == addition.build_tokenizer().eos_token_id).int().argmax(-1)
+    assert all(marks[i, end] >= 0 and (marks[i, end + 1 :] < 0).all() for i, end in enumerate(ends))
+    assert [[i for i in row if i != IGNORED] for row in sums.tolist()][:3] == [[2, 0, 5, 2]] * 2 + [
+        [8, 1, 9, 8]
+    ]
+
+
+def test_the_same_comes_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path))
+    for module in (addition, addition_judge, addition_reward_model):
+        monkeypatch.setattr(module, "STEPS", 3)
+        monkeypatch.setattr(module, "BATCH", 4)
+    policy = addition.ensure_model(0, print)
+    for learn in (lambda seed: addition_judge.learn(policy, seed, show=False), quiet_reward_model):
+        first, again, other = (list(learn(seed).parameters()) for seed in (0, 0, 1))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def quiet_reward_model(seed: int) -> torch.nn.Module:
+    return addition_reward_model.learn(seed, show=False)
+
+
+@pytest.mark.parametrize("task", [addition_judge, addition_reward_model], ids=["judge", "reward model"])
+def test_it_is_made_once_and_cached(task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
+    for module in (addition, task):
+        monkeypatch.setattr(module, "STEPS", 3)
+        monkeypatch.setattr(module, "BATCH", 4)
+    said: list[str] = []
+    path = task.ensure_model(0, said.append)
+    assert task.ensure_model(0, said.append) == path
+    assert len([line for line in said if path.name.split("-seed")[0][:-13] in line]) == 1
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {file.name for file in path.iterdir()}

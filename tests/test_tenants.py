@@ -1,0 +1,252 @@
+"""Models among the rewards: their scores beside the functions', their turn on the device, evaluation."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from rlswitch.config import RewardConfig
+from rlswitch.device import Device
+from rlswitch.evaluation import evaluate
+from rlswitch.ledger import Ledger
+from rlswitch.rewards.scorer import Mark, Scorer
+from rlswitch.rewards.tenants import RewardTenant, ask_in_turn
+from rlswitch.switch import Switch
+from rlswitch.types import Group, PolicyWeights, Prompt, RewardError, Rollout
+
+FUNCTIONS = """
+def none(prompts, **_):
+    return [None] * len(prompts)
+def judge(prompts, **_):
+    return [5.0] * len(prompts)
+"""
+
+
+def group(*texts: str, answer: str = "7") -> Group:
+    prompt = Prompt(index=3, messages="1+6=", token_ids=[1], columns={"answer": answer})
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=[5],
+            logprobs=[0.0],
+            text=text,
+            finish_reason="stop",
+            policy_version=0,
+        )
+        for sample, text in enumerate(texts)
+    ]
+    return Group(prompt=prompt, rollouts=rollouts)
+
+
+class Fake(RewardTenant):
+    """Writes down what becomes of it, and gives what `score_of` says of a text; None is an error."""
+
+    def __init__(self, reward: str, score_of: Callable[[str], float | None], log: list[str]):
+        self.reward, self.name = reward, reward.replace("_", " ")
+        self.score_of, self.log = score_of, log
+
+    def acquire(self, weights: PolicyWeights | None) -> None:
+        self.log.append(f"{self.name} acquires")
+
+    def release(self) -> None:
+        self.log.append(f"{self.name} releases")
+
+    def unreleased(self) -> str | None:
+        return None
+
+    @property
+    def pids(self) -> list[int]:
+        return []
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
+        self.log.append(f"{self.name} scores {len(rollouts)}")
+        found = [(it.text, self.score_of(it.text)) for it in rollouts]
+        return [Mark(score=s, error="" if s is not None else "fell silent", extra=t) for t, s in found]
+
+    def close(self) -> None:
+        self.log.append(f"{self.name} closes")
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def switch(tmp_path: Path) -> Switch:
+    return Switch(Ledger(Device("cpu"), tmp_path))
+
+
+@pytest.fixture
+def scorer(tmp_path: Path, request):
+    """scorer("judge", "none", weights=[...]): tenants, built-in functions, or those of FUNCTIONS."""
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+
+    def build(*names: str, **options) -> Scorer:
+        entries = [f"{file}:{name[1:]}" if name.startswith(":") else name for name in names]
+        made = Scorer(RewardConfig(functions=entries, **options), say=lambda line: None)
+        request.addfinalizer(made.close)
+        return made
+
+    return build
+
+
+def asked(scorer: Scorer, switch: Switch, tenants: Sequence[RewardTenant], *groups: Group) -> None:
+    pending = scorer.submit(groups)
+    ask_in_turn(tenants, pending, switch)
+    scorer.collect(pending)
+
+
+# -- beside the functions ----------------------------------------------------------------------
+
+
+def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(scorer, switch, log):
+    scorer = scorer("reward_model", "exact_match", "judge", weights=[10.0, 1.0, 100.0])
+    assert scorer.names == ["reward_model", "exact_match", "judge"]
+    tenants = [Fake("reward_model", lambda t: 0.5, log), Fake("judge", lambda t: float(t == "8"), log)]
+    groups = [group("7", "8")]
+    asked(scorer, switch, tenants, *groups)
+    first, second = groups[0].rollouts
+    assert list(first.rewards.items()) == [("reward_model", 0.5), ("exact_match", 1.0), ("judge", 0.0)]
+    assert (first.reward, second.reward) == (6.0, 105.0)
+    assert second.extra == {"reward_model": "8", "judge": "8"}
+    metrics = scorer.metrics(groups)
+    assert metrics["reward/judge/mean"] == 0.5 and metrics["reward/reward_model/error_rate"] == 0.0
+
+
+def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, log):
+    scorer = scorer("judge", "exact_match", max_error_rate=0.5)
+    scored = group("7", "8")
+    tenants = [Fake("judge", lambda t: None if t == "8" else 1.0, log)]
+    asked(scorer, switch, tenants, scored)
+    assert [it.text for it in scored.rollouts] == ["7"]
+    assert [it.errors for it in scored.failed] == [{"judge": "fell silent"}]
+    assert scorer.metrics([scored])["reward/judge/error_rate"] == 0.5
+    with pytest.raises(
+        RewardError, match=r"reward 'judge' fell silent for row 3, sample 1 \(prompt '1\+6='\)"
+    ):
+        asked(scorer, switch, tenants, group("7", "8", "8", "8"))
+
+
+def test_models_alone_need_no_worker(scorer, switch, log):
+    scorer = scorer("judge")
+    assert (scorer.names, scorer.judged_by) == (["judge"], "judge")
+    assert not scorer._pool._idle
+    scorer.check([group().prompt])
+    scored = group("7")
+    asked(scorer, switch, [Fake("judge", lambda t: 0.25, log)], scored)
+    assert scored.rollouts[0].reward == 0.25
+
+
+def test_a_function_of_the_same_name_takes_another(scorer):
+    assert scorer(":judge", "judge").names == ["judge_2", "judge"]
+    assert scorer(":judge", "exact_match").names == ["judge", "exact_match"]
+
+
+def test_where_no_function_applies_a_model_may(scorer, switch, log):
+    scorer, scored = scorer(":none", "judge"), group("7", "8")
+    asked(scorer, switch, [Fake("judge", lambda t: 1.0, log)], scored)
+    assert [it.rewards for it in scored.rollouts] == [{"judge": 1.0}] * 2
+
+
+def test_where_nothing_applies_it_is_an_error_once_all_have_been_asked(scorer):
+    with pytest.raises(RewardError, match="returned None, as every function did"):
+        scorer(":none").score([group("7")])
+    unasked = group("7")
+    scorer(":none", "judge").score([unasked])
+    assert len(unasked.rollouts) == 1
+
+
+# -- in turn on the device ---------------------------------------------------------------------
+
+
+def test_each_has_the_device_to_itself_while_it_scores(scorer, switch, log, tmp_path):
+    scorer = scorer("judge", "reward_model")
+    switch.holder = Fake("engine", lambda t: None, log)
+    tenants = [Fake("judge", lambda t: 1.0, log), Fake("reward_model", lambda t: 1.0, log)]
+    asked(scorer, switch, tenants, group("7", "8"))
+    assert log == [
+        "engine releases",
+        "judge acquires",
+        "judge scores 2",
+        "judge releases",
+        "reward model acquires",
+        "reward model scores 2",
+    ]
+    assert switch.holder is tenants[1]
+
+
+# -- evaluation --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def session(make_run, switch, log):
+    """session(scorer, tenants): what evaluate() looks at; the engine answers 7 greedily, then 7 and 8."""
+
+    def build(scorer: Scorer, tenants: Sequence[RewardTenant] = ()):
+        def generate(prompts, sampling):
+            log.append(f"engine generates at {sampling.temperature:g}")
+            return [group(*("7", "8")[: sampling.num_samples]), group("8", answer="9")]
+
+        engine = SimpleNamespace(
+            version=0, generate=generate, forget_prefixes=lambda: log.append("engine forgets")
+        )
+        return SimpleNamespace(
+            run=make_run(evaluation={"num_samples": 2}),
+            engine=engine,
+            scorer=scorer,
+            tenants=tenants,
+            held_out=[],
+            switch=switch,
+            ledger=switch.ledger,
+        )
+
+    return build
+
+
+def test_a_function_says_what_is_right_and_no_model_is_asked(scorer, session, log):
+    tenants = [Fake("judge", lambda t: 1.0, log)]
+    metrics = evaluate(session(scorer("judge", "exact_match"), tenants))
+    assert metrics == {"val/addition/acc": 0.5, "val/addition/pass@2": 0.5}
+    assert log == ["engine generates at 0", "engine generates at 1", "engine forgets"]
+
+
+def test_without_a_function_the_first_model_is_asked_once_the_engine_is_done(scorer, session, log):
+    tenants = [Fake("reward_model", lambda t: float(t == "8"), log), Fake("judge", lambda t: 1.0, log)]
+    metrics = evaluate(session(scorer("reward_model", "judge"), tenants))
+    assert metrics == {"val/addition/acc": 0.5, "val/addition/pass@2": 1.0}
+    assert log[2:4] == ["engine forgets", "reward model acquires"]
+    assert not [line for line in log if line.startswith("judge")]
+
+
+def test_rows_that_no_function_applies_to_do_not_count(scorer, session):
+    metrics = evaluate(session(scorer(":none", "judge"), [Fake("judge", lambda t: 1.0, [])]))
+    assert math.isnan(metrics["val/addition/acc"])
+
+
+# -- the clock ---------------------------------------------------------------------------------
+
+
+def test_a_hand_over_inside_of_work_is_counted_as_switching_only(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rlswitch.ledger.time", SimpleNamespace(monotonic=lambda: now[0]))
+    ledger, heard = Ledger(Device("cpu"), tmp_path), []
+    ledger.on_phase = heard.append
+    with ledger.work("reward"):
+        now[0] += 1.0
+        with ledger.between("rollout engine", "judge"), ledger.phase("sleep"):
+            now[0] += 4.0
+        now[0] += 2.0
+    metrics = ledger.step_metrics()
+    assert (metrics["timing_s/reward"], metrics["timing_s/switch"]) == (3.0, 4.0)
+    assert metrics["timing_s/step"] == 7.0
+    assert heard == ["reward", "switch", "reward"]
+    (row,) = [json.loads(line) for line in (tmp_path / "switch.jsonl").open()]
+    assert (row["from"], row["to"]) == ("rollout engine", "judge")
