@@ -109,6 +109,11 @@ def reward_problems(run: Run) -> Iterator[str]:
             f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
             f" {run.rollout.max_new_tokens}, every completion would be punished; set less"
         )
+    if run.reward.format_pattern is None and "format" in run.reward.functions:
+        yield (
+            "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular"
+            " expression that a whole completion has to match"
+        )
     if run.reward.format_pattern is not None:
         try:
             re.compile(run.reward.format_pattern)

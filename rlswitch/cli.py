@@ -75,6 +75,9 @@ def train_once(arguments: Arguments) -> int:
 
         show(run)
         return DONE
+    from rlswitch.inputs import refuse_wrong_inputs  # numpy comes with it
+
+    refuse_wrong_inputs(run)
     if run.engine.fork_server and run.engine.is_started_here:
         prepare()  # it imports while we do
     if run.mode == "rewards":

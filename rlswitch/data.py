@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,16 +81,38 @@ def load_tokenizer(model: ModelConfig, path: str, key: str = "model.path") -> Pr
     except Exception as error:  # transformers raises nearly every type: all mean the same to a user
         what = f"cannot load its tokenizer ({reason(error)})"
         if "trust_remote_code" in str(error):
-            what = "its tokenizer is custom code; set model.trust_remote_code=true to run it"
+            what = "its tokenizer is custom code; " + (
+                "set model.trust_remote_code=true to run it"
+                if key == "model.path"
+                else "it would not be run, model.trust_remote_code is for model.path alone; set another model"
+            )
         raise ConfigError(f"{blame}: {what}") from error
     if tokenizer.eos_token_id is None:
         raise ConfigError(
             f"{blame}: its tokenizer has no end-of-sequence token, so no completion would ever end;"
             " set eos_token in its tokenizer_config.json"
         )
+    if foreign := _foreign_token(tokenizer, Path(path, "config.json")):
+        raise ConfigError(f"{blame}: {foreign}; set a model with a tokenizer of its own")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _foreign_token(tokenizer: PreTrainedTokenizerBase, config: Path) -> str:
+    """A token that text can be made of, or that ends it, and that the model does not embed."""
+    if not config.is_file():  # of a hub id
+        return ""
+    read = json.loads(config.read_text())
+    embedded = (read.get("text_config") or read).get("vocab_size") or len(tokenizer)
+    special = {*tokenizer.all_special_ids} - {tokenizer.eos_token_id}
+    for token, index in tokenizer.get_vocab().items() if len(tokenizer) > embedded else ():
+        if index >= embedded and index not in special:
+            return (
+                f"its tokenizer makes token {index} of {token!r}, and the model embeds {embedded} only:"
+                " it would be out of range"
+            )
+    return ""
 
 
 def load_prompts(
@@ -102,7 +125,7 @@ def load_prompts(
     wrong with all the sources.
     """
     parts, problems = [], []
-    for source in _sources(run):
+    for source in sources_of(run):
         try:
             parts.append(_tokenize(read(source), run, tokenizer, say))
         except ConfigError as error:
@@ -128,7 +151,8 @@ def load_prompts(
 # ---- which rows
 
 
-def _sources(run: Run) -> Iterator[Source]:
+def sources_of(run: Run) -> Iterator[Source]:
+    """Where the training rows come from, and the held-out ones if they have a place of their own."""
     data = run.data
     yield Source("data.path", data.path, "data.split", data.split, data.name)
     key = "data.eval_path" if data.eval_path else "data.path"
@@ -174,11 +198,8 @@ def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: S
     """The rows as prompts, without those that data.overlong drops."""
     key = run.data.prompt_key
     blame = f"data.prompt_key = {key}"
-    if key not in (columns := table.rows[0]):
-        guess = next((name for name in _PROMPT_COLUMNS if name in columns), "...")
-        hint = did_you_mean(key, columns) or f"; set data.prompt_key={guess}"
-        raise ConfigError(f"{blame}: {table.source.path} has only {', '.join(columns)}{hint}")
-    if isinstance(table.rows[0][key], list) and not tokenizer.chat_template:
+    refuse_bad_rows(table, key)
+    if not tokenizer.chat_template and any(isinstance(row[key], list) for row in table.rows):
         raise ConfigError(
             f"{blame}: holds chat messages, but the tokenizer of {run.model.path} has no chat"
             " template; set model.path to an instruct model, or give a column of strings"
@@ -187,19 +208,30 @@ def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: S
     for index, row in enumerate(table.rows):
         columns = dict(row)
         messages, token_ids = _without_nulls(columns.pop(key)), []
-        if not (fault := _fault(messages)):
-            try:
-                token_ids = encode(messages, tokenizer)
-                fault = "" if token_ids else "is empty: it has no tokens"
-            except Exception as error:  # a chat template raises whatever it likes
-                what = "tokenizer" if isinstance(messages, str) else "chat template"
-                fault = f"makes the {what} fail ({reason(error)})"
-        if fault:
-            problems.append(f"{table.where(index)} {fault}")
+        try:
+            token_ids = encode(messages, tokenizer)
+        except Exception as error:  # a chat template raises whatever it likes
+            what = "tokenizer" if isinstance(messages, str) else "chat template"
+            problems.append(f"{table.where(index)} makes the {what} fail ({reason(error)})")
+        else:
+            if not token_ids:
+                problems.append(f"{table.where(index)} is empty: it has no tokens")
         prompts.append(Prompt(index=index, messages=messages, token_ids=token_ids, columns=columns))
     if problems:
         raise ConfigError(*few(blame, problems))
     return _within_limit(prompts, table, run, say)
+
+
+def refuse_bad_rows(table: Table, key: str) -> None:
+    """Raises ConfigError where `key` is no column, or holds what is no prompt; asks no tokenizer."""
+    blame = f"data.prompt_key = {key}"
+    if key not in (columns := table.rows[0]):
+        guess = next((name for name in _PROMPT_COLUMNS if name in columns), "...")
+        hint = did_you_mean(key, columns) or f"; set data.prompt_key={guess}"
+        raise ConfigError(f"{blame}: {table.source.path} has only {', '.join(columns)}{hint}")
+    faults = ((index, _fault(_without_nulls(row[key]))) for index, row in enumerate(table.rows))
+    if problems := [f"{table.where(index)} {fault}" for index, fault in faults if fault]:
+        raise ConfigError(*few(blame, problems))
 
 
 def _without_nulls(messages: Any) -> Any:

@@ -16,8 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Pretrained
 from rlswitch import lora
 from rlswitch.batching import completion_tokens, lay_out
 from rlswitch.config import ModelConfig, Run
-from rlswitch.options import did_you_mean
-from rlswitch.tasks import MODELS
+from rlswitch.tasks import MODELS, refuse_unknown_task
 from rlswitch.types import Batch, ConfigError
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
@@ -72,25 +71,18 @@ def builtin_model(path: str, key: str = "model.path") -> ModuleType | None:
     """The module behind `builtin:NAME`, None for any other path. Raises ConfigError for an unknown one."""
     if not path.startswith("builtin:"):
         return None
-    name = path.removeprefix("builtin:")
-    if name not in MODELS:
-        raise ConfigError(
-            f"{key} = {path}: no such built-in model (there is {', '.join(MODELS)})"
-            f"{did_you_mean(name, MODELS)}"
-        )
-    return importlib.import_module(MODELS[name])
+    refuse_unknown_task(key, path)
+    return importlib.import_module(MODELS[path.removeprefix("builtin:")])
 
 
 def read_config(model: ModelConfig, path: str, key: str = "model.path") -> PretrainedConfig:
     """The config.json in `path`, where the setting `key` leads to. Raises ConfigError."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{key} = {model.path}: its configuration cannot be read: {reason}; set a directory or hub id"
-            " with a config.json that transformers knows"
-        ) from error
+        return AutoConfig.from_pretrained(
+            path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
+        raise _unreadable(model, key, error) from error
 
 
 def context_of(config: PretrainedConfig) -> int | None:
@@ -98,9 +90,37 @@ def context_of(config: PretrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def refuse_longer_than_context(run: Run, path: str) -> None:
+def outline(
+    model: ModelConfig, path: str, key: str = "model.path", kind: Any = AutoModelForCausalLM
+) -> PreTrainedModel:
+    """The model that `key` names on the meta device: names and shapes, no weights. Raises ConfigError."""
+    config = read_config(model, path, key)
+    try:
+        with torch.device("meta"):
+            return kind.from_config(
+                config,
+                attn_implementation=model.attn_implementation,
+                trust_remote_code=model.trust_remote_code,
+            )
+    except Exception as error:  # whatever a configuration or a model's own code comes up with
+        if model.attn_implementation and (
+            isinstance(error, ImportError) or "attn_implementation" in str(error)
+        ):
+            raise _unfit_attention(model, _first_line(error)) from error
+        raise _unreadable(model, key, error) from error
+
+
+def refuse_unfit_model(run: Run, path: str) -> None:
+    """Raises ConfigError for what could not be built once the engine has started, adapters included."""
+    model = outline(run.model, path)
+    refuse_longer_than_context(run, model.config)
+    if run.model.lora_rank:
+        lora.add_adapters(model, run.model, path, causal=True)
+
+
+def refuse_longer_than_context(run: Run, config: Any) -> None:
     """Raises ConfigError when a prompt and its completion can be longer than the model can attend to."""
-    limit = context_of(read_config(run.model, path))
+    limit = context_of(config)
     if limit is not None and run.max_model_len > limit:
         raise ConfigError(
             f"rollout.max_new_tokens = {run.rollout.max_new_tokens}: with data.max_prompt_tokens"
@@ -229,13 +249,35 @@ def _load(auto_class: Any, config: ModelConfig, path: str, dtype: torch.dtype) -
             use_safetensors=True,  # a pickle could run code while it loads
         )
     except ImportError as error:  # flash_attention_2 without its package
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
-        ) from error
+        raise _unfit_attention(config, str(error).strip().splitlines()[0]) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
             f"model.path = {path}: cannot be loaded: {reason}; set a directory or hub id with"
             " config.json and *.safetensors"
         ) from error
+
+
+def _unfit_attention(config: ModelConfig, reason: str) -> ConfigError:
+    return ConfigError(
+        f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
+    )
+
+
+def _unreadable(model: ModelConfig, key: str, error: Exception) -> ConfigError:
+    kind = "sequence classifier" if key == "reward_model.path" else "causal language model"
+    what = (
+        f"its configuration cannot be read: {_first_line(error)}; set a directory with the config.json of a"
+        f" {kind}, or a hub id that is cached or reachable"
+    )
+    if "trust_remote_code" in str(error):
+        what = "is custom code; " + (
+            "set model.trust_remote_code=true to run it, if you trust its authors"
+            if key == "model.path"
+            else "it would not be run, model.trust_remote_code is for model.path alone; set another model"
+        )
+    return ConfigError(f"{key} = {model.path}: {what}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

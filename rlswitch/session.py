@@ -24,7 +24,7 @@ from rlswitch.engines.local import LocalBackend, refuse_missing_features
 from rlswitch.engines.server import ServerBackend
 from rlswitch.ledger import Ledger
 from rlswitch.lock import only_run_in
-from rlswitch.models import refuse_longer_than_context, resolve_model
+from rlswitch.models import refuse_unfit_model, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.plan import level_of
 from rlswitch.resume import LoopState
@@ -144,6 +144,7 @@ def open_session(run: Run) -> Iterator[Session]:
         stack.callback(inputs.scorer.close)
         run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
+        choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
         stack.enter_context(only_run_in(output_dir, print))
         resumed, state = choose_start(run, device, nbytes, output_dir)
         inputs.prompts.seek(state.cursor)
@@ -196,7 +197,7 @@ def open_session(run: Run) -> Iterator[Session]:
 
 
 def choose_start(run: Run, device: Device, nbytes: int, output_dir: Path) -> tuple[Path | None, LoopState]:
-    """Where the run goes on from. Raises ConfigError, also where the disk has no room for its saves."""
+    """Where the run goes on from. Raises ConfigError, also where the disk has no room for a checkpoint."""
     resumed, state = resume.choose(run, output_dir, print)
     itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
@@ -212,7 +213,7 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
         scorer = build_scorer(run)
         undo.callback(scorer.close)
         model_path = resolve_model(run.model, say)
-        refuse_longer_than_context(run, model_path)
+        refuse_unfit_model(run, model_path)
         refuse_unfit_schedule(run)
         tokenizer = load_tokenizer(run.model, model_path)
         prompts, held_out = load_prompts(run, tokenizer, say)

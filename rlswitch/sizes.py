@@ -13,14 +13,13 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlswitch.config import ModelConfig, Run
 from rlswitch.device import Device
 from rlswitch.lora import add_adapters
-from rlswitch.models import LOGITS_AT_ONCE, builtin_model
+from rlswitch.models import LOGITS_AT_ONCE, builtin_model, outline
 from rlswitch.rewards import TENANTS
-from rlswitch.types import ConfigError
 
 GIB = 2**30
 ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
@@ -195,19 +194,11 @@ def switch_seconds(
 
 
 def _empty_model(config: ModelConfig, key: str, kind: Any) -> Any:
+    module = builtin_model(config.path, key)
+    if module is None:
+        return outline(config, config.path, key, kind)
     with torch.device("meta"):
-        if module := builtin_model(config.path, key):
-            return module.build_model()
-        trust = config.trust_remote_code
-        try:
-            read = AutoConfig.from_pretrained(config.path, revision=config.revision, trust_remote_code=trust)
-            return kind.from_config(read, trust_remote_code=trust)
-        except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"{key} = {config.path}: its configuration cannot be read: {reason}; set a directory with"
-                " the config.json of a model of this kind, or a hub id that is cached or reachable"
-            ) from error
+        return module.build_model()
 
 
 def _count(model: nn.Module) -> int:

@@ -9,19 +9,22 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlswitch.options import did_you_mean
-from rlswitch.tasks import TASKS
+from rlswitch.tasks import TASKS, refuse_unknown_task
 from rlswitch.types import ConfigError
 
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 """Of a model or a dataset: name or owner/name."""
 
-_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+_TEXT = (".jsonl", ".json", ".csv")
+_SUFFIXES = (*_TEXT, ".parquet")
 _MAX_LINES = 5  # of one kind of mistake in one source
 
 
@@ -34,6 +37,15 @@ class Source:
     split_key: str
     split: str | None  # None: the only one there is
     name: str | None
+
+    @property
+    def file(self) -> Path:
+        return Path(os.path.expanduser(self.path))  # not Path.expanduser: that raises for an unknown user
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are read here, and not by `datasets`."""
+        return self.file.suffix in _TEXT and os.path.isfile(self.file)
 
     def problem(self, what: str) -> ConfigError:
         """The error to raise for `what`, blamed on the setting."""
@@ -57,31 +69,43 @@ class Table:
 
 def read(source: Source) -> Table:
     """The rows of `source`, at least one; raises ConfigError where it cannot be read."""
-    file = Path(source.path).expanduser()
-    if (file.is_file() or (file / "state.json").exists()) and source.split not in (None, "train"):
-        raise ConfigError(
-            f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
-            f" {source.split_key} out, or name another file with data.eval_path"
-        )
-    if file.is_file() and file.suffix in (".jsonl", ".json"):
-        table = _read_json(source, file)
-    elif file.is_file() and file.suffix == ".csv":
-        table = _read_csv(source, file)
-    else:
-        builtin = source.path.startswith("builtin:")
-        loaded = _builtin(source) if builtin else _load(source, file)
-        table = Table(source, _rows(loaded, source))
+    refuse_missing(source)
+    try:
+        if source.is_text:
+            table = (_read_csv if source.file.suffix == ".csv" else _read_json)(source, source.file)
+        elif source.path.startswith("builtin:"):
+            task = importlib.import_module(TASKS[source.path.removeprefix("builtin:")])
+            table = Table(source, _rows(task.load_datasets(), source))
+        else:
+            table = Table(source, _rows(_load(source), source))
+    except OSError as error:
+        raise source.problem(f"cannot be read ({error.strerror or error})") from error
     if not table.rows:
         raise source.problem("has 0 rows; give at least one")
     return table
 
 
-def _builtin(source: Source) -> Any:
-    name = source.path.removeprefix("builtin:")
-    if name not in TASKS:
-        hint = did_you_mean(name, TASKS)
-        raise source.problem(f"no such built-in task (there is {', '.join(TASKS)}){hint}")
-    return importlib.import_module(TASKS[name]).load_datasets()
+def refuse_missing(source: Source) -> None:
+    """Raises ConfigError where there can be no rows: told in no time, before `datasets` is imported."""
+    file, is_file = source.file, os.path.isfile(source.file)
+    refuse_unknown_task(source.key, source.path)
+    if is_file and file.suffix not in _SUFFIXES:
+        raise source.problem(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
+    is_hub_id = file.suffix not in _SUFFIXES and HUB_ID.fullmatch(source.path)
+    if not (os.path.exists(file) or is_hub_id or source.path.startswith("builtin:")):
+        raise source.problem(f"no such file{nearest_file(file)}")
+    if (is_file or os.path.exists(file / "state.json")) and source.split not in (None, "train"):
+        raise ConfigError(
+            f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
+            f" {source.split_key} out, or name another file with data.eval_path"
+        )
+
+
+def nearest_file(missing: Path) -> str:
+    """`; did you mean 'x'?` for what lies beside a missing file under a similar name."""
+    with suppress(OSError, ValueError):
+        return did_you_mean(missing.name, os.listdir(missing.parent))
+    return ""
 
 
 def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:
@@ -97,15 +121,14 @@ def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:
     return list(loaded[split])
 
 
-def _load(source: Source, file: Path) -> Any:
+def _load(source: Source) -> Any:
     """What `datasets` makes of a parquet file, a directory or a hub id."""
     import datasets
 
-    if not file.exists() and (file.suffix in _SUFFIXES or not HUB_ID.fullmatch(source.path)):
-        near = [item.name for item in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise source.problem(f"no such file{did_you_mean(file.name, near)}")
-    if file.is_file() and file.suffix != ".parquet":
-        raise source.problem(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
+    file = source.file
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it raises says it all
+    if os.path.exists(file):
+        datasets.disable_progress_bars()  # of a download they are of use
     try:
         if file.is_file():
             return datasets.load_dataset("parquet", data_files=str(file), split="train")
@@ -151,6 +174,9 @@ def _read_json(source: Source, file: Path) -> Table:
             at = f"{file.name}:{line + error.lineno - 1}"
             problems.append(f"{at} is not valid JSON ({error.msg}, column {error.colno})")
             continue
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, a list 100,000 deep
+            problems.append(f"{file.name}:{line} cannot be read ({reason(error)})")
+            continue
         table.rows += value if is_list else [value]
         table.lines += [] if is_list else [line]
     for row, value in enumerate(table.rows):
@@ -169,6 +195,9 @@ def _read_csv(source: Source, file: Path) -> Table:
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         try:
+            header = reader.fieldnames or []
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise csv.Error(f"two columns are called '{twice[0]}', one would hide the other")
             for row in reader:
                 if None in row:
                     raise csv.Error("more values than the header has columns")

@@ -115,9 +115,16 @@ def _sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
         for item in settings:
             item.parsed.config_loader = loader  # what glob(*) looks the options up with
         jobs = list(itertools.product(*(_values(item) for item in settings)))
+    from rlswitch.inputs import refuse_wrong_inputs  # numpy comes with it
+
+    looked_at = set[str]()
     for job in jobs:
         try:
-            compose_run(job, source)
+            run = compose_run(job, source)
+            inputs = repr((run.model, run.data, run.reward, run.judge, run.reward_model, run.engine))
+            if inputs not in looked_at and run.mode != "plan":
+                looked_at.add(inputs)
+                refuse_wrong_inputs(run)
         except ConfigError as error:
             yield from error.problems
 

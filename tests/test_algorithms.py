@@ -137,7 +137,9 @@ def test_whiten_has_mean_zero_and_variance_one_over_the_mask(lengths: list[int],
     mask = mask_of(lengths)
     chosen = whiten(noise(mask.shape, seed) * 7 + 3, mask)[mask]
     assert abs(float(chosen.mean())) < 1e-9
-    assert abs(float(chosen.var(correction=0)) - 1) < 1e-6
+    assert (
+        abs(float(chosen.var(correction=0)) - 1) < 1e-3
+    )  # of two values that are close epsilon takes a part
 
 
 # -- losses ------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ VENDORS = {
 }
 ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
-LIGHT = ("config", "cli", "compose", "arguments", "sweep", "environment", "types", "options")
+LIGHT = ("config", "cli", "compose", "arguments", "sweep", "environment", "inputs", "types", "options")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

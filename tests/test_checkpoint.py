@@ -20,7 +20,6 @@ from rlswitch import checkpoint
 from rlswitch.checkpoint import is_due, restore, save
 from rlswitch.config import CheckpointConfig
 from rlswitch.durable import FORMAT, MANIFEST, find_fault
-from rlswitch.models import refuse_longer_than_context
 from rlswitch.resume import LoopState, choose, finished, newest, read_state
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError, SaveError
@@ -370,11 +369,3 @@ def test_a_run_is_finished_when_its_newest_valid_checkpoint_reaches_num_steps(ke
     assert "has step 5 of 3" in finished(run)
     run.resume = "never"
     assert finished(run) is None
-
-
-def test_a_run_longer_than_the_models_context_is_refused(make_run):
-    run = make_run("grpo")
-    refuse_longer_than_context(run, run.model.path)
-    run.rollout.max_new_tokens = 100_000
-    with pytest.raises(ConfigError, match=r"rollout\.max_new_tokens = 100000: .* is \d+; set them"):
-        refuse_longer_than_context(run, run.model.path)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlswitch import checkpoint, lora
 from rlswitch.checkpoint import LoopState
-from rlswitch.compose import Source, compose_run
 from rlswitch.models import load_policy, policy_logprobs, sequence_logprobs
 from rlswitch.sizes import ModelShape
 from rlswitch.trainer import Trainer, trained
@@ -255,17 +254,6 @@ def test_an_adapter_knows_its_base_by_a_path_that_holds_anywhere(build, tiny_mod
 def test_chosen_layers_alone_get_adapters(build):
     adapted = {name for name in state(build(lora_targets=["q_proj"])) if lora.LORA in name}
     assert adapted and all(".q_proj." in name for name in adapted)
-
-
-def test_the_engines_own_adapters_are_refused():
-    words = ["recipe=grpo", "model.lora_rank=8", "engine.vllm.enable_lora=true"]
-    with pytest.raises(ConfigError, match=r"engine\.vllm\.enable_lora: .*sleep level 2 loses their base"):
-        compose_run(words, Source.default())
-
-
-def test_a_merged_checkpoint_without_adapters_is_refused():
-    with pytest.raises(ConfigError, match=r"checkpoint\.merged = true"):
-        compose_run(["recipe=grpo", "checkpoint.merged=true"], Source.default())
 
 
 def test_the_plan_counts_adapters(make_run, build):

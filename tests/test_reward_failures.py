@@ -14,7 +14,7 @@ import pytest
 from rlswitch.config import RewardConfig
 from rlswitch.monitor import rollout_records
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import ConfigError, Group, Prompt, RewardError, Rollout
+from rlswitch.types import Group, Prompt, RewardError, Rollout
 
 pytestmark = pytest.mark.processes
 
@@ -285,12 +285,6 @@ def test_failed_rollouts_are_recorded_with_their_errors_and_no_advantage(scorer)
     assert "advantage" not in bad and "reward" not in bad
 
 
-def test_importing_may_not_take_the_process_down(tmp_path):
-    (tmp_path / "dies.py").write_text("import os; os._exit(4)")
-    with pytest.raises(RewardError, match="importing them ended its process with exit code 4"):
-        Scorer(RewardConfig(functions=[f"{tmp_path / 'dies.py'}:f"]))
-
-
 def test_a_function_has_no_gpu_and_no_descriptor_of_the_trainer(scorer, tmp_path):
     body = "raise OSError([os.environ['CUDA_VISIBLE_DEVICES'], len(os.listdir('/proc/self/fd'))])"
     scorer = scorer(body, max_error_rate=1.0)
@@ -300,8 +294,3 @@ def test_a_function_has_no_gpu_and_no_descriptor_of_the_trainer(scorer, tmp_path
         scorer.score(groups)
     # standard input, output and error, the connection, and the listing itself; asyncio's three
     assert "['', 8]" in groups[0].failed[0].errors["bad"]
-
-
-def test_format_wants_a_pattern():
-    with pytest.raises(ConfigError, match=r"reward\.format_pattern = null: "):
-        Scorer(RewardConfig(functions=["format"]))

@@ -288,43 +288,6 @@ def count(prompts, **columns):
     assert scored.rollouts[0].rewards == {"count": 1.0, "count_2": 2.0}
 
 
-@pytest.mark.parametrize(
-    ("entry", "says"),
-    [
-        ("exact_mach", "no such built-in function; give a built-in one (exact_match, math,"),
-        ("mine.py", "no function named; "),
-        ("gone.py:f", "no such file 'gone.py'"),
-        ("no_such_module.sub:f", "cannot import 'no_such_module.sub' (ModuleNotFoundError: No mod"),
-        ("math:nope", "'math' has no 'nope'"),
-        ("math:sqr", "'math' has no 'sqr'; did you mean 'sqrt'?"),
-        ("math:pi", "is a float; name a function"),
-        ("fractions:Fraction", "name a function"),
-        ("mine.py:f", "cannot import 'mine.py' (SyntaxError: "),
-        ("exits.py:f", "cannot import 'exits.py' (SystemExit: 3)"),
-        ("raises.py:f", "cannot import 'raises.py' (RuntimeError: no key)"),
-        (":f", "cannot import ''"),
-    ],
-)
-def test_what_cannot_be_found_is_one_teaching_line(tmp_path, monkeypatch, entry, says):
-    (tmp_path / "mine.py").write_text("def f(:")
-    (tmp_path / "exits.py").write_text("raise SystemExit(3)")
-    (tmp_path / "raises.py").write_text("raise RuntimeError('no key')")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        Scorer(RewardConfig(functions=[entry]))
-    (line,) = caught.value.problems
-    assert line.startswith(f"reward.functions = {entry}: ") and says in line and "\n" not in line
-
-
-def test_all_mistakes_are_told_at_once():
-    config = RewardConfig(functions=["nope", "exact_match", "math:nope"], weights=[1.0, math.nan, 1])
-    with pytest.raises(ConfigError) as caught:
-        Scorer(config)
-    assert [line.split(" = ")[0] for line in caught.value.problems] == [
-        *("reward.weights", "reward.functions", "reward.functions")
-    ]
-
-
 def test_check_tells_a_missing_column_before_anything_runs(scorer):
     source = """
 def needs(prompts, completions, solution, **columns): ...

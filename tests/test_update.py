@@ -10,7 +10,6 @@ import torch
 from rlswitch.compose import Source, compose_run
 from rlswitch.schedule import build_schedule, refuse_unfit_schedule, resume_schedule
 from rlswitch.trainer import Trainer
-from rlswitch.types import ConfigError
 
 
 @pytest.fixture
@@ -191,19 +190,3 @@ def test_a_schedule_goes_on_where_it_stopped_and_on_the_curve_of_the_run(build, 
         longer = make(12)
         resume_schedule(longer.schedule, 6)
         assert longer.optimizer.param_groups[0]["lr"] > 0
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "message"),
-    [
-        ("constant", {"min_lr": 1}, "constant does not take it; it takes nothing"),
-        ("linear", {"power": 2}, "linear does not take it"),
-        ("polynomial", {"pwoer": 2}, "it takes lr_end, power"),
-        ("warmup_stable_decay", {}, "num_decay_steps"),
-        ("cosine_with_min_lr", {}, "min_lr"),
-    ],
-)
-def test_what_a_schedule_does_not_take_or_lacks_is_said_in_one_line(name, arguments, message):
-    with pytest.raises(ConfigError) as caught:
-        scheduled(name, **arguments)
-    assert message in str(caught.value) and "\n" not in str(caught.value)

@@ -89,9 +89,12 @@ def speed_up(result: Result, mode: str, model: str, transport: str = "local") ->
 
 
 def restart_of(spreads: dict[Key, Spread], model: str, transport: str) -> Spread | None:
-    """Seconds of a restart; where none was made for itself, of the one start that there was."""
-    modes = (spreads.get((BASE, transport, mode, model, "load")) for mode in (RESTART, ""))
-    return next((spread for spread in modes if spread), None)
+    """Seconds of a restart, over HTTP that of an engine in process where no server was restarted.
+
+    Not those of the sleeping engines' own start: that one is forked from a process that has imported vLLM.
+    """
+    made = (spreads.get((BASE, kind, RESTART, model, "load")) for kind in (transport, "local"))
+    return next((spread for spread in made if spread), None)
 
 
 def document(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
+
+from rlswitch.types import ConfigError
 
 UNPROTECTED = (
     "vLLM's control endpoints have no authentication (--api-key does not cover them): whoever reaches"
@@ -69,3 +72,18 @@ def parse_listen(text: str) -> Address | None:
     if parts.netloc != text or not parts.hostname or parts.port is None or parts.username:
         raise ValueError("must be socket or HOST:PORT, such as 127.0.0.1:0 (any free port)")
     return Address(host=parts.hostname, port=parts.port)
+
+
+def free_port(listen: str) -> int | None:
+    """The port to listen on, any free one where `listen` says 0; None for `socket`. Raises ConfigError."""
+    if (address := parse_listen(listen)) is None:
+        return None
+    with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
+        try:
+            probe.bind((address.host, address.port))
+        except OSError as error:
+            raise ConfigError(
+                f"engine.listen = {listen}: cannot listen there: {error.strerror}; set another port, or 0 for"
+                " any free one"
+            ) from error
+        return int(probe.getsockname()[1])

@@ -18,7 +18,7 @@ import psutil
 
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.device import Device
-from rlswitch.engines.address import Address, parse_listen, parse_url
+from rlswitch.engines.address import Address, free_port, parse_listen, parse_url
 from rlswitch.engines.client import Client
 from rlswitch.engines.launch import engine_dtype, environment, server_flags, starts_warm
 from rlswitch.engines.logs import last_error, tail
@@ -118,8 +118,8 @@ def address_flags(address: Address) -> list[str]:
 
 def choose_address(config: ServerEngineConfig, directory: str) -> Address:
     """Where to launch: a socket in `directory`, or engine.listen with a port that is free."""
-    listen = parse_listen(config.listen)
-    if listen is None:
+    listen, port = parse_listen(config.listen), free_port(config.listen)
+    if listen is None or port is None:
         path = str(Path(directory) / "vllm.sock")
         if len(path.encode()) > MAX_SOCKET_PATH:
             raise ConfigError(
@@ -127,16 +127,7 @@ def choose_address(config: ServerEngineConfig, directory: str) -> Address:
                 " variable TMPDIR to a shorter directory, or engine.listen=127.0.0.1:0"
             )
         return Address(socket=path)
-    family = socket.AF_INET6 if ":" in listen.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        try:
-            probe.bind((listen.host, listen.port))
-        except OSError as error:
-            raise ConfigError(
-                f"engine.listen = {config.listen}: cannot listen there: {error.strerror}; set another port,"
-                " or 0 for any free one"
-            ) from error
-        return replace(listen, port=probe.getsockname()[1])
+    return replace(listen, port=port)
 
 
 def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log_path: Path) -> None:

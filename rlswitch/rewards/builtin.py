@@ -25,23 +25,8 @@ class Settings:
     allow_unsandboxed: bool
 
 
-def builtin(settings: Settings) -> Mapping[str, Callable[[], Callable[..., Any]]]:
-    """The table of them: how each is made, by name."""
-    return {
-        "exact_match": lambda: exact_match,
-        "math": lambda: math,
-        "format": lambda: make_format(settings),
-        "length": lambda: length,
-        "code": lambda: make_code(settings),
-    }
-
-
 def make_format(settings: Settings) -> Format:
-    if settings.format_pattern is None:
-        raise ConfigError(
-            "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular"
-            " expression that a whole completion has to match"
-        )
+    assert settings.format_pattern is not None, "checks.py asks for it"
     return Format(settings.format_pattern)
 
 
@@ -60,3 +45,13 @@ def make_code(settings: Settings) -> CodeReward:
     if sandbox.missing:
         print(f"warning: reward.allow_unsandboxed: programs run under limits only: {sandbox.missing}")
     return CodeReward(sandbox)
+
+
+BUILTIN: Mapping[str, Callable[[Settings], Callable[..., Any]]] = {
+    "exact_match": lambda settings: exact_match,
+    "math": lambda settings: math,
+    "format": make_format,
+    "length": lambda settings: length,
+    "code": make_code,
+}
+"""The table of them: how each is made, by name."""

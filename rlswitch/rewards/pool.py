@@ -181,7 +181,10 @@ class Pool:
         self.is_async: list[bool] = []
         if set(entries) <= set(TENANTS):  # no function: a worker would have nothing to do
             return
-        worker, loaded = self._start()
+        try:
+            worker, loaded = self._start()
+        except RewardError as error:
+            raise ConfigError(str(error)) from error  # nothing has run yet: the input is wrong
         self._idle.append(worker)
         if loaded["problems"]:
             self.close()

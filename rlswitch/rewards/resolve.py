@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import sys
 import zlib
 from collections.abc import Callable, Sequence
@@ -16,7 +17,8 @@ from typing import Any
 
 from rlswitch.options import did_you_mean
 from rlswitch.rewards import TENANTS
-from rlswitch.rewards.builtin import Settings, builtin
+from rlswitch.rewards.builtin import BUILTIN, Settings
+from rlswitch.sources import nearest_file
 from rlswitch.types import ConfigError
 
 GIVEN = ("prompts", "completions", "completion_ids")
@@ -83,21 +85,12 @@ def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function],
 
 def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
     blame = f"reward.functions = {entry}:"
-    known_here = builtin(settings)
+    refuse_missing(entry)
     place, colon, name = entry.rpartition(":")
-    if not colon and entry in known_here:
-        return entry, known_here[entry]()
     if not colon:
-        names = [*known_here, *TENANTS]
-        known = f"{', '.join(names)}{did_you_mean(entry, names)}"
-        what = "no function named" if entry.endswith(".py") else "no such built-in function"
-        raise ConfigError(
-            f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"
-        )
-    if place.endswith(".py") and not Path(place).expanduser().is_file():
-        raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}")
+        return entry, BUILTIN[entry](settings)
     try:
-        module = _load_file(Path(place).expanduser()) if place.endswith(".py") else import_module(place)
+        module = _load_file(_file(place)) if place.endswith(".py") else import_module(place)
         call = getattr(module, name, None)
     except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
         what = f"{type(error).__name__}: {error}"
@@ -108,6 +101,25 @@ def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
     if not callable(call) or inspect.isclass(call):
         raise ConfigError(f"{blame} is a {type(call).__name__}; name a function")
     return name, call
+
+
+def refuse_missing(entry: str) -> None:
+    """Raises ConfigError for an unknown name and a missing file; runs nothing."""
+    blame = f"reward.functions = {entry}:"
+    place, colon, _ = entry.rpartition(":")
+    names = [*BUILTIN, *TENANTS]
+    if not colon and entry not in names:
+        known = f"{', '.join(names)}{did_you_mean(entry, names)}"
+        what = "no function named" if entry.endswith(".py") else "no such built-in function"
+        raise ConfigError(
+            f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"
+        )
+    if place.endswith(".py") and not os.path.isfile(_file(place)):
+        raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}{nearest_file(_file(place))}")
+
+
+def _file(place: str) -> Path:
+    return Path(os.path.expanduser(place))
 
 
 def _load_file(path: Path) -> ModuleType:

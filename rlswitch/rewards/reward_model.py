@@ -118,6 +118,8 @@ class RewardModel(RewardTenant):
                 self._model = self.source.load(self.device)
             for tensor in self._tensors():
                 tensor.data = tensor.data.to(self.device.torch, non_blocking=True)
+            if self.device.kind == "cuda":
+                torch.cuda.synchronize()
             phase.bytes = self._nbytes
         self._turns += 1
         if self.source.verify == "every" or (self.source.verify == "first" and self._turns == 1):

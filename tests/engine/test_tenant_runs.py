@@ -41,7 +41,7 @@ def check_records(out: Path, reward: str, middle: float) -> None:
     rewards = [row["rewards"] for row in records(out / "rollouts.jsonl")]
     assert all(row.keys() == {reward, "exact_match"} for row in rewards)
     agreed = sum((row[reward] > middle) == (row["exact_match"] > 0.5) for row in rewards)
-    assert agreed >= 0.9 * len(rewards)
+    assert agreed >= 0.8 * len(rewards)  # 16 problems, eight answers each
 
 
 def test_the_judge_takes_its_turn_and_the_engine_can_come_back_in_the_middle_of_a_step(

