@@ -176,6 +176,8 @@ class GoneScreen(io.StringIO):
         return super().write(text)
 
 
+# rich's own thread, which redraws the panel, ends with an error: nobody is there to read it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("live", [True, False])
 def test_a_terminal_that_has_gone_does_not_stop_a_run(tmp_path, live: bool):
     screen = GoneScreen()
