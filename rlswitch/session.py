@@ -175,8 +175,7 @@ def open_session(run: Run) -> Iterator[Session]:
         if trainer.updates_once:
             monitor.say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
         switch.give_to(trainer)
-        gc.collect()
-        gc.freeze()  # a million objects of imported libraries: not worth a look at every hand-over
+        freeze_garbage()
         ledger.restart()
         yield Session(
             run=run,
@@ -194,6 +193,12 @@ def open_session(run: Run) -> Iterator[Session]:
             output_dir=output_dir,
             stop_signals=listen_for_signals(stack),
         )
+
+
+def freeze_garbage() -> None:
+    """A million objects of imported libraries are not worth a look at every hand-over."""
+    gc.collect()
+    gc.freeze()
 
 
 def choose_start(run: Run, device: Device, nbytes: int, output_dir: Path) -> tuple[Path | None, LoopState]:
