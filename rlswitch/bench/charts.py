@@ -49,8 +49,8 @@ def bars(result: Result, settings: BenchSettings) -> list[Bar]:
                 key, restart = (BASE, transport, mode, model), restart_of(spreads, model, transport)
                 names = tuple(PARTS)[1:]
                 parts = {name: spreads[*key, name].median for name in names if (*key, name) in spreads}
-                if mode == RESTART and restart:
-                    parts = {"restart": restart.median}
+                if mode == RESTART and (own := spreads.get((*key, "load"))):
+                    parts = {"restart": own.median}
                 if not parts:
                     continue
                 total = sum(parts.values())

@@ -193,8 +193,6 @@ def _beside_the_article(result: Result, spreads: dict[Key, Spread], settings: Be
             what = "load" if mode == RESTART else "wake"
             for model in "AB":
                 spread = spreads.get((BASE, transport, mode, model, what))
-                if mode == RESTART:
-                    spread = restart_of(spreads, model, transport)
                 theirs = ARTICLE.get((mode, model), {}).get(what)
                 load = ARTICLE[RESTART, model]["load"]
                 table.add_row(
