@@ -3,7 +3,7 @@
 vLLM runs its engine core and its workers in processes of their own, and a sweep runs its jobs so. Started
 plainly each of them imports the same libraries anew, one after the other: most of the time until the first
 token of a small model. The server imports them while this process does, computes nothing, touches no GPU,
-and is forked whenever vLLM asks for a process to be spawned. docs/design.md says what that saves.
+and is forked whenever vLLM asks for a process to be spawned. docs/starting.md says what that saves.
 
 vLLM's own API server has the idea too (VLLM_WORKER_MULTIPROC_METHOD=forkserver), but not its LLM class.
 """
@@ -11,31 +11,20 @@ vLLM's own API server has the idea too (VLLM_WORKER_MULTIPROC_METHOD=forkserver)
 from __future__ import annotations
 
 import atexit
-import importlib
 import multiprocessing
 import os
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
-MODULES = (
-    "vllm.entrypoints.llm",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.gpu_model_runner",
-    "vllm.model_executor.models.qwen3",
-    "rlswitch.engines.cpu_worker",
-    "rlswitch.loop",
-)
-"""What the server imports. Without one of them its children import it themselves."""
+from rlswitch.engines.logs import redirected_output
 
 SUPPORTED = (3, 11, 1) <= sys.version_info < (3, 14)
 """Before, any user of the machine could have the server run things (CVE-2022-42919); later ones give it a key
@@ -53,7 +42,7 @@ def prepare() -> None:
     root, before = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
     try:
-        with _silenced():  # what the imports have to say is said again in this process
+        with redirected_output(Path(os.devnull)):  # what the imports have to say is said again here
             forkserver.ensure_running()
         atexit.register(_end_server, os.getpid())
     finally:
@@ -174,24 +163,3 @@ def leave_group() -> None:
     each other (vLLM's waiting workers spin, and another session's would keep a core of two).
     """
     os.setpgrp()
-
-
-@contextmanager
-def _silenced() -> Iterator[None]:
-    saved, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
-    try:
-        for target in (1, 2):
-            os.dup2(nowhere, target)
-        yield
-    finally:
-        os.close(nowhere)
-        for target, source in zip((1, 2), saved, strict=True):
-            os.dup2(source, target)
-            os.close(source)
-
-
-def import_modules() -> None:
-    """In the server."""
-    for name in MODULES:
-        with suppress(Exception):  # a device that it is not for, a vLLM that has it elsewhere
-            importlib.import_module(name)

@@ -60,8 +60,9 @@ def collect(session: Session) -> list[Group]:
     run = session.run
     kept: list[Group] = []
     spare: list[Group] = []
-    for _ in range(1 + run.algorithm.dynamic_sampling):
-        session.switch.give_to(session.engine, session.trainer.publish())  # a judge may have it
+    for again in range(1 + run.algorithm.dynamic_sampling):
+        if again:
+            session.switch.give_to(session.engine, session.trainer.publish())  # a judge may have it
         groups = sample(session, run.rollout.num_prompts - len(kept))
         for group in groups:
             (kept if group.is_informative or not run.algorithm.dynamic_sampling else spare).append(group)

@@ -1,10 +1,26 @@
 """Imported by the fork server, and by nothing else: importing it is what makes the server warm."""
 
 import gc
+import importlib
+from contextlib import suppress
 
-from rlswitch.forkserver import import_modules, leave_group
+from rlswitch.forkserver import leave_group
+
+MODULES = (
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.gpu_model_runner",
+    "vllm.model_executor.models.qwen3",
+    "rlswitch.engines.cpu_worker",
+    "rlswitch.loop",
+)
+"""Without one of them a child imports it itself."""
 
 leave_group()
-import_modules()
+for name in MODULES:
+    with suppress(Exception):  # a device that it is not for, a vLLM that has it elsewhere
+        importlib.import_module(name)
 gc.collect()
 gc.freeze()  # a collection in a child would touch, and so copy, every page of these million objects

@@ -144,9 +144,9 @@ def open_session(run: Run) -> Iterator[Session]:
         stack.callback(inputs.scorer.close)
         run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
-        choose_directory(run.switch.transport, nbytes, output_dir)  # refuses before anything is made
+        by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
         stack.enter_context(only_run_in(output_dir, print))
-        resumed, state = choose_start(run, device, nbytes, output_dir)
+        resumed, state = choose_start(run, device, output_dir, pushes=2 * nbytes if by_disk else 0)
         inputs.prompts.seek(state.cursor)
 
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
@@ -201,14 +201,16 @@ def freeze_garbage() -> None:
     gc.freeze()
 
 
-def choose_start(run: Run, device: Device, nbytes: int, output_dir: Path) -> tuple[Path | None, LoopState]:
-    """Where the run goes on from. Raises ConfigError, also where the disk has no room for a checkpoint."""
+def choose_start(run: Run, device: Device, output_dir: Path, pushes: int) -> tuple[Path | None, LoopState]:
+    """Where the run goes on from. Raises ConfigError, also where the disk has no room for what it will save.
+
+    `pushes`: bytes that published versions take there.
+    """
     resumed, state = resume.choose(run, output_dir, print)
     itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
     kept = len(resume.steps_in(output_dir / "checkpoints"))
-    by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
-    refuse_full_disk(run, output_dir, room_needed(run, size, state.step, kept), 2 * nbytes if by_disk else 0)
+    refuse_full_disk(run, output_dir, room_needed(run, size, state.step, kept), pushes)
     return resumed, state
 
 

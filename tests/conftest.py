@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import hypothesis
 import pytest
+from samples import tiny_config
 
 from rlswitch.config import OPTIONS, DataConfig, EngineConfig, ModelConfig, RolloutConfig, Run
 from rlswitch.types import Group, Prompt, Rollout
@@ -138,26 +139,12 @@ def make_groups() -> Callable[..., list[Group]]:
 
 def _make_tiny_model(path: Path, tie: bool) -> TinyModel:
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3ForCausalLM
 
     from rlswitch.tasks.addition import build_tokenizer
 
     tokenizer = build_tokenizer()
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        tie_word_embeddings=tie,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        initializer_range=0.2,  # far from uniform, so that a wrong weight shows
-    )
+    config = tiny_config(tie_word_embeddings=tie)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Qwen3ForCausalLM(config).eval()

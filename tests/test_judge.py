@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import group_of
 
 from rlswitch.config import JudgeConfig
 from rlswitch.rewards.judge import Judge, refuse_unknown_blanks
@@ -19,7 +20,7 @@ from rlswitch.rewards.template import (
     template_problems,
 )
 from rlswitch.tasks.addition import build_tokenizer
-from rlswitch.types import ConfigError, Group, Prompt, Rollout
+from rlswitch.types import ConfigError, Group, Rollout
 
 # -- the template ------------------------------------------------------------------------------
 
@@ -122,19 +123,7 @@ class Replies:
 
 
 def rollouts(*texts: str) -> list[Rollout]:
-    prompt = Prompt(index=7, messages="", token_ids=[1])
-    return [
-        Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=[5],
-            logprobs=[0.0],
-            text=text,
-            finish_reason="stop",
-            policy_version=3,
-        )
-        for sample, text in enumerate(texts)
-    ]
+    return group_of(*texts, index=7, version=3).rollouts
 
 
 def judge(engine: Replies, max_model_len: int = 64, **settings) -> Judge:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from samples import group_of
 
 from rlswitch.config import RewardConfig
 from rlswitch.monitor import rollout_records
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import Group, Prompt, RewardError, Rollout
+from rlswitch.types import Group, RewardError, Rollout
 
 pytestmark = pytest.mark.processes
 
@@ -24,23 +25,10 @@ ROWS = 20
 def step(*odd: int, rows: int = ROWS) -> list[Group]:
     """Groups of four; the completions at the places `odd` are `odd`, the others `fine`."""
     texts = ["odd" if place in odd else "fine" for place in range(rows)]
-    groups = []
-    for index in range(rows // 4):
-        prompt = Prompt(index=index, messages=f"prompt {index}", token_ids=[1], columns={})
-        rollouts = [
-            Rollout(
-                prompt=prompt,
-                sample=sample,
-                token_ids=[5],
-                logprobs=[0.0],
-                text=texts[4 * index + sample],
-                finish_reason="stop",
-                policy_version=0,
-            )
-            for sample in range(4)
-        ]
-        groups.append(Group(prompt=prompt, rollouts=rollouts))
-    return groups
+    return [
+        group_of(*texts[4 * index : 4 * index + 4], index=index, messages=f"prompt {index}")
+        for index in range(rows // 4)
+    ]
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+from samples import group_of
 
 from rlswitch.config import RewardConfig
 from rlswitch.rewards import functions
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import Group, Prompt, Rollout
+from rlswitch.types import Group
 
 needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed: requirements/test.txt has it"
@@ -20,21 +21,7 @@ needs_math = pytest.mark.skipif(
 
 
 def chat(texts: list[str], **columns) -> Group:
-    messages = [{"role": "user", "content": "How much?"}]
-    prompt = Prompt(index=0, messages=messages, token_ids=[1], columns=columns)
-    rollouts = [
-        Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=[5],
-            logprobs=[0.0],
-            text=text,
-            finish_reason="stop",
-            policy_version=0,
-        )
-        for sample, text in enumerate(texts)
-    ]
-    return Group(prompt=prompt, rollouts=rollouts)
+    return group_of(*texts, messages=[{"role": "user", "content": "How much?"}], **columns)
 
 
 @pytest.fixture

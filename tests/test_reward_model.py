@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from samples import tiny_config
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    Qwen3Config,
     Qwen3ForSequenceClassification,
 )
 
@@ -32,19 +32,7 @@ COMPLETIONS = ["046", "1", "12345678", "046", "999"]
 
 
 def save_classifier(path: Path, labels: int = 1, pad: int | None = PAD) -> Path:
-    config = Qwen3Config(
-        vocab_size=16,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        pad_token_id=pad,
-        num_labels=labels,
-    )
+    config = tiny_config(pad_token_id=pad, num_labels=labels)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         Qwen3ForSequenceClassification(config).save_pretrained(path)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from samples import group_of
 
 from rlswitch.config import RewardConfig
 from rlswitch.rewards import sandbox as module
 from rlswitch.rewards.code import CodeReward, code_block
 from rlswitch.rewards.sandbox import Limits, Sandbox, SandboxError
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import ConfigError, Group, Prompt, Rollout
+from rlswitch.types import ConfigError
 
 pytestmark = pytest.mark.processes
 
@@ -240,20 +241,9 @@ def test_code_is_worth_the_share_of_the_tests_it_passes(completion, score, remar
 def test_the_code_reward_of_a_run_names_its_outcomes(request):
     scorer = Scorer(RewardConfig(functions=["code"], timeout_s=18.0, workers=2))
     request.addfinalizer(scorer.close)
-    prompt = Prompt(index=0, messages="add", token_ids=[1], columns={"tests": TESTS[:2]})
-    rollouts = [
-        Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=[5],
-            logprobs=[0.0],
-            text=text,
-            finish_reason="stop",
-            policy_version=0,
-        )
-        for sample, text in enumerate([ADD, code("while True: pass"), ADD])
-    ]
-    scorer.score([Group(prompt=prompt, rollouts=rollouts)])
+    group = group_of(ADD, code("while True: pass"), ADD, tests=TESTS[:2])
+    scorer.score([group])
+    rollouts = group.rollouts
     assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 1.0]
     assert rollouts[1].extra == {"code": "passed 0 of 2; ran longer than 3 s"}
     assert not any(rollout.errors for rollout in rollouts)

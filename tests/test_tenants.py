@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from samples import group_of
 
 from rlswitch.config import RewardConfig
 from rlswitch.device import Device
@@ -17,7 +18,7 @@ from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Mark, Scorer
 from rlswitch.rewards.tenants import RewardTenant, ask_in_turn
 from rlswitch.switch import Switch
-from rlswitch.types import Group, PolicyWeights, Prompt, RewardError, Rollout
+from rlswitch.types import Group, PolicyWeights, RewardError, Rollout
 
 FUNCTIONS = """
 def none(prompts, **_):
@@ -28,20 +29,7 @@ def judge(prompts, **_):
 
 
 def group(*texts: str, answer: str = "7") -> Group:
-    prompt = Prompt(index=3, messages="1+6=", token_ids=[1], columns={"answer": answer})
-    rollouts = [
-        Rollout(
-            prompt=prompt,
-            sample=sample,
-            token_ids=[5],
-            logprobs=[0.0],
-            text=text,
-            finish_reason="stop",
-            policy_version=0,
-        )
-        for sample, text in enumerate(texts)
-    ]
-    return Group(prompt=prompt, rollouts=rollouts)
+    return group_of(*texts, index=3, messages="1+6=", answer=answer)
 
 
 class Fake(RewardTenant):

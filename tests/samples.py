@@ -1,0 +1,48 @@
+"""What several tests are made of: groups of rollouts without an engine, the shape of a tiny model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlswitch.types import Group, Prompt, Rollout
+
+
+def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, **columns: Any) -> Group:
+    """A prompt and a rollout for each text; `columns` are the dataset's."""
+    prompt = Prompt(index=index, messages=messages, token_ids=[1], columns=columns)
+    rollouts = [
+        Rollout(
+            prompt=prompt,
+            sample=sample,
+            token_ids=[5],
+            logprobs=[0.0],
+            text=text,
+            finish_reason="stop",
+            policy_version=version,
+        )
+        for sample, text in enumerate(texts)
+    ]
+    return Group(prompt=prompt, rollouts=rollouts)
+
+
+def tiny_config(**changes: Any) -> Any:
+    """A Qwen3 for the tokenizer of the built-in task; far from uniform, so that a wrong weight shows."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        **{
+            "vocab_size": 16,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 64,
+            "pad_token_id": 12,
+            "bos_token_id": 13,
+            "eos_token_id": 14,
+            "initializer_range": 0.2,
+        }
+        | changes
+    )
