@@ -150,6 +150,10 @@ class EngineConfig:
     fork_server: bool = True
     """Start vLLM's processes from one that has imported vLLM already; false: a new interpreter each."""
     start_timeout_s: float = number(600.0, above=0)
+    request_timeout_s: float = number(1800.0, above=0)
+    """Longest silence of vLLM on one call; then the engine counts as lost."""
+    max_restarts: int = number(3, at_least=0)
+    """How often in a row a lost engine is started again; its version is pushed and proven anew."""
     vllm: dict[str, Any] = field(default_factory=dict)
     """Anything else for vllm.LLM, as it is: engine.vllm.max_num_seqs=64."""
 
@@ -168,8 +172,6 @@ class ServerEngineConfig(EngineConfig):
     """Attach to a running server instead: http://HOST:PORT, or unix:/path/of/the/socket."""
     allow_remote: bool = False
     """Allow other addresses than loopback: whoever reaches the server controls it, see docs/server.md."""
-    request_timeout_s: float = number(1800.0, above=0)
-    """Longest silence of the server on one request."""
 
     @property
     def is_started_here(self) -> bool:

@@ -26,7 +26,7 @@ FREE = {
     "where tensors lie while others compute": ("trainer.park",),
     "how the engine is started and reached; the local one and a server sample the same": (
         *("engine.start_timeout_s", "engine.fork_server", "engine.listen", "engine.url"),
-        *("engine.allow_remote", "engine.request_timeout_s"),
+        *("engine.allow_remote", "engine.request_timeout_s", "engine.max_restarts"),
     ),
     "limits of the processes that compute rewards, not what they compute": (
         *("reward.workers", "reward.timeout_s", "reward.memory_gib", "reward.max_error_rate"),

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rlswitch import proof
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Backend, Engine
+from rlswitch.engines.base import Backend, Engine, Revival
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.ledger import Ledger
@@ -29,6 +29,7 @@ def freeze(
     model_path: str,
     tokenizer: PreTrainedTokenizerBase,
     ledger: Ledger,
+    revival: Revival | None = None,
 ) -> Engine:
     """An engine that serves the checkpoint in `model_path` for good; its backend has just been started."""
     device, exact = ledger.device, engine_dtype(run.model.dtype, ledger.device) == "float32"
@@ -50,6 +51,7 @@ def freeze(
             getattr(torch, engine_dtype(run.model.dtype, device)),
             device,
         ),
+        revival=revival,
     )
 
 

@@ -20,6 +20,7 @@ from rlswitch.records import LineFile, trim
 SWITCH = "switch.jsonl"
 
 SWITCH_PHASES = (
+    "restart",
     "offload",
     "publish",
     "wake_weights",

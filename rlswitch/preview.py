@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Request, request_seed
+from rlswitch.engines.base import Completion, Request, request_seed
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.tenants import ask_in_turn
@@ -69,7 +69,7 @@ def score(inputs: Inputs, scored: Iterable[list[Group]]) -> None:
         publisher = Publisher("disk", 0, directory)
         stack.callback(publisher.close)
         switch = Switch(Ledger(Device.detect(), directory))
-        tenants = [start_tenant(it, switch, publisher, directory, stack) for it in inputs.candidates]
+        tenants = [start_tenant(it, switch, publisher, directory, print, stack) for it in inputs.candidates]
         for groups in scored:
             pending = inputs.scorer.submit(groups)
             ask_in_turn(tenants, pending, switch)
@@ -92,14 +92,16 @@ def sample(run: Run, inputs: Inputs, prompts: Sequence[Prompt]) -> list[Group]:
         for number in range(SAMPLES)
     ]
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
-        device, directory = Device.detect(), Path(name)
+        directory = Path(name)
         publisher = Publisher("disk", 0, directory)
         stack.callback(publisher.close)
-        ledger = Ledger(device, directory)
-        engine = start_engine(run, inputs, device, ledger, publisher, directory / "engine.log")
+        ledger = Ledger(Device.detect(), directory)
+        engine = start_engine(run, inputs, ledger, publisher, directory / "engine.log", print)
         stack.callback(engine.close)
         # Not Engine.generate, which is for weights that were pushed: this asks the checkpoint itself.
-        completions = [completion.token_ids for completion in engine.backend.generate(requests)]
+        answers: dict[int, Completion] = {}
+        engine.backend.generate(requests, answers)
+    completions = [answers[index].token_ids for index in range(len(requests))]
     texts = inputs.tokenizer.batch_decode(completions, skip_special_tokens=True)
     rows = list(zip(texts, completions, strict=True))
     return [

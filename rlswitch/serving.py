@@ -12,6 +12,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,12 @@ from rlswitch.config import (
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device
 from rlswitch.engines.address import parse_url
-from rlswitch.engines.base import Backend, Engine
+from rlswitch.engines.base import Backend, Engine, Revival
 from rlswitch.engines.client import Client
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
 from rlswitch.engines.server import ServerBackend
+from rlswitch.engines.watch import at_work
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
 from rlswitch.models import resolve_model
@@ -71,12 +73,15 @@ def serve(
             path = resolve_model(run.model, print)
             tokenizer = load_tokenizer(run.model, path)
             log = directory / f"engine-{index}.log"
-            backend = start_backend(run, path, tokenizer, device, log, scratch)
+            start = partial(start_backend, run, path, tokenizer, device, log, scratch)
+            backend = start()
             stack.callback(backend.close)
             if models[index] != run.model.path:  # a server that was asleep may have lost its weights
                 backend.reload(Path(path))
                 backend.reset_prefix_cache()
-            engines.append(freeze(run.model.path, backend, run, path, tokenizer, switch.ledger))
+            revival = Revival(start=start, limit=run.engine.max_restarts, say=print)
+            engines.append(freeze(run.model.path, backend, run, path, tokenizer, switch.ledger, revival))
+            stack.callback(engines[-1].close)  # of whatever backend it has by then
             switch.holder = engines[-1]
             switch.vacate()  # the next one starts on an empty device
         yield (switch, *engines)
@@ -110,7 +115,7 @@ def frozen_run(
         allowed = settings.get("allow_remote", False)
         if found := list(address_problems(ServerEngineConfig(url=model, allow_remote=allowed))):
             raise ConfigError(*found)  # before a word is said to it
-        with closing(Client(parse_url(model), ServerEngineConfig().request_timeout_s)) as client:
+        with closing(Client(parse_url(model), at_work(ServerEngineConfig()))) as client:
             model = client.get("/v1/models")["data"][0]["root"]
     try:
         engine = ServerEngineConfig(**settings) if server else EngineConfig(**settings)

@@ -17,7 +17,7 @@ from rlswitch import checkpoint, proof, resume
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
-from rlswitch.engines.base import Engine
+from rlswitch.engines.base import Backend, Engine, Revival
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
@@ -156,14 +156,14 @@ def open_session(run: Run) -> Iterator[Session]:
         publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
         monitor.phase("engine start")
-        engine = start_engine(run, inputs, device, ledger, publisher, output_dir / "engine.log")
+        engine = start_engine(run, inputs, ledger, publisher, output_dir / "engine.log", monitor.say)
         stack.callback(engine.close)
         taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
         switch = Switch(ledger, holder=engine)
         tenants = []
         for candidate in inputs.candidates:
             monitor.phase(f"{candidate.name} start")
-            tenants.append(start_tenant(candidate, switch, publisher, output_dir, stack))
+            tenants.append(start_tenant(candidate, switch, publisher, output_dir, monitor.say, stack))
             taken.append(device.total_bytes() - device.free_bytes())
         switch.vacate()
         monitor.phase("trainer start")
@@ -249,29 +249,39 @@ def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
 
 
 def start_engine(
-    run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, log_path: Path
+    run: Run, inputs: Inputs, ledger: Ledger, publisher: Publisher, log_path: Path, say: Callable[[str], None]
 ) -> Engine:
     """vLLM with the run's model, awake and not yet proven."""
-    backend_type = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
-    backend = backend_type(run, inputs.model_path, inputs.tokenizer, device, log_path, publisher.root)
+    device = ledger.device
+
+    def start() -> Backend:
+        backend_type = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
+        return backend_type(run, inputs.model_path, inputs.tokenizer, device, log_path, publisher.root)
+
     exact = engine_dtype(run.model.dtype, device) == "float32"
     return Engine(
         "rollout engine",
-        backend,
+        start(),
         inputs.tokenizer,
         ledger,
         level=run.switch.level,
         verify=run.switch.verify,
         tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
+        revival=Revival(start=start, limit=run.engine.max_restarts, say=say),
     )
 
 
 def start_tenant(
-    candidate: Candidate, switch: Switch, publisher: Publisher, output_dir: Path, stack: ExitStack
+    candidate: Candidate,
+    switch: Switch,
+    publisher: Publisher,
+    output_dir: Path,
+    say: Callable[[str], None],
+    stack: ExitStack,
 ) -> RewardTenant:
     """Starts it on a device that nobody holds; it is the holder then, and `stack` closes it."""
     switch.vacate()
-    tenant = candidate.start(switch.ledger, output_dir, publisher.root)
+    tenant = candidate.start(switch.ledger, output_dir, publisher.root, say)
     stack.callback(tenant.close)
     switch.holder = tenant
     return tenant

@@ -34,6 +34,10 @@ class EngineError(RLSwitchError, RuntimeError):
     """The rollout engine died, hung, or answered with something that is not a rollout."""
 
 
+class EngineLost(EngineError):
+    """The engine's process is gone, does not answer, or never came: only a new one will do."""
+
+
 class ProofError(RLSwitchError, RuntimeError):
     """A push could not be proven: the engine does not hold the weights it was given. Exit code 3."""
 

@@ -13,6 +13,7 @@ import pytest
 from rlswitch.checks import problems
 from rlswitch.config import ServerEngineConfig
 from rlswitch.engines.address import Address, parse_listen, parse_url
+from rlswitch.engines.watch import Patience
 from rlswitch.types import ConfigError, EngineError
 
 pytestmark = pytest.mark.processes
@@ -80,15 +81,36 @@ def fake() -> Iterator[Callable]:
 def client_of(address: Address, timeout_s: float = 30.0):
     from rlswitch.engines.client import Client
 
-    return closing(Client(address, timeout_s))
+    return closing(Client(address, Patience("engine.request_timeout_s", timeout_s)))
 
 
 def test_many_answers_come_in_the_order_of_the_questions(fake) -> None:
     address = fake(lambda path, body: (200, json.dumps({"twice": 2 * body["n"], "exact": 2**64 - body["n"]})))
     with client_of(address) as client:
-        answers = client.post_all("/x", [{"n": n} for n in range(600)])
+        came: dict[int, int] = {}
+        bodies = [{"n": n} for n in range(600)]
+        answers = client.post_all("/x", bodies, lambda index, answer: came.update({index: answer["twice"]}))
     assert [answer["twice"] for answer in answers] == [2 * n for n in range(600)]
+    assert came == {n: 2 * n for n in range(600)}
     assert answers[-1]["exact"] == 2**64 - 599  # a fingerprint survives JSON
+
+
+def test_what_came_before_a_failure_is_not_lost(fake) -> None:
+    others = threading.Barrier(3)
+
+    def answer(path: str, body: dict) -> tuple[int, str]:
+        if body["n"] == 2:
+            others.wait(60)
+            return 500, "broken"
+        try:
+            return 200, json.dumps(body)
+        finally:
+            threading.Timer(0.2, others.wait, [60]).start()
+
+    came: dict[int, dict] = {}
+    with client_of(fake(answer)) as client, pytest.raises(EngineError, match="answered 500"):
+        client.post_all("/x", [{"n": n} for n in range(3)], came.__setitem__)
+    assert came == {n: {"n": n} for n in range(2)}
 
 
 def test_a_silent_server_is_given_up(fake) -> None:

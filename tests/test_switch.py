@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 from rlswitch.device import Device
-from rlswitch.engines.base import Backend, Completion, Engine, Request, State, request_seed
+from rlswitch.engines.base import (
+    Backend,
+    Completion,
+    Engine,
+    Request,
+    Revival,
+    State,
+    request_seed,
+)
 from rlswitch.ledger import Ledger
 from rlswitch.proof import Tolerance
 from rlswitch.switch import Switch
@@ -20,6 +28,7 @@ from rlswitch.tasks.addition import build_tokenizer
 from rlswitch.types import (
     Canary,
     EngineError,
+    EngineLost,
     PolicyWeights,
     Prompt,
     ProofError,
@@ -178,12 +187,11 @@ class FakeBackend(Backend):
         self._do("reset")
         return self.resets
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        self._do("generate")
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
         self.requests = list(requests)
-        if self.completions is not None:
-            return self.completions
-        return [Completion([7, 14], [-0.5, -0.25], "stop") for _ in requests]
+        self._do("generate")
+        usual = [Completion([7, 14], [-0.5, -0.25], "stop") for _ in requests]
+        into.update(enumerate(usual if self.completions is None else self.completions))
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         self._do("score")
@@ -523,6 +531,123 @@ def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_publishe
     assert engine.proven
 
 
+# -- engines that are lost ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def mortal(build) -> Callable[..., tuple[Engine, list[FakeBackend], list[str]]]:
+    """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; what was said."""
+
+    def make(dies: Sequence[str], limit: int = 2, **settings: Any):
+        engine, said = build(**settings), []
+        backends = [engine.backend]
+
+        def start() -> Backend:
+            backends.append(MortalBackend(shelf=engine.backend.shelf, loaded=engine.own))
+            backends[-1].dies_in = dies[len(backends) - 1] if len(backends) <= len(dies) else ""
+            backends[-1]._do("start")
+            return backends[-1]
+
+        engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.own)
+        engine.backend.dies_in = dies[0]
+        engine.revival = Revival(start=start, limit=limit, say=said.append)
+        return engine, backends, said
+
+    return make
+
+
+@dataclass
+class MortalBackend(FakeBackend):
+    """Is lost in the verb that it is set to die in, half of a generation done."""
+
+    dies_in: str = ""
+
+    def _do(self, verb: str) -> None:
+        super()._do(verb)
+        if verb == self.dies_in:
+            raise EngineLost(f"vLLM has died ({verb})")
+
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
+        self.requests = list(requests)
+        half = Completion([1], [-1.0], "stop")
+        if self.dies_in == "generate":
+            into[1] = half
+        self._do("generate")
+        into.update({index: replace(half, token_ids=[2]) for index in range(len(requests))})
+
+    def abandon(self) -> None:
+        self._do("abandon")
+
+
+@pytest.mark.parametrize("verb", PUSH)
+def test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven(mortal, verb: str):
+    engine, (first, *_), said = mortal([verb])
+    engine.acquire(WEIGHTS[1])
+    assert first.log[-2:] == [verb, "abandon"]
+    assert engine.backend.log == ["start", "sleep 2", *PUSH]
+    assert (engine.version, engine.proven, engine.restarts) == (1, True, 1)
+    assert said == [f"rollout engine is lost and will be started again: vLLM has died ({verb})"]
+
+
+def test_only_what_was_not_finished_is_asked_again_with_the_same_seeds(mortal, ledger, tmp_path):
+    engine, backends, _ = mortal(["generate"])
+    engine.acquire(WEIGHTS[3])
+    with ledger.work("rollout"):
+        groups = engine.generate(PROMPTS, SAMPLING)
+    first, second = backends
+    assert second.log == ["start", "sleep 2", *PUSH, "generate"]
+    assert second.requests == [first.requests[0], *first.requests[2:]]
+    assert [r.token_ids for group in groups for r in group.rollouts] == [[2], [1], [2], [2]]
+    assert {r.policy_version for group in groups for r in group.rollouts} == {3}
+    rows = [json.loads(line) for line in (tmp_path / "switch.jsonl").open()]
+    assert [row["to"] for row in rows if row["phase"] == "restart"] == ["rollout engine"]
+
+
+def test_an_engine_lost_in_its_sleep_is_missed_when_it_is_needed(mortal, ledger, log):
+    engine, backends, _ = mortal(["sleep 2"])
+    switch = Switch(ledger)
+    switch.give_to(engine, WEIGHTS[1])
+    switch.give_to(Recorder("trainer", log))
+    assert log == ["trainer acquires nothing"] and len(backends) == 1
+    switch.give_to(engine, WEIGHTS[2])
+    assert (engine.version, len(backends)) == (2, 2)
+
+
+def test_a_frozen_engine_that_is_lost_proves_its_checkpoint_again(mortal):
+    engine, backends, _ = mortal(["generate"], level="1", own=own(1))
+    engine.acquire(None)
+    engine.generate(PROMPTS, SAMPLING)
+    assert backends[1].log == ["start", "sleep 1", *PUSH, "generate"]
+    assert engine.proven and engine.version == 0
+
+
+@pytest.mark.parametrize("verb", ["start", "wake weights", "generate"])
+def test_too_many_in_a_row_end_the_run_with_the_last_reason(mortal, verb: str):
+    engine, backends, said = mortal(["generate", verb, verb])
+    engine.acquire(WEIGHTS[1])
+    lost_for_good = rf"lost 3 times in a row, engine.max_restarts = 2; .*vLLM has died \({verb}\)"
+    with pytest.raises(EngineError, match=lost_for_good):
+        engine.generate(PROMPTS, SAMPLING)
+    assert len(backends) == 3 and len(said) == 2
+
+
+def test_a_generation_in_between_starts_the_count_anew(mortal):
+    engine, _, _ = mortal(["generate"], limit=1)
+    for version in range(1, 4):
+        engine.acquire(WEIGHTS[version])
+        engine.generate(PROMPTS, SAMPLING)
+        engine.backend.dies_in = "generate"  # the next time
+    assert engine.restarts == 3
+
+
+def test_a_proof_that_fails_is_not_started_again(mortal):
+    engine, backends, _ = mortal([""])
+    engine.backend.gap = 0.3
+    with pytest.raises(ProofError):
+        engine.acquire(WEIGHTS[1])
+    assert len(backends) == 1
+
+
 # -- what it generates -------------------------------------------------------------------------
 
 
@@ -562,7 +687,6 @@ GOOD = Completion([7], [-0.5], "stop")
     ("completions", "message"),
     [
         ([GOOD] * 3, "3 completions for 4 requests"),
-        ([GOOD] * 5, "5 completions for 4 requests"),
         ([GOOD, GOOD, GOOD, Completion([], [], "stop")], "prompt 9 sample 1 came back with 0 tok"),
         ([GOOD, Completion([7, 8], [-0.5], "stop"), GOOD, GOOD], "prompt 4 sample 1 .* 2 tokens"),
         ([GOOD, GOOD, Completion([7], [math.nan], "stop"), GOOD], "prompt 9 sample 0 .* 1 tokens"),

@@ -157,7 +157,7 @@ class Experiment:
                 switch.give_to(engines[label])
                 self._question(engines[label].backend, label, variant, where, add)
             for other in engines.keys() - {label}:
-                pids = [process.pid for process in engines[other].backend.processes]
+                pids = [process.pid for process in engines[other].backend.family.processes]
                 self._adder(variant, transport, level, other)("asleep_host", resident_bytes(pids))
             self._phases(switch.ledger, self.directory / f"{variant}-{transport}", variant, transport, level)
         switch.ledger.step += 1
@@ -186,8 +186,10 @@ class Experiment:
         )
         for what in ("first", "later"):
             with self._clock(add, what):
-                answer = backend.generate([request])[0]
+                answers: dict[int, Completion] = {}
+                backend.generate([request], answers)
             backend.reset_prefix_cache()
+            answer = answers[0]
             reference = self.references.setdefault((variant, label), answer)
             if answer.token_ids != reference.token_ids:
                 self.result.differing.append(f"{where}, model {label}, {what} inference")

@@ -11,21 +11,22 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import psutil
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch import proof
 from rlswitch.device import resident_bytes
+from rlswitch.engines.processes import Family
 from rlswitch.ledger import Ledger, Phase
 from rlswitch.types import (
     EngineError,
+    EngineLost,
     Group,
     PolicyWeights,
     Prompt,
@@ -43,7 +44,7 @@ class State(StrEnum):
     READY = "ready"
     """The only state that may generate for training."""
     FAILED = "failed"
-    """A verb raised half-way: what the engine holds is unknown, only a new engine will do."""
+    """A verb raised half-way: what the engine holds is unknown, only a new backend will do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class Completion:
 class Backend(ABC):
     """The verbs of one kind of engine. No order is checked here: that is Engine's part."""
 
-    processes: list[psutil.Process]
-    """Those that end with it: none of a server that was there before."""
+    family: Family
+    """The processes that end with it: none of a server that was there before."""
 
     @property
     @abstractmethod
@@ -102,8 +103,8 @@ class Backend(ABC):
         """Forgets all cached prefixes; False when some could not be."""
 
     @abstractmethod
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of the requests."""
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
+        """The completion of each request goes `into` its index as it is finished: it outlives the engine."""
 
     @abstractmethod
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -115,17 +116,37 @@ class Backend(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the engine and its processes."""
+        """Ends the engine and its processes; may be called again."""
+
+    def abandon(self) -> None:
+        """Ends an engine that is lost: it is not asked first, it may not answer."""
+        self.family.end(ask=lambda: None)
+        self.close()
 
 
 def warm_up(backend: Backend, token_ids: list[int]) -> None:
     """The first forward passes build kernels and caches: seconds that belong to the start."""
     backend.score([token_ids * 2])
-    backend.generate([Request(token_ids, seed=0, max_new_tokens=2, temperature=1.0)])
+    backend.generate([Request(token_ids, seed=0, max_new_tokens=2, temperature=1.0)], {})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Revival:
+    """What happens when an engine is lost."""
+
+    start: Callable[[], Backend]
+    """Starts another one on a device that the others have left."""
+    limit: int
+    """How many may be lost in a row, without a generation between them."""
+    say: Callable[[str], None]
 
 
 class Engine:
-    """A tenant that generates. Wrong orders raise; what it generates is by a known, proven version."""
+    """A tenant that generates. Wrong orders raise; what it generates is by a known, proven version.
+
+    With a `revival` a lost backend is replaced: the new one is given the current version, proves it, and
+    is asked for what had not been finished, with the same seeds.
+    """
 
     def __init__(
         self,
@@ -138,6 +159,7 @@ class Engine:
         verify: str,
         tolerance: proof.Tolerance,
         own: PolicyWeights | None = None,
+        revival: Revival | None = None,
     ):
         self.name = name
         self.backend = backend
@@ -147,6 +169,8 @@ class Engine:
         self.verify = verify
         self.tolerance = tolerance
         self.state = State.READY
+        self.revival = revival
+        self.restarts = 0
         self.own = own
         """The checkpoint of a frozen engine, which it goes back to by itself; None: it serves pushes."""
         self.weights = own
@@ -156,6 +180,7 @@ class Engine:
         self.canary_gap = 0.0
         """Largest |difference| of a canary log-probability at the last proof."""
         self._pushes = 0
+        self._lost_in_a_row = 0
         self._unreleased: str | None = None
 
     @property
@@ -165,36 +190,25 @@ class Engine:
     def acquire(self, weights: PolicyWeights | None) -> None:
         """READY with `weights`, or with what it holds or owns; nothing to do when it already is.
 
-        Raises ProofError when the push cannot be proven, SwitchError when there is nothing to serve.
+        Raises ProofError when the push cannot be proven, SwitchError when there is nothing to serve,
+        EngineError when it is lost once too often.
         """
         if self.own is not None and weights is not None:
             raise SwitchError(f"{self.name} is frozen at {self.own.path}: call give_to without weights")
         weights = weights or self.weights or self.own
         if weights is None:
             raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
-        stale = weights.version != self.version
-        if self.state is State.READY and not stale:
-            return
-        self.release()
-        self.wake_weights()
-        if stale:
-            self.reload(weights)
-        self.wake_kv_cache()
-        self.make_ready()
+        self._persist(lambda: self._serve(weights))
 
     def release(self) -> None:
-        """ASLEEP at the configured level; level 2 forgets the weights."""
-        if self.state is State.ASLEEP:
+        """ASLEEP at the configured level; level 2 forgets the weights. A lost engine holds nothing."""
+        if self.state is State.ASLEEP or self._is_lost:
             return
         self._expect(State.READY, "sleep")
-        with self._verb("sleep") as phase:
-            before = self._held_bytes()
-            self.backend.sleep(self.level)
-            phase.bytes = max(before - self._held_bytes(), 0)
-        self._unreleased = self._shortfall(phase.bytes)
-        self.state = State.ASLEEP
-        if self.level == "2":
-            self.weights = None
+        try:
+            self._sleep()
+        except EngineError as error:
+            self._give_up(error)
 
     def unreleased(self) -> str | None:
         return self._unreleased
@@ -212,7 +226,9 @@ class Engine:
         with self._verb("reload") as phase:
             try:
                 self.backend.reload(weights.path)
-            except Exception as error:
+            except EngineLost:
+                raise
+            except Exception as error:  # it lives, and would not have them
                 raise proof.reload_failed(weights, error) from error
             phase.bytes = weights.nbytes
         self.weights = weights
@@ -258,13 +274,7 @@ class Engine:
             for prompt in prompts
             for sample in range(sampling.num_samples)
         ]
-        try:
-            completions = self.backend.generate(requests)
-        except BaseException:
-            self.state = State.FAILED  # requests may still be running in it
-            raise
-        if len(completions) != len(requests):
-            raise EngineError(f"{self.name}: {len(completions)} completions for {len(requests)} requests")
+        completions = self._complete(requests)
         texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         rows = iter(zip(completions, texts, strict=True))
         return [
@@ -281,11 +291,101 @@ class Engine:
         self.backend.reset_prefix_cache()
 
     def close(self) -> None:
-        self.state = State.FAILED
+        self.state, self.revival = State.FAILED, None
         self.backend.close()
 
     def metrics(self) -> dict[str, float]:
-        return {"switch/verified": float(self.proven), "switch/canary_gap": self.canary_gap}
+        return {
+            "switch/verified": float(self.proven),
+            "switch/canary_gap": self.canary_gap,
+            "switch/restarts": float(self.restarts),
+        }
+
+    def _serve(self, weights: PolicyWeights) -> None:
+        if self._is_lost:
+            self._start_again()
+        stale = weights.version != self.version
+        if self.state is State.READY and not stale:
+            return
+        if self.state is not State.ASLEEP:
+            self._expect(State.READY, "sleep")
+            self._sleep()
+        self.wake_weights()
+        if stale:
+            self.reload(weights)
+        self.wake_kv_cache()
+        self.make_ready()
+
+    def _sleep(self) -> None:
+        with self._verb("sleep") as phase:
+            before = self._held_bytes()
+            self.backend.sleep(self.level)
+            phase.bytes = max(before - self._held_bytes(), 0)
+        self._unreleased = self._shortfall(phase.bytes)
+        self.state = State.ASLEEP
+        if self.level == "2":
+            self.weights = None
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        """In the order of the requests, whatever backend has finished them."""
+        completions: dict[int, Completion] = {}
+        weights = self.weights
+        assert weights is not None
+
+        def go_on() -> None:
+            if self._is_lost:
+                with self.ledger.between("", self.name):
+                    self._serve(weights)
+            missing = [index for index in range(len(requests)) if index not in completions]
+            finished: dict[int, Completion] = {}
+            try:
+                self.backend.generate([requests[index] for index in missing], finished)
+            except BaseException:
+                self.state = State.FAILED  # requests may still be running in it
+                raise
+            finally:
+                completions.update((missing[index], it) for index, it in finished.items())
+
+        self._persist(go_on)
+        self._lost_in_a_row = 0
+        if len(completions) != len(requests):
+            raise EngineError(f"{self.name}: {len(completions)} completions for {len(requests)} requests")
+        return [completions[index] for index in range(len(requests))]
+
+    @property
+    def _is_lost(self) -> bool:
+        return self.state is State.FAILED and self.revival is not None
+
+    def _persist(self, attempt: Callable[[], None]) -> None:
+        """Makes the attempt again, with another backend, for as long as one may be lost."""
+        while True:
+            try:
+                return attempt()
+            except EngineError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: EngineError) -> None:
+        """Ends what is left of the backend. Raises `error` where there will not be another one."""
+        self.state = State.FAILED
+        if self.revival is None:
+            raise error
+        self.backend.abandon()
+        self.weights, self._unreleased = None, None
+        self._lost_in_a_row += 1
+        if self._lost_in_a_row > self.revival.limit:
+            raise EngineError(
+                f"{self.name} was lost {self._lost_in_a_row} times in a row, engine.max_restarts ="
+                f" {self.revival.limit}; the last time: {error}"
+            ) from error
+        first_line = str(error).splitlines()[0]
+        self.revival.say(f"{self.name} is lost and will be started again: {first_line}")
+
+    def _start_again(self) -> None:
+        assert self.revival is not None
+        with self.ledger.phase("restart"):
+            self.backend = self.revival.start()
+        self.restarts += 1
+        self.state = State.READY
 
     def _rollout(self, prompt: Prompt, sample: int, completion: Completion, text: str) -> Rollout:
         tokens, logprobs = completion.token_ids, completion.logprobs

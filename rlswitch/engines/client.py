@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ import aiohttp
 
 from rlswitch.engines.address import Address
 from rlswitch.engines.logs import tail
-from rlswitch.types import EngineError
+from rlswitch.engines.watch import Patience
+from rlswitch.types import EngineError, EngineLost
 
 MAX_IN_FLIGHT = 256
 """Requests sent at a time: about as many as vLLM runs at once, and few enough connections."""
@@ -24,11 +25,11 @@ KEEP_ALIVE_SECONDS = 2.0  # vLLM drops a connection that was idle for 5; a reque
 
 
 class Client:
-    """Every call ends: with an answer, or with an EngineError after `timeout_s` of silence."""
+    """Every call ends: with an answer, EngineError for one that is none, EngineLost where none comes."""
 
-    def __init__(self, address: Address, timeout_s: float, log_path: Path | None = None):
+    def __init__(self, address: Address, patience: Patience, log_path: Path | None = None):
         self.address = address
-        self.timeout_s = timeout_s
+        self.patience = patience
         self.log_path = log_path
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.session = self.runner.run(self._open())
@@ -50,11 +51,24 @@ class Client:
     def post(self, path: str, body: Any = None, **query: str | int) -> Any:
         return self.runner.run(self._ask("POST", path, body, query))
 
-    def post_all(self, path: str, bodies: Sequence[Any]) -> list[Any]:
-        """The answers in the order of `bodies`, MAX_IN_FLIGHT of them on their way at a time."""
+    def post_all(self, path: str, bodies: Sequence[Any], take: Callable[[int, Any], None]) -> list[Any]:
+        """The answers in the order of `bodies`, MAX_IN_FLIGHT of them on their way at a time.
+
+        Each is given to `take` with its index as soon as it is there, whatever becomes of the others.
+        """
+
+        async def ask(index: int, body: Any) -> Any:
+            answer = await self._ask("POST", path, body)
+            take(index, answer)
+            return answer
 
         async def gather() -> list[Any]:
-            return await asyncio.gather(*(self._ask("POST", path, body) for body in bodies))
+            tasks = [asyncio.create_task(ask(index, body)) for index, body in enumerate(bodies)]
+            try:
+                return await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # those that are left when one has failed
+                    task.cancel()
 
         return self.runner.run(gather())
 
@@ -65,32 +79,33 @@ class Client:
             connector = aiohttp.UnixConnector(self.address.socket, **limits)
         else:
             connector = aiohttp.TCPConnector(**limits)
-        # Silence is measured, not the whole: a request may wait for its turn as long as others are served.
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self.timeout_s)
-        return aiohttp.ClientSession(self.address.base_url, connector=connector, timeout=timeout)
+        return aiohttp.ClientSession(self.address.base_url, connector=connector)
 
     async def _ask(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
         status, text = await self._send(method, path, body, query)
         if status != 200:
-            raise self._failed(path, f"answered {status}: {_message(text)}")
+            raise EngineError(self._failure(path, f"answered {status}: {_message(text)}"))
         return json.loads(text) if text else {}
 
     async def _send(self, method: str, path: str, body: Any = None, query: Any = None) -> tuple[int, str]:
+        # Silence is measured, not the whole: a request may wait for its turn as long as others are served.
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=self.patience.seconds
+        )
         try:
             async with self.session.request(
-                method, path, json=body, params=query, allow_redirects=False
+                method, path, json=body, params=query, allow_redirects=False, timeout=timeout
             ) as reply:
                 return reply.status, await reply.text()
         except aiohttp.SocketTimeoutError as error:
-            raise self._failed(
-                path, f"was silent for engine.request_timeout_s = {self.timeout_s:g}"
-            ) from error
+            raise EngineLost(self._failure(path, f"was silent for {self.patience}")) from error
         except (aiohttp.ClientError, OSError) as error:  # no connection in time is among them
-            raise self._failed(path, f"cannot be reached: {error or type(error).__name__}") from error
+            what = f"cannot be reached: {error or type(error).__name__}"
+            raise EngineLost(self._failure(path, what)) from error
 
-    def _failed(self, path: str, what: str) -> EngineError:
+    def _failure(self, path: str, what: str) -> str:
         log = f"; its log: {self.log_path}\n{tail(self.log_path)}" if self.log_path else ""
-        return EngineError(f"vLLM's server at {self.address} {what} ({path}){log}")
+        return f"vLLM's server at {self.address} {what} ({path}){log}"
 
 
 def _message(text: str) -> str:

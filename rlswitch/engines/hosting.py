@@ -14,18 +14,17 @@ from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-import psutil
-
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.device import Device
 from rlswitch.engines.address import Address, free_port, parse_listen, parse_url
 from rlswitch.engines.client import Client
 from rlswitch.engines.launch import engine_dtype, environment, server_flags, starts_warm
 from rlswitch.engines.logs import last_error, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, SOCKET_DIRECTORY, end_all, families_of
+from rlswitch.engines.processes import SHUTDOWN_SECONDS, SOCKET_DIRECTORY, Family
 from rlswitch.engines.serve import serve
+from rlswitch.engines.watch import at_start, at_work
 from rlswitch.forkserver import start_process
-from rlswitch.types import ConfigError, EngineError
+from rlswitch.types import ConfigError, EngineError, EngineLost
 
 MAX_SOCKET_PATH = 107  # bytes, of the kernel's sockaddr_un
 
@@ -38,7 +37,7 @@ def server_config(run: Run) -> ServerEngineConfig:
 @contextmanager
 def launched(
     run: Run, model_path: str, device: Device, log_path: Path, publish_root: Path
-) -> Iterator[tuple[Client, list[psutil.Process]]]:
+) -> Iterator[tuple[Client, Family]]:
     """A server of our own and its processes; they end with the context, or with this process."""
     config = server_config(run)
     # mkdtemp makes the directory 0700: nobody else reaches a socket in it.
@@ -55,17 +54,16 @@ def launched(
                 warm=starts_warm(run, device),
             )
         assert process.pid is not None, "it has been started"
-        client = Client(address, config.request_timeout_s, log_path)
-        processes: list[psutil.Process] = []
+        client = Client(address, at_start(config), log_path)
+        family = Family([process.pid])
         try:
             wait_until_ready(process, client, config.start_timeout_s, log_path)
             workers = client.post("/collective_rpc", {"method": "memory"})["results"]
-            pids = [process.pid, *(pid for worker in workers for pid in worker["family"])]
-            processes += families_of(pids)
-            yield client, processes
+            family = Family([process.pid, *(pid for worker in workers for pid in worker["family"])])
+            yield client, family
         finally:
             client.close()
-            end_all(processes or families_of([process.pid]), ask=lambda: end_politely(process))
+            family.end(ask=lambda: end_politely(process))
 
 
 @contextmanager
@@ -73,7 +71,7 @@ def attached(config: ServerEngineConfig, model_path: str) -> Iterator[Client]:
     """A running server, for us alone; it is left as it is, asleep or awake, when the context closes."""
     assert config.url is not None
     address = parse_url(config.url)
-    with claimed(address), closing(Client(address, config.request_timeout_s)) as client:
+    with claimed(address), closing(Client(address, at_work(config))) as client:
         # The run before may have left it asleep, half awake, without weights or with its own.
         wake_all(client)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
@@ -140,7 +138,7 @@ def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log
         else:
             time.sleep(0.2)
             continue
-        raise EngineError(f"vLLM's server did not start: {cause}; its log: {log_path}\n{tail(log_path)}")
+        raise EngineLost(f"vLLM's server did not start: {cause}; its log: {log_path}\n{tail(log_path)}")
 
 
 def end_politely(process: BaseProcess) -> None:
@@ -153,7 +151,7 @@ def refuse_unfit_server(run: Run, model_path: str) -> None:
     config, device = server_config(run), Device.detect()
     assert config.url is not None
     address = parse_url(config.url)
-    with closing(Client(address, config.request_timeout_s)) as client:
+    with closing(Client(address, at_work(config))) as client:
         wrong = "; ".join(shortcomings(client, run, model_path, device))
     if wrong:
         command = shlex.join([*server_command(run, model_path, device), *address_flags(address)])

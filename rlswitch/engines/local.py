@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from rlswitch.engines.base import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.launch import engine_dtype, environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, end_all, families_of
+from rlswitch.engines.processes import SHUTDOWN_SECONDS, Family
+from rlswitch.engines.watch import at_start, at_work, guard, has_ended
 from rlswitch.forkserver import serving_vllm
-from rlswitch.types import ConfigError, EngineError
+from rlswitch.types import ConfigError, EngineError, EngineLost
 
 NO_KV_LEVEL = "this vLLM cannot release the KV cache alone (0.31 and later can)"
 
@@ -37,6 +39,8 @@ class LocalBackend(VLLMBackend):
         warm: bool = True,
     ):
         self.log_path = log_path
+        self.patience = at_start(run.engine)
+        self.family = Family()
         os.environ.update(environment(run, device, publish_root))
         try:
             with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
@@ -44,20 +48,26 @@ class LocalBackend(VLLMBackend):
 
                 self.llm = LLM(**llm_arguments(run, model_path, device))
         except Exception as error:
-            raise EngineError(
-                f"vLLM did not start: {_last_cause(error)}; its log: {log_path}\n{tail(log_path)}"
-            ) from error
+            raise EngineLost(self._report("vLLM did not start", error)) from error
         log_to_file(log_path)
-        super().__init__(model_path, tokenizer, device, warm=warm)
-        self.processes = families_of(pid for worker in self.workers for pid in worker["family"])
+        try:
+            workers = self.collective_rpc("memory")
+            self.family = Family([pid for worker in workers for pid in worker["family"]])
+            super().__init__(model_path, tokenizer, device, warm=warm)
+            self.patience = at_work(run.engine)
+        except BaseException:
+            self.close()
+            raise
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
-        return self.llm.collective_rpc(method, kwargs=kwargs)
+        with self._call(method):
+            return self.llm.collective_rpc(method, kwargs=kwargs)
 
     def reset_prefix_cache(self) -> bool:
-        return bool(self.llm.reset_prefix_cache())
+        with self._call("reset_prefix_cache"):
+            return bool(self.llm.reset_prefix_cache())
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
         from vllm import SamplingParams
 
         parameters = [
@@ -71,14 +81,15 @@ class LocalBackend(VLLMBackend):
             )
             for request in requests
         ]
-        return [
-            Completion(
+
+        def take(index: int, output: Any) -> None:
+            into[index] = Completion(
                 token_ids=list(output.outputs[0].token_ids),
                 logprobs=_sampled_logprobs(output.outputs[0]),
                 finish_reason=output.outputs[0].finish_reason or "unfinished",
             )
-            for output in self._run([request.token_ids for request in requests], parameters)
-        ]
+
+        self._run([request.token_ids for request in requests], parameters, take)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         from vllm import SamplingParams
@@ -101,29 +112,64 @@ class LocalBackend(VLLMBackend):
 
     def close(self) -> None:
         core = self.llm.llm_engine.engine_core
-        end_all(self.processes, ask=lambda: core.shutdown(timeout=SHUTDOWN_SECONDS))
+        self.family.end(ask=lambda: core.shutdown(timeout=SHUTDOWN_SECONDS))
 
     def _sleep(self, level: int) -> None:
-        self.llm.sleep(level=level)
+        with self._call("sleep"):
+            self.llm.sleep(level=level)
 
     def _release_kv_cache(self) -> None:
-        self.llm.release_kv_cache_memory()
+        with self._call("release_kv_cache_memory"):
+            self.llm.release_kv_cache_memory()
 
     def _wake_up(self, tag: str) -> None:
-        self.llm.wake_up(tags=[tag])
+        with self._call("wake_up"):
+            self.llm.wake_up(tags=[tag])
 
     def _is_sleeping(self) -> bool:
-        return self.llm.llm_engine.is_sleeping()
+        with self._call("is_sleeping"):
+            return self.llm.llm_engine.is_sleeping()
 
-    def _run(self, prompts: Sequence[list[int]], parameters: Any) -> list[Any]:
-        inputs = [{"prompt_token_ids": tokens} for tokens in prompts]
+    def _run(
+        self,
+        prompts: Sequence[list[int]],
+        parameters: Any,
+        take: Callable[[int, Any], None] = lambda index, output: None,
+    ) -> list[Any]:
+        """The outputs in the order of `prompts`; each is given to `take` as soon as it is finished.
+
+        What LLM.generate does, which keeps everything to itself until the last one has finished.
+        """
+        outputs: dict[int, Any] = {}
+        with self._call("generate") as hear:
+            names = self.llm.enqueue(
+                [{"prompt_token_ids": tokens} for tokens in prompts], parameters, use_tqdm=False
+            )
+            order = {_number(name): index for index, name in enumerate(names)}
+            while self.llm.llm_engine.has_unfinished_requests():
+                for output in self.llm.llm_engine.step():
+                    if output.finished:
+                        index = order[_number(output.request_id)]
+                        outputs[index] = output
+                        take(index, output)
+                hear()
+        return [outputs[index] for index in range(len(prompts))]
+
+    @contextmanager
+    def _call(self, what: str) -> Iterator[Callable[[], None]]:
+        """Raises EngineLost when vLLM dies or falls silent meanwhile, EngineError when it refuses."""
         try:
-            return self.llm.generate(inputs, parameters, use_tqdm=False)
+            with guard(self.family.vital, self.patience) as hear:
+                yield hear
+        except EngineLost as error:
+            raise EngineLost(self._report(f"vLLM {error} ({what})")) from error
         except Exception as error:
-            raise EngineError(
-                f"vLLM failed while generating: {_last_cause(error)}; its log: {self.log_path}\n"
-                f"{tail(self.log_path)}"
-            ) from error
+            kind = EngineLost if has_ended(self.family.vital) else EngineError
+            raise kind(self._report(f"vLLM failed ({what})", error)) from error
+
+    def _report(self, what: str, error: Exception | None = None) -> str:
+        cause = f": {_first_line(error)}" if error else ""
+        return f"{what}{cause}; its log: {self.log_path}\n{tail(self.log_path)}"
 
 
 def can_release_kv_cache() -> bool:
@@ -162,5 +208,10 @@ def _sampled_logprobs(output: Any) -> list[float]:
     ]
 
 
-def _last_cause(error: BaseException) -> str:
+def _number(request_id: str) -> int:
+    """vLLM numbers its requests, and may add a dash and letters to make a name of its own of it."""
+    return int(request_id.split("-")[0])
+
+
+def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

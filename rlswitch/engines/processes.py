@@ -59,17 +59,26 @@ def family_of(pid: int) -> list[psutil.Process]:
         return []
 
 
-def end_all(processes: Sequence[psutil.Process], ask: Callable[[], object]) -> None:
-    """Asks them to end, ends them, and removes the shared memory that they leave behind."""
-    files = shared_memory_of(process.pid for process in processes)
-    with suppress(Exception):  # they may be dead already: what counts comes below
-        ask()
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(processes, timeout=SHUTDOWN_SECONDS)
-    for file in files:
-        file.unlink(missing_ok=True)
+class Family:
+    """The processes of one engine, from the workers' and their cores' pids; they end together."""
+
+    def __init__(self, pids: Sequence[int] = ()):
+        self.vital = [psutil.Process(pid) for pid in pids]
+        """Those that nothing works without."""
+        self.processes = families_of(pids)
+        self._files = shared_memory_of(process.pid for process in self.processes)
+
+    def end(self, ask: Callable[[], object]) -> None:
+        """Asks them to end, ends them, and removes the shared memory that they leave behind."""
+        self._files |= shared_memory_of(process.pid for process in self.processes)  # of the living
+        with suppress(Exception):  # they may be dead already: what counts comes below
+            ask()
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.processes, timeout=SHUTDOWN_SECONDS)
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
 
 def watch_owner() -> None:

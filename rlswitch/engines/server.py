@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ from rlswitch.device import Device
 from rlswitch.engines.base import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.hosting import attached, launched, server_config
-from rlswitch.types import EngineError
+from rlswitch.engines.processes import Family
+from rlswitch.engines.watch import at_work, has_ended
+from rlswitch.types import EngineError, EngineLost
 
 COMPLETIONS = "/v1/completions"
 PLAIN = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -35,25 +37,29 @@ class ServerBackend(VLLMBackend):
         warm: bool = True,
     ):
         config = server_config(run)
-        self.processes = []
+        self.family = Family()  # of a server that was there before: none of ours
         with ExitStack() as stack:
             if config.url:
                 self.client = stack.enter_context(attached(config, model_path))
             else:
                 server = launched(run, model_path, device, log_path, publish_root)
-                self.client, self.processes = stack.enter_context(server)
+                self.client, self.family = stack.enter_context(server)
             elsewhere = not self.client.address.is_local
             super().__init__(model_path, tokenizer, device, elsewhere=elsewhere, warm=warm)
             self._check_that_cached_tokens_are_told()
+            self.client.patience = at_work(config)
             self.stack = stack.pop_all()
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
-        return self.client.post("/collective_rpc", {"method": method, "kwargs": kwargs})["results"]
+        try:
+            return self.client.post("/collective_rpc", {"method": method, "kwargs": kwargs})["results"]
+        except EngineError as error:  # the server's answer for a worker that has died is one of refusal
+            raise (EngineLost(str(error)) if has_ended(self.family.vital) else error) from error
 
     def reset_prefix_cache(self) -> bool:
         return bool(self.client.post("/reset_prefix_cache").get("success"))
 
-    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
         bodies = [
             {
                 "prompt": request.token_ids,
@@ -67,14 +73,16 @@ class ServerBackend(VLLMBackend):
             }
             for request in requests
         ]
-        return [
-            Completion(
+
+        def take(index: int, reply: Any) -> None:
+            choice = reply["choices"][0]
+            into[index] = Completion(
                 token_ids=choice["token_ids"],
                 logprobs=choice["logprobs"]["token_logprobs"],
                 finish_reason=choice["finish_reason"] or "unfinished",
             )
-            for choice in (reply["choices"][0] for reply in self._complete(bodies))
-        ]
+
+        self._complete(bodies, take)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         replies = self._complete(
@@ -111,8 +119,10 @@ class ServerBackend(VLLMBackend):
     def _is_sleeping(self) -> bool:
         return self.client.get("/is_sleeping")["is_sleeping"]
 
-    def _complete(self, bodies: Sequence[dict[str, Any]]) -> list[Any]:
-        return self.client.post_all(COMPLETIONS, [body | PLAIN for body in bodies])
+    def _complete(
+        self, bodies: Sequence[dict[str, Any]], take: Callable[[int, Any], None] = lambda index, reply: None
+    ) -> list[Any]:
+        return self.client.post_all(COMPLETIONS, [body | PLAIN for body in bodies], take)
 
     def _check_that_cached_tokens_are_told(self) -> None:
         """A server that says nothing of them looks like one that has none: a proof would mean nothing."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import EngineConfig, JudgeConfig, ModelConfig, Run
 from rlswitch.data import encode, load_tokenizer
-from rlswitch.engines.base import Engine
+from rlswitch.engines.base import Backend, Engine, Revival
 from rlswitch.engines.local import LocalBackend
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
@@ -111,11 +111,17 @@ class JudgeCandidate(Candidate):
     path: str
     tokenizer: PreTrainedTokenizerBase
 
-    def start(self, ledger: Ledger, output_dir: Path, publish_root: Path) -> Judge:
-        log = output_dir / "judge.log"
-        backend = LocalBackend(self.run, self.path, self.tokenizer, ledger.device, log, publish_root)
+    def start(
+        self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
+    ) -> Judge:
+        def start() -> Backend:
+            log = output_dir / "judge.log"
+            return LocalBackend(self.run, self.path, self.tokenizer, ledger.device, log, publish_root)
+
+        revival = Revival(start=start, limit=self.run.engine.max_restarts, say=say)
+        backend = start()
         try:
-            engine = freeze(Judge.name, backend, self.run, self.path, self.tokenizer, ledger)
+            engine = freeze(Judge.name, backend, self.run, self.path, self.tokenizer, ledger, revival)
         except BaseException:
             backend.close()
             raise

@@ -54,7 +54,9 @@ class RewardModelCandidate(Candidate):
     """As model.dtype has it."""
     micro_batch_tokens: int
 
-    def start(self, ledger: Ledger, output_dir: Path, publish_root: Path) -> RewardModel:
+    def start(
+        self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
+    ) -> RewardModel:
         return RewardModel(self, ledger)
 
     def encode(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:

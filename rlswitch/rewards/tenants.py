@@ -8,7 +8,7 @@ scorer.collect(pending)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rlswitch.ledger import Ledger
@@ -54,7 +54,9 @@ class Candidate(ABC):
     name: str
 
     @abstractmethod
-    def start(self, ledger: Ledger, output_dir: Path, publish_root: Path) -> RewardTenant:
+    def start(
+        self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
+    ) -> RewardTenant:
         """The tenant, holding the device. `publish_root` is removed should this process be killed."""
 
 

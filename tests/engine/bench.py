@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,8 @@ class Bench:
 
     run: Run
     backend: VLLMBackend
+    start: Callable[[], VLLMBackend]
+    """Another one like `backend`."""
     model: Qwen3ForCausalLM
     tokenizer: PreTrainedTokenizerBase
     ledger: Ledger
@@ -108,7 +110,10 @@ def open_bench(directory: Path, engine: str = "local", **settings: Any) -> Itera
     ledger, publisher = Ledger(device, directory), Publisher("auto", 1 << 20, directory)
     log_path = directory / "engine.log"
     with closing(publisher):
-        backend = BACKENDS[engine](run, run.model.path, tokenizer, device, log_path, publisher.root)
-        with closing(backend):
+
+        def start() -> VLLMBackend:
+            return BACKENDS[engine](run, run.model.path, tokenizer, device, log_path, publisher.root)
+
+        with closing(start()) as backend:
             backend.sleep("2")
-            yield Bench(run, backend, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
+            yield Bench(run, backend, start, copy.deepcopy(model), tokenizer, ledger, publisher, canary)

@@ -34,7 +34,7 @@ def own(words: list[str]) -> None:
     directory, engine, seconds = words
     with open_bench(Path(directory), engine) as bench:
         bench.publish()
-        pids = [process.pid for process in bench.backend.processes]
+        pids = [process.pid for process in bench.backend.family.processes]
         print(os.getpid(), *pids, bench.publisher.root, flush=True)
         time.sleep(float(seconds))
 

@@ -52,7 +52,7 @@ def test_an_attached_server_serves_one_run_after_the_other_and_lives_on(bench: B
         assert engine.unreleased() is None
         engine.close()
         bench.versions = attached.versions
-    assert all(process.is_running() for process in bench.backend.processes)
+    assert all(process.is_running() for process in bench.backend.family.processes)
 
 
 def test_a_server_is_asked_for_all_that_a_run_needs(bench: Bench) -> None:

@@ -1,0 +1,130 @@
+"""Engines that die, hang or do not come back, on the real vLLM: nothing of it shows in what they generate."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from bench import Bench, open_bench
+
+from rlswitch.engines.base import Engine, Revival, State
+from rlswitch.types import EngineError, Group, PolicyWeights, Prompt, Sampling
+
+pytestmark = pytest.mark.engine
+
+PROMPTS = [Prompt(index=i, messages="1+2=", token_ids=[13, 1 + i, 10, 2, 11]) for i in range(8)]
+SAMPLING = Sampling(num_samples=4, max_new_tokens=24, temperature=1.0, seed=0, step=1)
+
+
+class Mortal:
+    """An engine over a bench of its own that is started again whenever it is lost."""
+
+    def __init__(self, bench: Bench):
+        self.bench = bench
+        self.said: list[str] = []
+        self.engine: Engine = bench.engine()
+        self.engine.revival = Revival(start=bench.start, limit=2, say=self.said.append)
+
+    def doom(self, method: str, calls: int = 0, number: int = signal.SIGKILL) -> psutil.Process:
+        """The worker that will get the signal in the midst of `method`."""
+        backend = self.engine.backend
+        backend.collective_rpc("doom", call=method, calls=calls, number=int(number))
+        return psutil.Process(backend.workers[0]["pid"])
+
+
+@pytest.fixture(scope="module", params=["local", "server"])
+def shared(request, tmp_path_factory) -> Iterator[Mortal]:
+    with open_bench(tmp_path_factory.mktemp("lost"), request.param, request_timeout_s=5.0) as bench:
+        mortal = Mortal(bench)
+        yield mortal
+        mortal.engine.close()
+
+
+@pytest.fixture
+def mortal(shared: Mortal) -> Mortal:
+    shared.said.clear()
+    return shared
+
+
+def told(groups: list[Group]) -> list[tuple]:
+    return [(it.token_ids, it.logprobs, it.policy_version) for group in groups for it in group.rollouts]
+
+
+def turn(engine: Engine, weights: PolicyWeights) -> list[tuple]:
+    """One turn on the device: woken, pushed, proven, asked, and asleep again."""
+    engine.acquire(weights)
+    assert engine.proven and engine.version == weights.version
+    groups = engine.generate(PROMPTS, SAMPLING)
+    engine.release()
+    return told(groups)
+
+
+@pytest.mark.parametrize(("method", "calls"), [("execute_model", 12), ("sleep", 0), ("reload_weights", 0)])
+def test_a_killed_engine_is_replaced_and_nobody_can_tell(mortal: Mortal, method: str, calls: int) -> None:
+    engine, weights = mortal.engine, mortal.bench.publish()
+    expected = turn(engine, weights)
+    restarts = engine.restarts
+    victim = mortal.doom(method, calls)
+    assert turn(engine, weights) == expected
+    assert not victim.is_running()
+    assert turn(engine, weights) == expected  # at the latest: one that dies falling asleep is missed now
+    assert engine.restarts == restarts + 1
+    (line,) = mortal.said
+    assert line.startswith("rollout engine is lost and will be started again: vLLM")
+
+
+def test_only_what_was_not_finished_is_asked_again(mortal: Mortal, monkeypatch) -> None:
+    engine, weights = mortal.engine, mortal.bench.publish()
+    lengths = [len(tokens) for tokens, _, _ in turn(engine, weights)]
+    assert min(lengths) < 12 < max(lengths)
+    engine.acquire(weights)
+    mortal.doom("execute_model", calls=12)
+    asked: list[int] = []
+    start = mortal.bench.start
+
+    def spying_start():
+        backend = start()
+        generate = backend.generate
+        monkeypatch.setattr(
+            backend,
+            "generate",
+            lambda requests, into: asked.append(len(requests)) or generate(requests, into),
+        )
+        return backend
+
+    engine.revival = Revival(start=spying_start, limit=2, say=mortal.said.append)
+    groups = engine.generate(PROMPTS, SAMPLING)
+    assert [len(tokens) for tokens, _, _ in told(groups)] == lengths
+    assert len(asked) == 1 and 0 < asked[0] < len(lengths)
+    engine.release()
+
+
+def test_a_silent_engine_counts_as_lost(mortal: Mortal) -> None:
+    engine, weights = mortal.engine, mortal.bench.publish()
+    expected = turn(engine, weights)
+    victim = mortal.doom("execute_model", number=signal.SIGSTOP)
+    assert turn(engine, weights) == expected
+    assert not victim.is_running()
+    assert "silent for engine.request_timeout_s = 5" in mortal.said[0]
+
+
+def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Mortal) -> None:
+    """The last one: it leaves no engine behind."""
+    engine, weights = mortal.engine, mortal.bench.publish()
+    turn(engine, weights)
+    engine.acquire(weights)
+    mortal.doom("execute_model", calls=2)
+    mortal.bench.run.engine.vllm["max_num_seqs"] = -1  # refused at every start
+    with pytest.raises(EngineError, match=r"was lost 3 times in a row, engine.max_restarts = 2") as error:
+        engine.generate(PROMPTS, SAMPLING)
+    assert "did not start" in str(error.value) and "max_num_seqs" in str(error.value)
+    assert "its log: " in str(error.value)
+    assert engine.state is State.FAILED
+    assert len(mortal.said) == 2
+
+
+def test_nothing_of_them_is_left(shared: Mortal, tmp_path: Path) -> None:
+    assert not [it for it in psutil.Process().children(recursive=True) if "VLLM" in it.name()]
