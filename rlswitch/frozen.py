@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from rlswitch import proof
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Backend, Engine, Revival
+from rlswitch.engines.backend import Backend
+from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.ledger import Ledger

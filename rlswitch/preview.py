@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Completion, Request, request_seed
+from rlswitch.engines.backend import Completion, Request
+from rlswitch.engines.base import request_seed
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.tenants import ask_in_turn

@@ -19,12 +19,13 @@ class LineFile:
     A batch of records goes out in one write: a kill falls between two batches, not into a line.
     """
 
-    def __init__(self, path: Path, end: str = "\n"):
+    def __init__(self, path: Path, end: str = "\n", allow_nan: bool = False):
         self._end = end
+        self._allow_nan = allow_nan
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(record, allow_nan=False) + self._end for record in records]
+        lines = [json.dumps(record, allow_nan=self._allow_nan) + self._end for record in records]
         rest = memoryview("".join(lines).encode())
         before = os.fstat(self._handle).st_size
         try:

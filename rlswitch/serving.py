@@ -30,7 +30,8 @@ from rlswitch.config import (
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device
 from rlswitch.engines.address import parse_url
-from rlswitch.engines.base import Backend, Engine, Revival
+from rlswitch.engines.backend import Backend
+from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.client import Client
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.local import LocalBackend, refuse_missing_features

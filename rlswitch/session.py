@@ -17,11 +17,13 @@ from rlswitch import checkpoint, proof, resume
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
-from rlswitch.engines.base import Backend, Engine, Revival
+from rlswitch.engines.backend import Backend
+from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import LocalBackend, refuse_missing_features
 from rlswitch.engines.server import ServerBackend
+from rlswitch.health import Health
 from rlswitch.ledger import Ledger
 from rlswitch.lock import only_run_in
 from rlswitch.models import refuse_unfit_model, resolve_model
@@ -62,6 +64,7 @@ class Session:
     output_dir: Path
     stop_signals: list[str]
     """Names of the signals that have asked the run to stop after this step."""
+    health: Health
 
     def log(
         self,
@@ -82,6 +85,8 @@ class Session:
             metrics |= self.scorer.metrics(groups) | self._throughput(groups, batch, metrics)
             advantages = (batch.advantages.sum(-1) / batch.mask.sum(-1).clamp(min=1)).tolist()
         self.monitor.log(step, metrics, groups, advantages)
+        if groups:
+            self.health.check(step, metrics, self.trainer.skipped, groups)
 
     def save(self) -> None:
         with self.ledger.work("checkpoint"):
@@ -151,8 +156,7 @@ def open_session(run: Run) -> Iterator[Session]:
 
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
         ledger = Ledger(device, output_dir, state.step)
-        ledger.on_phase = monitor.phase
-        inputs.scorer.say = monitor.say
+        ledger.on_phase, inputs.scorer.say = monitor.phase, monitor.say
         publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
         monitor.phase("engine start")
@@ -167,7 +171,7 @@ def open_session(run: Run) -> Iterator[Session]:
             taken.append(device.total_bytes() - device.free_bytes())
         switch.vacate()
         monitor.phase("trainer start")
-        trainer = build_trainer(run, inputs, device, ledger, publisher, engine.backend.block_size)
+        trainer = build_trainer(run, inputs, ledger, publisher, engine.backend.block_size, monitor.say)
         trainer.parking.engine_bytes = max(taken)
         if resumed:
             checkpoint.restore(resumed, trainer)
@@ -192,6 +196,7 @@ def open_session(run: Run) -> Iterator[Session]:
             tokenizer=inputs.tokenizer,
             output_dir=output_dir,
             stop_signals=listen_for_signals(stack),
+            health=Health(output_dir, monitor.say),
         )
 
 
@@ -288,9 +293,15 @@ def start_tenant(
 
 
 def build_trainer(
-    run: Run, inputs: Inputs, device: Device, ledger: Ledger, publisher: Publisher, block_size: int
+    run: Run,
+    inputs: Inputs,
+    ledger: Ledger,
+    publisher: Publisher,
+    block_size: int,
+    say: Callable[[str], None],
 ) -> Trainer:
     """The trainer on a device that the engine has left."""
+    device = ledger.device
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
         vocabulary=len(inputs.tokenizer),
@@ -305,6 +316,7 @@ def build_trainer(
         ledger,
         publisher,
         canary,
+        say,
     )
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -35,8 +36,11 @@ from rlswitch.models import (
 from rlswitch.parking import Parking
 from rlswitch.reference import FrozenModel, OtherAdapter, Reference
 from rlswitch.schedule import build_schedule
+from rlswitch.totals import Sums, Totals
 from rlswitch.types import Batch, Canary, Group, PolicyWeights, RLSwitchError, SwitchError
 from rlswitch.weights import Publisher
+
+T = TypeVar("T")
 
 
 class Trainer:
@@ -54,11 +58,15 @@ class Trainer:
         ledger: Ledger,
         publisher: Publisher,
         canary: list[list[int]],
+        say: Callable[[str], None],
     ):
         self.run, self.device, self.ledger = run, device, ledger
         self.publisher, self.engine_dtype = publisher, engine_dtype
-        self.pad_token_id, self.canary = pad_token_id, canary
+        self.pad_token_id, self.canary, self.say = pad_token_id, canary, say
         self.version = 0
+        self.skipped: list[str] = []
+        """What was not finite in the last update, and therefore left out of it."""
+        self.micro_batch_tokens = run.trainer.micro_batch_tokens
         self.memory: Memory = {}
         self.published: PolicyWeights | None = None
         mixed = "bf16" if device.kind == "cuda" and engine_dtype == torch.bfloat16 else "no"
@@ -154,26 +162,26 @@ class Trainer:
             return batch
 
     def update(self, batch: Batch) -> dict[str, float]:
-        """Every pass and minibatch of one step; the version goes up by one. Returns its metrics."""
-        config, totals = self.run.trainer, Totals()
+        """Every pass and minibatch of one step; the version goes up by one. Returns its metrics.
+
+        An optimizer step that would not be finite is left out, a batch that is not finite makes none.
+        """
+        totals = Totals()
+        self.skipped = [f"{name} is not finite" for name in batch.not_finite()]
         if self.updates_once:
             batch.old_logprobs = torch.zeros_like(batch.rollout_logprobs)  # filled in by the one pass
         with self.ledger.work("update"):
-            # Checkpointing works in training mode only; dropout would make the ratios wrong.
-            for part in self._trained_parts():
-                part.train(self.run.trainer.gradient_checkpointing)
-            for epoch in range(config.epochs):
-                seed = request_seed(self.run.seed, self.version, -1, epoch)
-                for rows in minibatches(len(batch), config.minibatches, seed):
-                    self._step(batch, rows.to(self.device.torch), totals)
-            for part in self._trained_parts():
-                part.eval()
-        metrics = totals.means() | self._batch_metrics(batch)
+            if not self.skipped:
+                self._train(batch, totals)
+        metrics = {"actor/skipped_updates": float(len(self.skipped))}
+        if means := totals.means():
+            metrics |= means | self._batch_metrics(batch)
         self.version += 1
         metrics |= {f"algorithm/{name}": value for name, value in self.memory.items()}
         if self.reference is not None:
             metrics["actor/kl_coef"] = self.run.algorithm.current_kl_coef(self.memory)
-            self.run.algorithm.end_step(self.memory, metrics["actor/kl_ref"], len(batch))
+            if "actor/kl_ref" in metrics:
+                self.run.algorithm.end_step(self.memory, metrics["actor/kl_ref"], len(batch))
             refresh = self.run.algorithm.reference_refresh
             if refresh and self.version % refresh == 0:
                 self.reference.refresh()
@@ -188,11 +196,20 @@ class Trainer:
         config = self.run.trainer
         return config.epochs == config.minibatches == 1 and not self.run.algorithm.needs_old_logprobs
 
-    def _step(self, batch: Batch, chosen: Tensor, totals: Totals) -> None:
-        """One optimizer step on the rollouts `chosen` [N] of the batch.
+    def _train(self, batch: Batch, totals: Totals) -> None:
+        config = self.run.trainer
+        # Checkpointing works in training mode only; dropout would make the ratios wrong.
+        for part in self._trained_parts():
+            part.train(config.gradient_checkpointing)
+        for epoch in range(config.epochs):
+            seed = request_seed(self.run.seed, self.version, -1, epoch)
+            for rows in minibatches(len(batch), config.minibatches, seed):
+                self._step(batch, rows.to(self.device.torch), totals)
+        for part in self._trained_parts():
+            part.eval()
 
-        Gradients are sums over tokens weighted once for the whole minibatch.
-        """
+    def _step(self, batch: Batch, chosen: Tensor, totals: Totals) -> None:
+        """One optimizer step on the rollouts `chosen` [N] of the batch, unless it would not be finite."""
         algorithm, minibatch = self.run.algorithm, batch.rows(chosen)
         counted = minibatch.mask
         if algorithm.mask_truncated:
@@ -200,7 +217,28 @@ class Trainer:
         minibatch.weights = token_weights(
             counted, algorithm.loss_aggregation, self.run.rollout.max_new_tokens
         )
-        losses: dict[str, float] = defaultdict(float)
+        sums = self._within_memory(minibatch, lambda: self._accumulate(batch, chosen, minibatch))
+        losses = sums.per_step
+        losses["actor/grad_norm"] = self._clip(self.policy)
+        if self.critic is not None:
+            losses["critic/grad_norm"] = self._clip(self.critic)
+        losses["actor/lr"] = float(self.schedule.get_last_lr()[0])
+        broken = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+        if broken:
+            self.skipped.append(", ".join(broken))
+        else:
+            self.optimizer.step()
+            self.schedule.step()
+            totals.add(sums)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _accumulate(self, batch: Batch, chosen: Tensor, minibatch: Batch) -> Sums:
+        """Forward and backward of a minibatch; starts from no gradients, so it can be done again.
+
+        Gradients are sums over tokens weighted once for the whole minibatch.
+        """
+        algorithm, sums = self.run.algorithm, Sums()
+        self.optimizer.zero_grad(set_to_none=True)
         for index in self._micro_batches(minibatch):
             rows = minibatch.rows(index)
             logprobs, entropy = self._logprobs(rows)
@@ -210,7 +248,7 @@ class Trainer:
             loss, metrics = algorithm.policy_loss(rows, logprobs, entropy, self.memory)
             policy_loss = (loss * rows.weights).sum()
             self.accelerator.backward(policy_loss)
-            losses["actor/pg_loss"] += policy_loss.item()
+            sums.per_step["actor/pg_loss"] += policy_loss.item()
             metrics["actor/entropy"] = entropy
             if self.critic is not None:
                 with self.accelerator.autocast():
@@ -218,18 +256,10 @@ class Trainer:
                 loss, more = value_loss(values, rows.values, rows.returns, clip=algorithm.value_clip)
                 critic_loss = (loss * rows.weights).sum()
                 self.accelerator.backward(critic_loss)
-                losses["critic/vf_loss"] += critic_loss.item()
+                sums.per_step["critic/vf_loss"] += critic_loss.item()
                 metrics |= more
-            totals.add_tokens(metrics, rows.mask)
-        losses["actor/grad_norm"] = self._clip(self.policy)
-        if self.critic is not None:
-            losses["critic/grad_norm"] = self._clip(self.critic)
-        losses["actor/lr"] = float(self.schedule.get_last_lr()[0])
-        self._refuse_non_finite(losses)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        totals.add_step(losses)
+            sums.add_tokens(metrics, rows.mask)
+        return sums
 
     def _logprobs(self, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
         with self.accelerator.autocast():
@@ -239,17 +269,53 @@ class Trainer:
             )
 
     def _micro_batches(self, batch: Batch) -> Iterator[Tensor]:
-        config = self.run.trainer
-        return micro_batches(batch, config.micro_batch_tokens, config.packing)
+        return micro_batches(batch, self.micro_batch_tokens, self.run.trainer.packing)
 
-    def _evaluate(self, batch: Batch, score) -> Tensor:
+    def _evaluate(self, batch: Batch, score: Callable[[Batch], Tensor]) -> Tensor:
         """`score` of every row [B, T] without gradients, by micro-batches."""
         result = torch.zeros(batch.mask.shape, device=batch.mask.device)
-        with torch.no_grad(), self.accelerator.autocast():
-            for index in self._micro_batches(batch):
-                values = score(batch.rows(index))
-                result[index, : values.shape[1]] = values.float()
-        return result
+
+        def evaluate() -> Tensor:
+            with torch.no_grad(), self.accelerator.autocast():
+                for index in self._micro_batches(batch):
+                    values = score(batch.rows(index))
+                    result[index, : values.shape[1]] = values.float()
+            return result
+
+        return self._within_memory(batch, evaluate)
+
+    def _within_memory(self, batch: Batch, work: Callable[[], T]) -> T:
+        """`work()`, again with micro-batches of half the size for as long as the memory does not suffice.
+
+        The result is the same up to the order of sums. The smaller size stays for the rest of the run.
+        Raises RLSwitchError when the longest rollout of `batch` does not fit alone.
+        """
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            # Out of the handler: the exception's frames held the tensors of what did not fit.
+            self.optimizer.zero_grad(set_to_none=True)
+            self.device.reclaim()
+            self._halve(batch, reason)
+
+    def _halve(self, batch: Batch, reason: str) -> None:
+        step, longest = self.version + 1, int(batch.attention_mask.sum(-1).max())
+        tried = min(self.micro_batch_tokens, batch.attention_mask.numel())
+        if tried <= longest:
+            raise RLSwitchError(
+                f"step {step}: one rollout of {longest} tokens does not fit alone ({reason}); set"
+                " trainer.gradient_checkpointing=true, trainer.park=everything, model.lora_rank, or a smaller"
+                " rollout.max_new_tokens"
+            )
+        self.micro_batch_tokens = max(tried // 2, longest)
+        self.say(
+            f"out of memory in step {step}: micro-batches of {self.micro_batch_tokens} tokens from here on,"
+            f" with the same result; trainer.micro_batch_tokens={self.micro_batch_tokens} starts with it"
+        )
 
     def _batch_metrics(self, batch: Batch) -> dict[str, float]:
         assert batch.old_logprobs is not None
@@ -260,14 +326,6 @@ class Trainer:
             metrics["critic/explained_var"] = float(1 - unexplained) if returns.std() > 0 else 0.0
             metrics["critic/values_mean"] = float(values.mean())
         return metrics
-
-    def _refuse_non_finite(self, losses: dict[str, float]) -> None:
-        broken = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
-        if broken:
-            raise RLSwitchError(
-                f"step {self.version + 1}: {', '.join(broken)}: the update was not applied;"
-                " lower trainer.lr, or look for extreme rewards in rollouts.jsonl"
-            )
 
     def _clip(self, model: nn.Module) -> float:
         norm = self.accelerator.clip_grad_norm_(model.parameters(), self.run.trainer.max_grad_norm)
@@ -311,24 +369,3 @@ def checkpoint_gradients(model: nn.Module) -> None:
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-class Totals:
-    """Running means: per-token metrics over all tokens seen, per-step ones over optimizer steps."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
-
-    def add_tokens(self, metrics: dict[str, Tensor], mask: Tensor) -> None:
-        for name, values in metrics.items():
-            self.sums[name] += float((values.detach() * mask).sum())
-            self.counts[name] += int(mask.sum())
-
-    def add_step(self, losses: dict[str, float]) -> None:
-        for name, value in losses.items():
-            self.sums[name] += value
-            self.counts[name] += 1
-
-    def means(self) -> dict[str, float]:
-        return {name: value / self.counts[name] for name, value in self.sums.items()}

@@ -176,6 +176,10 @@ class Batch:
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 
+    def not_finite(self) -> list[str]:
+        """Names of the tensors that hold a NaN or an infinity; nothing can be learned from them."""
+        return [name for name, value in self._tensors() if not value.isfinite().all()]
+
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device) for name, value in self._tensors()})
 

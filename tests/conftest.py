@@ -103,6 +103,7 @@ def make_trainer(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             Ledger(device, output_dir),
             publishers[-1],
             [[13, 1, 2, 10, 3, 4, 11], [9, 8, 0, 15, 12, 3]],
+            print,
         )
 
     yield make

@@ -223,10 +223,9 @@ ENGINE = [
             "test_switch.py::test_an_answer_that_is_not_a_rollout_is_refused",
         )
         for about, injected in (
-            ("Too few or too many completions", "3 and 5 for 4 requests"),
+            ("Too few completions", "3 for 4 requests"),
             ("An empty completion", "no token comes back"),
             ("Log-probabilities are missing", "one for two tokens"),
-            ("A log-probability is no number", "NaN and minus infinity"),
         )
     ),
     Fault(
@@ -332,16 +331,58 @@ PROCESSES = [
 
 NUMBERS = [
     Fault(
-        "The update is no number",
-        "an advantage that is NaN or infinite",
-        "the step is not applied; the error names step and metric",
-        "test_trainer.py::test_an_update_that_is_not_finite_is_refused",
+        "Something in a batch is no number",
+        "a log-probability, reward, advantage, value or return that is NaN or infinite",
+        "the step's update is left out to the last bit, one line says why, its rollouts go to `skipped/`",
+        "test_trainer.py::test_a_batch_that_is_not_finite_is_as_if_it_had_not_been",
+    ),
+    Fault(
+        "The engine's log-probability is no number",
+        "NaN in one rollout",
+        "it gets as far as the batch, whose update is left out",
+        "test_switch.py::test_a_log_probability_that_is_no_number_is_the_trainers_to_leave_out",
+    ),
+    Fault(
+        "A gradient is no number",
+        "NaN and infinity in one of three minibatches",
+        "that optimizer step is left out and counted in `actor/skipped_updates`, the others are made",
+        "test_trainer.py::test_an_optimizer_step_that_is_not_finite_is_left_out_alone",
     ),
     Fault(
         "The critic breaks",
-        "its loss is NaN",
+        "its gradient is NaN",
         "the policy's update is not applied either",
         "test_trainer.py::test_a_broken_critic_stops_the_policys_update_too",
+    ),
+    Fault(
+        "Updates are left out in three steps in a row",
+        "gradients that are NaN",
+        "exit 1, with the last good checkpoint and where the rollouts are",
+        "test_health.py::test_three_in_a_row_end_the_run_and_a_good_one_between_them_does_not",
+    ),
+    Fault(
+        "Rewards never differ",
+        "no group with different rewards for 10 steps",
+        "a line says that there is nothing to learn, and where to look",
+        "test_health.py::test_rewards_that_never_differ_are_told_once",
+    ),
+    Fault(
+        "Out of memory in the forward pass",
+        "raised beyond 30 tokens",
+        "micro-batches are halved until they fit, and stay so; the update is the same",
+        "test_trainer.py::test_what_does_not_fit_is_done_in_smaller_parts_with_the_same_result",
+    ),
+    Fault(
+        "Out of memory in the backward pass",
+        "raised when gradients have been summed up already",
+        "the minibatch begins anew with smaller micro-batches; the update is the same",
+        "test_trainer.py::test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient",
+    ),
+    Fault(
+        "One rollout does not fit",
+        "out of memory with micro-batches of one",
+        "exit 1 with the settings that help; the policy is as it was",
+        "test_trainer.py::test_a_rollout_that_does_not_fit_alone_ends_the_run_and_says_what_to_set",
     ),
     Fault(
         "Rewards are all equal",

@@ -201,29 +201,129 @@ def test_rollouts_of_another_version_are_refused(build, make_groups):
         trainer.prepare(make_groups())
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_an_update_that_is_not_finite_is_refused(build, make_groups, algorithm, poison):
-    trainer = build(algorithm)
+POISON = [
+    *(("grpo", name, math.nan) for name in ("rollout_logprobs", "old_logprobs", "rewards")),
+    *(("grpo", "advantages", value) for value in (math.inf, -math.inf)),
+    *(("ppo", name, math.nan) for name in ("advantages", "values", "returns")),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "name", "poison"), POISON)
+def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(build, make_groups, algorithm, name, poison):
+    trainer, untouched = (build(algorithm, trainer={"lr": 1e-3, "minibatches": 2}) for _ in range(2))
     batch = trainer.prepare(make_groups())
     trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
-    batch.advantages[0, 0] = poison
+    getattr(batch, name).view(-1)[0] = poison
     before = parameters(trainer)
-    with pytest.raises(RLSwitchError, match=r"step 1: .*actor/pg_loss.*was not applied"):
-        trainer.update(batch)
-    assert same(parameters(trainer), before)
-    assert trainer.version == 0
+    metrics = trainer.update(batch)
+    assert trainer.skipped == [f"{name} is not finite"] and metrics["actor/skipped_updates"] == 1
+    assert same(parameters(trainer), before) and trainer.version == 1
+    untouched.version = 1
+    for it in (trainer, untouched):
+        assert step(it, make_groups(version=1))["actor/skipped_updates"] == 0
+    assert same(parameters(trainer), parameters(untouched))
+    assert not same(parameters(trainer), before)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_an_optimizer_step_that_is_not_finite_is_left_out_alone(build, make_groups, poison):
+    trainer = build(trainer={"lr": 1e-3, "minibatches": 3})
+    calls: list[int] = []
+
+    def spoil_the_second(gradient: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return gradient * (poison if len(calls) == 2 else 1.0)
+
+    next(trainer.policy.parameters()).register_hook(spoil_the_second)
+    before = parameters(trainer)
+    metrics = step(trainer, make_groups())
+    (reason,) = trainer.skipped
+    assert "actor/grad_norm = " in reason and metrics["actor/skipped_updates"] == 1
+    assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
+    assert not same(parameters(trainer), before)
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(value.isfinite().all() for value in parameters(trainer))
 
 
 def test_a_broken_critic_stops_the_policys_update_too(build, make_groups):
     trainer = build("ppo")
-    batch = trainer.prepare(make_groups())
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
-    batch.returns[0, 0] = math.nan
+    next(trainer.critic.parameters()).register_hook(lambda gradient: gradient * math.nan)
     before = parameters(trainer)
-    with pytest.raises(RLSwitchError, match="critic/vf_loss = nan"):
-        trainer.update(batch)
+    step(trainer, make_groups())
+    assert "critic/grad_norm = nan" in trainer.skipped[0]
     assert same(parameters(trainer), before)
+
+
+# -- memory ------------------------------------------------------------------------------------
+
+NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+
+
+def run_out_beyond(model: torch.nn.Module, tokens: int) -> None:
+    """The forward pass of more than `tokens` tokens, padding included, does not fit."""
+
+    def refuse(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        if kwargs["input_ids"].numel() > tokens:
+            raise torch.OutOfMemoryError(NO_MEMORY)
+
+    model.register_forward_pre_hook(refuse, with_kwargs=True)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_what_does_not_fit_is_done_in_smaller_parts_with_the_same_result(
+    build, make_groups, algorithm, capsys
+):
+    trainer, roomy = (build(algorithm, trainer={"lr": 1e-3, "epochs": 2}) for _ in range(2))
+    run_out_beyond(trainer.policy, tokens=30)
+    ours, theirs = (step(it, make_groups()) for it in (trainer, roomy))
+    assert trainer.micro_batch_tokens <= 30 < roomy.micro_batch_tokens
+    small = {"micro_batch_tokens": trainer.micro_batch_tokens}
+    frugal = build(algorithm, trainer={"lr": 1e-3, "epochs": 2} | small)
+    step(frugal, make_groups())
+    assert same(parameters(trainer), parameters(frugal))
+    for a, b in zip(parameters(trainer), parameters(roomy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # another order of sums
+    assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("out of memory in step 1: micro-batches of 39 tokens from here on")
+    step(trainer, make_groups(version=1))
+    assert capsys.readouterr().out == ""  # what has been learned once stays
+
+
+def test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient(build, make_groups):
+    trainer, roomy = (build(trainer={"lr": 1e-3, "micro_batch_tokens": 24}) for _ in range(2))
+    calls: list[int] = []
+
+    def run_out_once(gradient: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 2:  # a micro-batch's gradients have been summed up by then
+            raise torch.OutOfMemoryError(NO_MEMORY)
+
+    next(trainer.policy.parameters()).register_hook(run_out_once)
+    for it in (trainer, roomy):
+        step(it, make_groups())
+    assert trainer.micro_batch_tokens == 13 and len(calls) > 3
+    for a, b in zip(parameters(trainer), parameters(roomy), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_rollout_that_does_not_fit_alone_ends_the_run_and_says_what_to_set(build, make_groups):
+    trainer = build()
+    run_out_beyond(trainer.policy, tokens=10)
+    before = parameters(trainer)
+    with pytest.raises(
+        RLSwitchError, match=r"step 1: one rollout of 13 tokens does not fit alone \(CUDA out"
+    ):
+        step(trainer, make_groups())
+    assert same(parameters(trainer), before)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(build, make_groups, capsys):
+    trainer = build()
+    trainer.policy.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("bad kernel")))
+    with pytest.raises(RuntimeError, match="bad kernel"):
+        step(trainer, make_groups())
+    assert trainer.micro_batch_tokens == 16384
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])

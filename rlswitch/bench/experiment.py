@@ -15,7 +15,8 @@ from rlswitch.bench.settings import ABLATIONS, RESTART, BenchSettings
 from rlswitch.config import Run
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device, resident_bytes
-from rlswitch.engines.base import Backend, Completion, Engine, Request, warm_up
+from rlswitch.engines.backend import Backend, Completion, Request, warm_up
+from rlswitch.engines.base import Engine
 from rlswitch.fingerprint import checkpoint_tensors
 from rlswitch.frozen import freeze
 from rlswitch.ledger import SWITCH, Ledger

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlswitch.device import Device
-from rlswitch.engines.base import Backend, warm_up
+from rlswitch.engines.backend import Backend, warm_up
 from rlswitch.types import SwitchError
 
 

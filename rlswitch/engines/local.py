@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Completion, Request
+from rlswitch.engines.backend import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.launch import engine_dtype, environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.base import Completion, Request
+from rlswitch.engines.backend import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.hosting import attached, launched, server_config
 from rlswitch.engines.processes import Family

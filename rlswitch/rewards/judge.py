@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import EngineConfig, JudgeConfig, ModelConfig, Run
 from rlswitch.data import encode, load_tokenizer
-from rlswitch.engines.base import Backend, Engine, Revival
+from rlswitch.engines.backend import Backend
+from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.local import LocalBackend
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger

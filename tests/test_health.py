@@ -1,0 +1,63 @@
+"""Steps that a run must not go on making: what is written down of them, and when it ends."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from rlswitch.health import Health
+from rlswitch.types import RLSwitchError
+
+BROKEN = ["actor/grad_norm = inf", "actor/grad_norm = nan"]
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def health(tmp_path, said) -> Health:
+    return Health(tmp_path, said.append)
+
+
+def test_the_rollouts_of_a_step_that_was_left_out_are_kept(health, said, tmp_path, make_groups):
+    groups = make_groups()
+    groups[0].rollouts[1].logprobs[0] = math.nan
+    health.check(7, {}, BROKEN, groups)
+    path = tmp_path / "skipped" / "step_000007.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["token_ids"] for row in rows] == [it.token_ids for group in groups for it in group.rollouts]
+    assert math.isnan(rows[1]["logprobs"][0]) and rows[1]["step"] == 7
+    assert said == [f"step 7: {BROKEN[0]}: 2 updates are left out, its rollouts are in {path}"]
+
+
+def test_three_in_a_row_end_the_run_and_a_good_one_between_them_does_not(health, said, tmp_path, make_groups):
+    for step, skipped in enumerate([BROKEN, BROKEN, [], BROKEN, BROKEN], start=1):
+        health.check(step, {}, skipped, make_groups())
+    with pytest.raises(RLSwitchError) as error:
+        health.check(6, {}, BROKEN[:1], make_groups())
+    line = str(error.value)
+    assert line.startswith("step 6: actor/grad_norm = inf: an update is left out")
+    assert "in 3 steps in a row; no checkpoint was saved yet; lower trainer.lr" in line
+    assert (tmp_path / "skipped" / "step_000006.jsonl").is_file()
+
+
+def test_the_end_names_the_last_good_checkpoint(health, tmp_path, make_groups, monkeypatch):
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    broken = tmp_path / "checkpoints" / "step_000004"
+    monkeypatch.setattr("rlswitch.health.find_fault", lambda path: "cut short" if path == broken else None)
+    for step in (5, 6):
+        health.check(step, {}, BROKEN, make_groups())
+    with pytest.raises(RLSwitchError, match=r"the last good checkpoint is .*step_000002;"):
+        health.check(7, {}, BROKEN, make_groups())
+
+
+def test_rewards_that_never_differ_are_told_once(health, said, make_groups):
+    for step, share in enumerate([1.0] * 9 + [0.5] + [1.0] * 12, start=1):
+        health.check(step, {"reward/frac_zero_std": share}, [], make_groups())
+    (line,) = said
+    assert line.startswith("no group of the last 10 steps had rewards that differ")
