@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
+# scripts/setup.sh says why.
+unexport PYTHONDONTWRITEBYTECODE
 recipe = ppo
 
 .PHONY: train test check lint format setup setup-test clean

@@ -116,7 +116,8 @@ install() {
     local what=$1
     shift
     say "installing $what"
-    # Compiling every file of torch and vLLM takes longer than copying them; few are ever imported.
+    # Compiling every file of torch and vLLM takes longer than copying them; few are ever imported,
+    # and write_bytecode sees to those.
     logged "$py" -m pip install --no-compile --no-input --disable-pip-version-check \
         --progress-bar off "$@" ||
         die "installing $what failed: $(reason); the log is $log; check the network, the disk and" \
@@ -166,6 +167,13 @@ check_python() {
             "set PYTHON, as in PYTHON=python3.12"
 }
 
+# Without it every process would compile torch and vLLM anew, should the environment forbid to write it.
+write_bytecode() {
+    say "writing the bytecode of what a run imports"
+    logged env -u PYTHONDONTWRITEBYTECODE "$py" -P -c 'import rlswitch.preload' ||
+        die "importing what a run needs failed: $(reason); the log is $log; delete .venv and run again"
+}
+
 install_base() {
     local lock=requirements/$device.txt
     say "the $device set ($why)"
@@ -185,6 +193,7 @@ print(*(f"{it.__name__} {it.__version__}" for it in (torch, transformers, vllm))
         die "importing them failed: $(reason); the log is $log; delete .venv and run again"
     local versions
     versions=$(tail -n 1 "$log.now")
+    write_bytecode
     touch "$stamp"
     say "ready: $("$py" --version), $versions"
 }

@@ -17,7 +17,7 @@ from rlswitch.engines.backend import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.launch import engine_dtype, environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, Family
+from rlswitch.engines.processes import Family
 from rlswitch.engines.watch import at_start, at_work, guard, has_ended
 from rlswitch.forkserver import serving_vllm
 from rlswitch.types import ConfigError, EngineError, EngineLost
@@ -111,8 +111,8 @@ class LocalBackend(VLLMBackend):
         return sum(output.num_cached_tokens or 0 for output in self._run(sequences, parameters))
 
     def close(self) -> None:
-        core = self.llm.llm_engine.engine_core
-        self.family.end(ask=lambda: core.shutdown(timeout=SHUTDOWN_SECONDS))
+        # Asked to end, vLLM's processes take seconds to say good-bye to nobody.
+        self.family.end(ask=lambda: self.llm.llm_engine.engine_core.shutdown(timeout=0))
 
     def _sleep(self, level: int) -> None:
         with self._call("sleep"):
