@@ -16,13 +16,16 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnProcess
 from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rlswitch.engines.logs import redirected_output
 
@@ -122,6 +125,15 @@ class _Travelling:
 class WarmProcess(_Travelling, ForkServerProcess):
     """Forked from the server."""
 
+    def join(self, timeout: float | None = None) -> None:
+        """Until it has ended, also where the server was killed and cannot tell: the exit code is 255 then."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        super().join(timeout)
+        if self.exitcode == 255:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
+                psutil.Process(self.pid).wait(left)
+
 
 class _ColdProcess(_Travelling, SpawnProcess):
     """A new interpreter."""
@@ -146,7 +158,10 @@ def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Se
         text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if issubclass(kind, WarmProcess):
         # Python itself would start a second server here, though it has just told us where ours is.
-        forkserver._forkserver.ensure_running = lambda: None  # type: ignore[method-assign]
+        server, start_another = os.getppid(), forkserver._forkserver.ensure_running
+        forkserver._forkserver.ensure_running = (  # type: ignore[method-assign]
+            lambda: None if os.getppid() == server else start_another()
+        )
         multiprocessing.get_context = _warm_context
     return kind.__new__(kind)
 
@@ -162,4 +177,5 @@ def leave_group() -> None:
     Not a session: Linux shares the cores out by session first, and what takes turns here has to yield to
     each other (vLLM's waiting workers spin, and another session's would keep a core of two).
     """
-    os.setpgrp()
+    if os.getsid(0) != os.getpid():  # who leads a session leads a group already, and may not leave it
+        os.setpgrp()

@@ -1,4 +1,4 @@
-"""What scripts/bench_switch.py and scripts/probe.py can be told; read before anything heavy is imported."""
+"""What bench_switch.py, probe.py and soak.py can be told; read before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -66,3 +66,19 @@ class ProbeSettings:
     kv_cache_gib: float | None = number(None, above=0)
     gpu_memory_utilization: float = number(0.85, above=0, at_most=1)
     output: str = "runs/probe.json"
+
+
+@dataclass(kw_only=True, slots=True)
+class SoakSettings:
+    model: str = "builtin:addition"
+    """As model.path of a run."""
+    data: str = "builtin:addition"
+    num_steps: int = number(100, at_least=1)
+    """Of each of the two runs; two hand-overs a step."""
+    rate: float = number(0.02, at_least=0, at_most=1)
+    """How likely a fault is at the beginning of each phase of a step."""
+    seed: int | None = number(None, at_least=0)
+    """Of the faults; null: another one each time, and printed."""
+    request_timeout_s: float = number(10.0, above=0)
+    """How long an engine that was stopped goes unnoticed."""
+    output_dir: str = "runs/soak"

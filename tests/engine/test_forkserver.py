@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,26 @@ def test_only_vllms_own_start_is_redirected() -> None:
     with serving_vllm(warm=False):
         assert multiprocessing.get_context("spawn") is plain
     assert multiprocessing.get_context("spawn") is plain
+
+
+def leave_a_file(path: str, orphaned: bool) -> None:
+    """With `orphaned` it kills its server first, and starts a process of another one."""
+    if orphaned:
+        server = os.getppid()
+        os.kill(server, signal.SIGKILL)
+        while os.getppid() == server:
+            time.sleep(0.01)
+        start_process(leave_a_file, [path, False]).join()
+        Path(path).write_text(Path(path).read_text() + " by another")
+    else:
+        Path(path).write_text("started")
+
+
+def test_a_process_outlives_its_server_and_starts_another(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    process = start_process(leave_a_file, [str(path), True])
+    process.join()  # waits for the process, though its server can no longer tell of it
+    assert path.read_text() == "started by another"
+    after = start_process(leave_a_file, [str(path), False])
+    after.join()
+    assert (after.exitcode, path.read_text()) == (0, "started")

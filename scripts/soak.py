@@ -1,0 +1,35 @@
+"""python scripts/soak.py [key=value ...]: does a run with faults end like one without?
+
+Trains twice with the same settings, once undisturbed and once with faults injected at random: engines
+killed and stopped, reward workers killed, the run itself killed and told to stop. Compares every record
+and the final weights byte by byte, and looks for what grows. Every setting stands in
+rlswitch/bench/settings.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rlswitch.bench.settings import SoakSettings
+from rlswitch.cli import guarded
+from rlswitch.forkserver import prepare
+from rlswitch.leave import leave
+from rlswitch.options import settings_from_words
+
+
+def main(words: list[str]) -> int:
+    settings = settings_from_words(SoakSettings, words)
+    prepare()
+    from rlswitch.bench.soak import soak  # torch and vLLM come with it
+
+    return soak(settings)
+
+
+if __name__ == "__main__":  # vLLM starts its processes by importing this file again
+    if {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit()
+    leave(guarded(lambda: main(sys.argv[1:])))
