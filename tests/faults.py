@@ -329,6 +329,69 @@ PROCESSES = [
     ),
 ]
 
+LOST = [
+    Fault(
+        "The engine is killed while it generates",
+        "SIGKILL to vLLM's worker after 12 forward passes, in process and over HTTP",
+        "another is started, pushed to and proven; the rollouts are the same, bit for bit",
+        "engine/test_lost.py::test_a_killed_engine_is_replaced_and_nobody_can_tell",
+    ),
+    Fault(
+        "The engine dies with half of its answers given",
+        "SIGKILL when some requests are finished and some are not",
+        "only those that are not are asked again, with the same seeds",
+        "engine/test_lost.py::test_only_what_was_not_finished_is_asked_again",
+    ),
+    Fault(
+        "The engine dies in a push",
+        "lost in each verb of a push",
+        "another is started and the push begins anew",
+        "test_switch.py::test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven",
+    ),
+    Fault(
+        "The engine dies falling asleep",
+        "lost in its sleep",
+        "the trainer goes on; another engine is started when one is needed",
+        "test_switch.py::test_an_engine_lost_in_its_sleep_is_missed_when_it_is_needed",
+    ),
+    Fault(
+        "The engine hangs",
+        "SIGSTOP to vLLM's worker",
+        "after `engine.request_timeout_s` it is ended and replaced",
+        "engine/test_lost.py::test_a_silent_engine_counts_as_lost",
+    ),
+    Fault(
+        "The engine does not start again",
+        "a setting that vLLM refuses at every start",
+        "exit 1 after `engine.max_restarts` in a row, with the reason and the end of its log",
+        "engine/test_lost.py::test_an_engine_that_never_comes_back_ends_the_run_with_its_log",
+    ),
+    Fault(
+        "A judge's engine dies",
+        "lost while it generates",
+        "it goes back to its own checkpoint, and proves it again",
+        "test_switch.py::test_a_frozen_engine_that_is_lost_proves_its_checkpoint_again",
+    ),
+    Fault(
+        "One answer of many fails",
+        "HTTP 500 for one of three requests",
+        "EngineError; the answers that had come are kept",
+        "test_server.py::test_what_came_before_a_failure_is_not_lost",
+    ),
+    Fault(
+        "The fork server is killed",
+        "SIGKILL",
+        "its processes live on, and start another when they need one",
+        "engine/test_forkserver.py::test_a_process_outlives_its_server_and_starts_another",
+    ),
+    Fault(
+        "The run is killed",
+        "SIGKILL in each of twelve phases of twelve steps",
+        "started again it ends with the same records and tensors, byte by byte",
+        "engine/test_killed.py::test_a_run_killed_in_every_phase_ends_like_one_that_never_was",
+    ),
+]
+
 NUMBERS = [
     Fault(
         "Something in a batch is no number",
@@ -653,6 +716,7 @@ SECTIONS = {
     "Orders and hand-overs": ORDER,
     "The engine's answers": ENGINE,
     "Processes and signals": PROCESSES,
+    "Engines and runs that die": LOST,
     "Numbers": NUMBERS,
     "Disk and files": FILES,
     "Rewards and programs": REWARDS,

@@ -116,7 +116,13 @@ def run_to_the_end(settings: SoakSettings, out: Path, seed: int, rate: float) ->
     words = [
         *("recipe=grpo", f"model.path={settings.model}", f"data.path={settings.data}", "logger=[]"),
         *(f"num_steps={settings.num_steps}", f"output_dir={out}", "data.eval_rows=32"),
-        *("rollout.num_prompts=8", "rollout.group_size=4", "evaluation.every=10", "checkpoint.every=5"),
+        *(
+            "rollout.num_prompts=8",
+            "rollout.group_size=4",
+            "trainer.lr=3e-5",
+            "evaluation.every=10",
+            "checkpoint.every=5",
+        ),
         *(f"engine.request_timeout_s={settings.request_timeout_s}", "engine.max_restarts=9"),
     ]
     out.mkdir()
