@@ -6,6 +6,10 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 recipe = ppo
 
+# A process of tests for each core, up to four, of which each computes on one: ARGS="-n 0 -x FILE" has
+# one alone. They start many a Python, which is not to compile anew what it imports, as some set it.
+PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4
+
 .PHONY: train test check lint format setup setup-test clean
 
 # `make train recipe=grpo`, or `make train ARGS="recipe=grpo num_steps=20"`: Hydra refuses to be
@@ -15,11 +19,11 @@ train: setup
 
 # Every test, those that start a real vLLM engine too.
 test: setup-test
-	@$(PY) -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 # What must be green before a commit: what is quick.
 check: lint
-	@$(PY) -m pytest -q -m "not engine and not processes"
+	@$(PYTEST) -q -m "not engine and not processes and not slow"
 
 lint: setup-test
 	@$(PY) -m ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rlswitch.types import Group, Prompt, Rollout
@@ -23,6 +24,32 @@ def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, 
         for sample, text in enumerate(texts)
     ]
     return Group(prompt=prompt, rollouts=rollouts)
+
+
+def greedy(tiny: Any, prompt: str, max_new_tokens: int) -> str:
+    """What transformers makes of it, a tiny model of conftest.py's in its hands."""
+    tokens = tiny.tokenizer(prompt, return_tensors="pt")
+    out = tiny.model.generate(
+        **tokens, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tiny.tokenizer.pad_token_id
+    )
+    return tiny.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def save_classifier(path: Path, *, template: str | None = None, **changes: Any) -> Any:
+    """A reward model with random weights, saved with the tokenizer of the built-in task."""
+    import torch
+    from transformers import Qwen3ForSequenceClassification
+
+    from rlswitch.tasks.addition import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = template
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForSequenceClassification(tiny_config(**{"num_labels": 1} | changes)).eval()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return model
 
 
 def tiny_config(**changes: Any) -> Any:

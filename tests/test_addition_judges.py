@@ -1,4 +1,4 @@
-"""The built-in judge and reward model: what they are taught. How right they are is seen in tests/engine."""
+"""The built-in judge and reward model: what they are taught, and how right they are after part of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import Qwen3ForSequenceClassification
 
 from rlswitch.compose import Source, compose_run
 from rlswitch.rewards.template import fill_in, read_score
 from rlswitch.tasks import addition, addition_judge, addition_reward_model
-from rlswitch.tasks.addition_judge import IGNORED, answer, answered, question, reply
+from rlswitch.tasks.addition_judge import IGNORED, Case, answer, answered, question, reply
 
 CASES = [((7, 45), "052"), ((7, 45), "042"), ((99, 99), ""), ((0, 0), "000+0000")]
 
@@ -78,7 +79,55 @@ def test_the_same_comes_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.Mon
         assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def quiet_reward_model(seed: int) -> torch.nn.Module:
+@pytest.fixture(scope="module")
+def pupils_answers() -> tuple[list[Case], list[bool]]:
+    """The careless pupil's to held-out problems, and which are right: a little more than half."""
+    generator = random.Random(0)
+    cases = [(problem, addition.demonstrate(*problem, generator)) for problem in addition.split()[1]]
+    return cases, [given == f"{sum(problem):03d}" for problem, given in cases]
+
+
+def agreement(verdicts: list[bool], right: list[bool]) -> float:
+    return sum(ours == theirs for ours, theirs in zip(verdicts, right, strict=True)) / len(right)
+
+
+@pytest.mark.slow
+def test_after_a_quarter_of_its_course_the_judge_is_right_about_problems_it_never_saw(
+    pupils_answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(addition, "STEPS", 150)
+    monkeypatch.setattr(addition_judge, "STEPS", 150)
+    judge = addition_judge.learn(addition.ensure_model(0, print), seed=0, show=False).eval()
+    (cases, right), tokenizer = pupils_answers, addition.build_tokenizer()
+    asked = torch.tensor([tokenizer(question(*case)).input_ids for case in cases])
+    told = judge.generate(
+        input_ids=asked,
+        attention_mask=torch.ones_like(asked),
+        do_sample=False,
+        max_new_tokens=8,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    settings = compose_run(["recipe=judge"], Source.default()).judge
+    replies = tokenizer.batch_decode(told[:, asked.shape[1] :], skip_special_tokens=True)
+    scores = [read_score(text, settings.pattern, settings.scale) for text in replies]
+    assert None not in scores
+    assert agreement([score == 1.0 for score in scores], right) >= 0.8
+
+
+@pytest.mark.slow
+def test_after_a_quarter_of_its_course_the_reward_model_is_right_about_problems_it_never_saw(
+    pupils_answers, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(addition_reward_model, "STEPS", 240)
+    (cases, right), model = pupils_answers, quiet_reward_model(0)
+    tokens, _, _ = addition_reward_model.to_tensors(cases)
+    with torch.no_grad():
+        scores = model(input_ids=tokens, attention_mask=tokens != model.config.pad_token_id).logits[:, 0]
+    assert agreement((scores > 0).tolist(), right) >= 0.8
+
+
+def quiet_reward_model(seed: int) -> Qwen3ForSequenceClassification:
     return addition_reward_model.learn(seed, show=False)
 
 

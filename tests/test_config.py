@@ -52,6 +52,7 @@ def trained(monkeypatch):
     monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=train))
     monkeypatch.setitem(sys.modules, "rlswitch.plan", SimpleNamespace(show=train))
     monkeypatch.setitem(sys.modules, "rlswitch.environment", seen)
+    monkeypatch.setattr("rlswitch.cli.prepare", lambda: None)  # no vLLM is imported for nothing
     return seen
 
 

@@ -375,7 +375,8 @@ def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypa
 
 def wandb_steps(path: Path) -> set[int]:
     """The steps in a file of W&B's, which has no public reader: `_step` and its value as JSON."""
-    return {int(step) for step in re.findall(rb"\x12\x05_step\x82\x01.(\d+)", path.read_bytes())}
+    found = re.findall(rb"\x12\x05_step\x82\x01(.)(\d+)", path.read_bytes())
+    return {int(digits[: ord(length)]) for length, digits in found}  # a checksum comes next: any byte
 
 
 # -- console ---------------------------------------------------------------------------------------

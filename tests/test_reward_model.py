@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import tiny_config
+from samples import save_classifier
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
-    Qwen3ForSequenceClassification,
 )
 
 from rlswitch.config import Run
@@ -31,18 +30,10 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] }}+{% endfor %}"
 COMPLETIONS = ["046", "1", "12345678", "046", "999"]
 
 
-def save_classifier(path: Path, labels: int = 1, pad: int | None = PAD) -> Path:
-    config = tiny_config(pad_token_id=pad, num_labels=labels)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        Qwen3ForSequenceClassification(config).save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
-    return path
-
-
 @pytest.fixture
 def classifier(tmp_path: Path) -> Path:
-    return save_classifier(tmp_path / "classifier")
+    save_classifier(tmp_path / "classifier")
+    return tmp_path / "classifier"
 
 
 @pytest.fixture
@@ -98,7 +89,8 @@ def own_logits(path: Path, *texts: str) -> list[float]:
 @pytest.mark.parametrize("pad", [PAD, EOS, None])
 @pytest.mark.parametrize("budget", [1, 24, 10_000])
 def test_scores_are_transformers_own_logits_whatever_the_padding(tmp_path, start, pad, budget):
-    path = save_classifier(tmp_path / "model", pad=pad)
+    path = tmp_path / "model"
+    save_classifier(path, pad_token_id=pad)
     found = scores(start(path, trainer={"micro_batch_tokens": budget}), *COMPLETIONS)
     assert found == pytest.approx(own_logits(path, *COMPLETIONS), abs=1e-5)
     assert len({round(score, 3) for score in found}) == 4
@@ -224,8 +216,9 @@ def test_a_language_model_is_refused_before_it_is_loaded(tiny_model, find):
 
 
 def test_more_than_one_label_is_refused(tmp_path: Path, find):
+    save_classifier(tmp_path / "three", num_labels=3)
     with pytest.raises(ConfigError, match="has 3 labels: which is the reward"):
-        find(save_classifier(tmp_path / "three", labels=3))
+        find(tmp_path / "three")
 
 
 def test_no_such_model_is_one_line(tmp_path: Path, find):

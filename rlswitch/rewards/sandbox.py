@@ -41,9 +41,6 @@ class SandboxError(RLSwitchError, RuntimeError):
 PATIENCE = 3.0
 """On a busy machine a right program waits for a core: what it computes decides, not how long that takes."""
 
-SPENT = 0.9
-"""The kernel counts ticks where it kills, and nanoseconds where it reports: the two differ a little."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -150,7 +147,7 @@ class Sandbox:
         text = errors.decode(errors="replace")
         if problem is None and not ended:
             raise SandboxError(f"the keeper of the sandbox died{': ' if text else ''}{text[-200:]}")
-        if problem is None and "signal" in ended and ended["cpu"] > SPENT * self._limits.seconds:
+        if problem is None and "signal" in ended and ended["cpu"] >= self._limits.seconds:
             problem = f"ran longer than {self._limits.seconds:g} s"
         elif problem is None and "signal" in ended:
             problem = f"killed by {signal_name(ended['signal'])}"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from runs import finish, program
+from samples import greedy
 
 from rlswitch.device import Device
 from rlswitch.engines.hosting import launched
@@ -28,15 +29,6 @@ def run_block(text: str, directory: Path, *words: object) -> list[str]:
     done = finish(program, [file, *words], directory)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout.splitlines()
-
-
-def greedy(tiny, prompt: str, max_new_tokens: int) -> str:
-    """What transformers itself would complete."""
-    tokens = tiny.tokenizer(prompt, return_tensors="pt")
-    out = tiny.model.generate(
-        **tokens, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tiny.tokenizer.pad_token_id
-    )
-    return tiny.tokenizer.decode(out[0, tokens["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def test_two_models_take_turns(tiny_model, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -78,31 +79,38 @@ def left(paths: set[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
 
 
-def sockets(tmp_path: Path) -> list[str]:
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A short name: vLLM and multiprocessing put sockets into it, whose paths end at 107 characters."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
+def sockets(directory: Path) -> list[str]:
     """Directories of a launched server's socket, and of a fork server's."""
     return sorted(
-        path.name.split("-")[0] for path in tmp_path.iterdir() if path.is_dir() and "-" in path.name
+        path.name.split("-")[0] for path in directory.iterdir() if path.is_dir() and "-" in path.name
     )
 
 
 @pytest.mark.parametrize(("engine", "warm"), [("local", False), ("server", True)])
-def test_a_killed_owner_takes_its_engine_along(tmp_path: Path, engine: str, warm: bool) -> None:
-    with started_owner(tmp_path, engine, 600, warm=warm) as (owner, processes, files, end):
+def test_a_killed_owner_takes_its_engine_along(directory: Path, engine: str, warm: bool) -> None:
+    with started_owner(directory, engine, 600, warm=warm) as (owner, processes, files, end):
         assert len(processes) >= 2 and not gone(processes) and len(left(files)) == len(files)
-        assert sockets(tmp_path) == (["rlswitch"] if engine == "server" else ["pymp"])
+        assert sockets(directory) == (["rlswitch"] if engine == "server" else ["pymp"])
         owner.send_signal(signal.SIGKILL)
         end(30)
         assert wait_until(lambda: gone(processes)), processes
         assert wait_until(lambda: not left(files)), left(files)
-        assert not sockets(tmp_path)
+        assert not sockets(directory)
 
 
 @pytest.mark.parametrize("engine", ["local", "server"])
-def test_an_ordinary_end_leaves_nothing(tmp_path: Path, engine: str) -> None:
-    with started_owner(tmp_path, engine, 1, warm=True) as (_, processes, files, end):
+def test_an_ordinary_end_leaves_nothing(directory: Path, engine: str) -> None:
+    with started_owner(directory, engine, 1, warm=True) as (_, processes, files, end):
         end(120)
         assert gone(processes) and not left(files)
-        assert not sockets(tmp_path)
+        assert not sockets(directory)
 
 
 if __name__ == "__main__":
