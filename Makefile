@@ -2,13 +2,13 @@
 SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
-# scripts/setup.sh says why.
+# Some set it; without bytecode every Python compiles torch and vLLM anew (scripts/setup.sh).
 unexport PYTHONDONTWRITEBYTECODE
 recipe = ppo
 
 # A process of tests for each core, up to four, of which each computes on one: ARGS="-n 0 -x FILE" has
-# one alone. They start many a Python, which is not to compile anew what it imports, as some set it.
-PYTEST = PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4
+# one alone.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4
 
 .PHONY: train test check lint format setup setup-test clean
 

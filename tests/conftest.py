@@ -24,11 +24,12 @@ hypothesis.settings.register_profile("rlswitch", deadline=None)  # nothing is ti
 hypothesis.settings.load_profile("rlswitch")
 
 PAD = 12  # of the character tokenizer
+SHARE_A_BENCH = {"test_contract", "test_sabotage", "test_frozen", "test_server_engine"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hands out test by test, but those on the engine to one process: they share what starts slowly.
+    """Hands out test by test, but those on an engine by what they share, since that starts slowly.
 
     Marks for pytest-xdist's own groups do nothing: 3.8.0 cannot change a node id of pytest 9.
     """
@@ -36,7 +37,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "engine" if nodeid.startswith("tests/engine/") else nodeid
+            if not nodeid.startswith("tests/engine/"):
+                return nodeid
+            file = Path(nodeid.split("::")[0]).stem
+            return "bench" if file in SHARE_A_BENCH else file
 
     return Scheduling(config, log)
 
