@@ -30,7 +30,8 @@ def train(run: Run) -> None:
         while trainer.version < run.num_steps:
             session.ledger.step = trainer.version + 1
             switch.give_to(engine, trainer.publish())  # wake, reload, prove, reset the prefix cache
-            groups = collect(session)
+            with session.abandonable():  # a stop signal need not wait for rollouts
+                groups = collect(session)
 
             switch.give_to(trainer)  # the engine, or a judge, sleeps; the trainer comes back
             batch = trainer.prepare(groups)  # refuses rollouts of another policy version
@@ -45,8 +46,8 @@ def train(run: Run) -> None:
                 session.save()
             if session.stop_signals and trainer.version < run.num_steps:
                 raise Preempted(
-                    f"stopped by {session.stop_signals[0]} after step {trainer.version}, checkpoint saved;"
-                    " run the same command again to go on"
+                    f"stopped by {session.stop_signals.names[0]} after step {trainer.version}, checkpoint"
+                    " saved; run the same command again to go on"
                 )
     write_report(session.output_dir)
 

@@ -29,18 +29,23 @@ from rlswitch.lock import only_run_in
 from rlswitch.models import refuse_unfit_model, resolve_model
 from rlswitch.monitor import Monitor, tracker_problems
 from rlswitch.plan import level_of
-from rlswitch.resume import LoopState
+from rlswitch.resume import LoopState, step_directory
 from rlswitch.rewards.judge import find_judge
 from rlswitch.rewards.reward_model import find_reward_model
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.tenants import Candidate, RewardTenant
 from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
 from rlswitch.schedule import refuse_unfit_schedule
-from rlswitch.signals import leave_at_second_interrupt, listen_for_signals
+from rlswitch.signals import (
+    Abandoned,
+    StopSignals,
+    leave_at_second_interrupt,
+    listen_for_signals,
+)
 from rlswitch.sizes import ModelShape
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
-from rlswitch.types import Batch, ConfigError, Group, Prompt
+from rlswitch.types import Batch, ConfigError, Group, Preempted, Prompt
 from rlswitch.weights import Publisher, canary_sequences, choose_directory
 
 
@@ -62,8 +67,7 @@ class Session:
     held_out: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
     output_dir: Path
-    stop_signals: list[str]
-    """Names of the signals that have asked the run to stop after this step."""
+    stop_signals: StopSignals
     health: Health
 
     def log(
@@ -87,6 +91,26 @@ class Session:
         self.monitor.log(step, metrics, groups, advantages)
         if groups:
             self.health.check(step, metrics, self.trainer.skipped, groups)
+
+    @contextmanager
+    def abandonable(self) -> Iterator[None]:
+        """A stop signal breaks off what is inside, and no step is the less for it. Raises Preempted then.
+
+        Only for what leaves the trainer and its memory alone: the rollouts are made again on resume.
+        """
+        step, cursor = self.trainer.version, self.prompts.cursor
+        try:
+            with self.stop_signals.abandoning():
+                yield
+        except Abandoned:
+            self.prompts.seek(cursor)
+            if step > 0 and not step_directory(self.output_dir / "checkpoints", step).exists():
+                self.save()
+            raise Preempted(
+                f"stopped by {self.stop_signals.names[0]} in step {step + 1}, whose rollouts are given up;"
+                f" {f'checkpoint of step {step} saved' if step else 'nothing was learned yet'};"
+                " run the same command again to go on"
+            ) from None
 
     def save(self) -> None:
         with self.ledger.work("checkpoint"):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import NoReturn
 
@@ -17,15 +17,47 @@ POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 Handler = Callable[[int, FrameType | None], object]
 
 
-def listen_for_signals(stack: ExitStack) -> list[str]:
-    """Collects POLITE ones instead of dying of them: the loop saves after its step, and ends.
+class Abandoned(BaseException):
+    """Raised out of what a stop signal may break off; not an Exception: nobody on the way is to catch it."""
+
+
+class StopSignals:
+    """The signals that have asked the run to stop: after this step, or at once where that loses nothing.
 
     One that comes during a save is one more name in the list: the save goes on, and is the last.
     """
-    received: list[str] = []
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._may_abandon = False
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    @contextmanager
+    def abandoning(self) -> Iterator[None]:
+        """Inside, a stop signal raises Abandoned; one that came before does so at once."""
+        if self.names:
+            raise Abandoned
+        self._may_abandon = True
+        try:
+            yield
+        finally:
+            self._may_abandon = False
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        self.names.append(signal.Signals(number).name)
+        if self._may_abandon:
+            self._may_abandon = False
+            raise Abandoned
+
+
+def listen_for_signals(stack: ExitStack) -> StopSignals:
+    """Collects POLITE ones instead of dying of them."""
+    stop = StopSignals()
     for number in POLITE:
-        _handle(number, lambda n, frame: received.append(signal.Signals(n).name), stack)
-    return received
+        _handle(number, stop.receive, stack)
+    return stop
 
 
 def leave_at_second_interrupt(stack: ExitStack) -> None:

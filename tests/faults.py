@@ -280,6 +280,18 @@ ENGINE = [
 
 PROCESSES = [
     Fault(
+        "The run is told to stop in the middle of its rollouts",
+        "SIGTERM",
+        "they are given up, the step before is saved, exit 75; going on it ends with the same bytes",
+        "engine/test_killed.py::test_a_run_killed_in_every_phase_ends_like_one_that_never_was",
+    ),
+    Fault(
+        "The environment allows pickle over the wire",
+        "`VLLM_ALLOW_INSECURE_SERIALIZATION=1`",
+        "vLLM's processes get 0",
+        "test_server.py::test_pickle_over_the_wire_stays_off_whatever_the_environment_says",
+    ),
+    Fault(
         "The run is killed",
         "SIGKILL to the process that owns an engine",
         "every process of the engine, its files and sockets are gone",

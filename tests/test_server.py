@@ -183,3 +183,14 @@ def test_one_run_at_a_time_is_attached_to_a_server() -> None:
         pass
     with claimed(address):
         pass
+
+
+def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(
+    make_run, monkeypatch, tmp_path
+) -> None:
+    from rlswitch.device import Device
+    from rlswitch.engines.launch import environment
+
+    monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+    made = environment(make_run(), Device("cpu"), tmp_path)
+    assert made["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"

@@ -6,14 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from rlswitch import loop
-from rlswitch.signals import listen_for_signals
+from rlswitch.signals import Abandoned, listen_for_signals
 from rlswitch.types import Preempted
 
 INTERRUPTED = """
@@ -49,8 +50,9 @@ def test_a_polite_signal_is_noted_and_nothing_else(name: str):
     before = signal.getsignal(number)
     with ExitStack() as stack:
         received = listen_for_signals(stack)
+        assert not received
         os.kill(os.getpid(), number)
-        assert received == [name]
+        assert received and received.names == [name]
     assert signal.getsignal(number) == before
 
 
@@ -59,7 +61,24 @@ def test_a_run_under_nohup_does_not_hear_the_end_of_its_terminal():
     with ExitStack() as stack:
         received = listen_for_signals(stack)
         os.kill(os.getpid(), signal.SIGHUP)
-        assert received == []
+        assert not received
+
+
+def test_what_may_be_abandoned_is_left_at_once_and_what_may_not_goes_on():
+    done: list[str] = []
+    with ExitStack() as stack:
+        received = listen_for_signals(stack)
+        with pytest.raises(Abandoned), received.abandoning():
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)
+            except Exception:  # a library's
+                done.append("taken for its own")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        done.append("went on")
+        with pytest.raises(Abandoned), received.abandoning():
+            done.append("begun although it was to stop")
+    assert done == ["went on"] and received.names == ["SIGTERM", "SIGUSR1"]
 
 
 def test_the_first_interrupt_takes_down_in_order_and_the_second_leaves_at_once():
@@ -104,6 +123,7 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
                 stop_signals=received,
                 log=lambda *_: None,
                 save=save,
+                abandonable=nullcontext,
             )
 
     monkeypatch.setattr(loop, "open_session", opened)

@@ -80,6 +80,7 @@ def environment(run: Run, device: Device, publish_root: Path) -> dict[str, str]:
     needed = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # which forkserver.py makes a warm start of
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # pickle from whoever reaches a socket
         "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(run.engine.start_timeout_s)),
         OWNER_PID: str(os.getpid()),
         PUBLISH_ROOT: str(publish_root),

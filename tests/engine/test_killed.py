@@ -13,6 +13,7 @@ import psutil
 import pytest
 from runs import finish, train
 
+from rlswitch.leave import PREEMPTED
 from rlswitch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
 
 pytestmark = pytest.mark.engine
@@ -32,12 +33,24 @@ DEATHS = {
     "wake_kv_cache": (12, None),
 }
 """Phase: the step whose phase is not survived, and how many seconds into it; None: at its very end."""
+TOLD_TO_STOP = "rollout", 7, 0.03
 
 
 def killed(words: list[str]) -> None:
     """train.py, which gets a SIGKILL in the phase and the step that its first word names."""
     doomed = words[0]
     step, seconds = DEATHS[doomed]
+    strike(doomed, step, seconds, signal.SIGKILL)
+    train(words[1:])
+
+
+def told_to_stop(words: list[str]) -> None:
+    strike(*TOLD_TO_STOP, signal.SIGTERM)
+    train(words)
+
+
+def strike(doomed: str, step: int, seconds: float | None, number: signal.Signals) -> None:
+    """This process gets the signal in its phase `doomed` of `step`, so many seconds into it or at its end."""
 
     def deadly(whole):
         @contextmanager
@@ -45,15 +58,14 @@ def killed(words: list[str]) -> None:
             here = name == doomed and self.step == step
             with whole(self, name, *args) as it:
                 if here and seconds is not None:
-                    threading.Timer(seconds, os.kill, [os.getpid(), signal.SIGKILL]).start()
+                    threading.Timer(seconds, os.kill, [os.getpid(), number]).start()
                 yield it
                 if here and seconds is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), number)
 
         return phase
 
     Ledger.phase, Ledger.work = deadly(Ledger.phase), deadly(Ledger.work)
-    train(words[1:])
 
 
 def lasting(path: Path) -> list[dict]:
@@ -87,6 +99,10 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tm
     for phase in DEATHS:
         ended = finish(killed, [phase, *words, f"output_dir={out}"], tmp_path)
         assert ended.returncode == -signal.SIGKILL, f"{phase}: {ended.stdout}{ended.stderr}"
+        if phase == "wake_weights":
+            ended = finish(told_to_stop, [*words, f"output_dir={out}"], tmp_path)
+            assert ended.returncode == PREEMPTED, ended.stderr
+            assert "stopped by SIGTERM in step 7, whose rollouts are given up" in ended.stderr
     finished = finish(train, [*words, f"output_dir={out}"], tmp_path)
     assert finished.returncode == 0, finished.stderr
     assert "resumed from" in finished.stdout
