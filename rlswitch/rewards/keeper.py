@@ -136,8 +136,8 @@ def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
         program = os.fork()
         if program == 0:
             _become_program(spec, directory, status)
-        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT).si_pid) != program:
-            os.waitpid(ended, 0)
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)) and ended.si_pid != program:
+            os.waitpid(ended.si_pid, 0)
         _report(status, _ended(program))
     except BaseException as error:
         _report(status, {"refused": f"{type(error).__name__}: {error}"})
