@@ -6,9 +6,9 @@ ARGS ?=
 unexport PYTHONDONTWRITEBYTECODE
 recipe = ppo
 
-# A process of tests for each core, up to four, of which each computes on one: ARGS="-n 0 -x FILE" has
-# one alone.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --maxprocesses 4
+# A process of tests for each core and one more, since many wait; each computes on one core.
+# ARGS="-n 0 -x FILE" has one alone.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 5
 
 .PHONY: train test check lint format setup setup-test clean
 

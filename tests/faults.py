@@ -374,7 +374,7 @@ LOST = [
     ),
     Fault(
         "The engine does not start again",
-        "a setting that vLLM refuses at every start",
+        "a worker class that is not there",
         "exit 1 after `engine.max_restarts` in a row, with the reason and the end of its log",
         "engine/test_lost.py::test_an_engine_that_never_comes_back_ends_the_run_with_its_log",
     ),
@@ -397,7 +397,7 @@ LOST = [
         "engine/test_forkserver.py::test_a_process_outlives_its_server_and_starts_another",
     ),
     Fault(
-        "The run is killed",
+        "The run is killed in any phase of a step",
         "SIGKILL in each of twelve phases of twelve steps",
         "started again it ends with the same records and tensors, byte by byte",
         "engine/test_killed.py::test_a_run_killed_in_every_phase_ends_like_one_that_never_was",

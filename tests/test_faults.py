@@ -59,7 +59,7 @@ def lay_model(folder: Path, original: Path, changes: Mapping[str, Any]) -> None:
 
 
 def listing(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}  # Python's own
 
 
 @pytest.mark.parametrize("given", BAD_INPUTS, ids=lambda given: given.about)

@@ -32,7 +32,10 @@ GROUPS = (
     " perf/host_rss_gib training/global_step training/policy_version training/epoch"
 ).split()
 STEPS = 6
-PPO = ("recipe=ppo", f"num_steps={STEPS}", f"evaluation.every={STEPS}", "trainer.warmup_steps=3")
+PPO = (
+    *("recipe=ppo", f"num_steps={STEPS}", "trainer.warmup_steps=3", "rollout.num_prompts=32"),
+    *("data.eval_rows=128", f"evaluation.every={STEPS}"),
+)
 CRITIC = "critic/vf_loss critic/vf_clip_ratio critic/explained_var critic/values_mean".split()
 SMALL = ("rollout.num_prompts=16", "evaluation.every=2", "evaluation.num_samples=2", "data.eval_rows=64")
 
@@ -73,7 +76,7 @@ def test_every_step_is_written_down_and_proven(ppo_run) -> None:
         assert record["switch/verified"] == 1
         assert record["mismatch/logp_abs_diff_max"] <= 1e-3
     rollouts = records(out / "rollouts.jsonl")
-    assert len(rollouts) == STEPS * 512
+    assert len(rollouts) == STEPS * 256
     assert all(row["policy_version"] == row["step"] - 1 for row in rollouts)
     assert json.loads((out / "trace.json").read_text().rstrip().rstrip(",") + "]")
     assert (out / "config.yaml").is_file() and (out / "report.html").is_file()
@@ -110,7 +113,7 @@ def test_a_finished_run_says_so_and_changes_nothing(ppo_run, run_train) -> None:
 def test_a_run_goes_on_neither_as_another_one_nor_beside_another(ppo_run, run_train) -> None:
     out, _ = ppo_run
     before = (out / "metrics.jsonl").read_bytes()
-    words = ("recipe=ppo", f"num_steps={STEPS + 1}", PPO[-1], f"output_dir={out}")
+    words = (*(it.replace(f"num_steps={STEPS}", f"num_steps={STEPS + 1}") for it in PPO), f"output_dir={out}")
     changed = run_train(*words, "trainer.lr=0.5", "rollout.group_size=4", check=False)
     lines = [line for line in changed.stderr.splitlines() if line.startswith("rlswitch: error: ")]
     assert changed.returncode == 2 and len(lines) == 2, changed.stderr
