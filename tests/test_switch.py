@@ -639,6 +639,9 @@ def test_a_proof_that_fails_is_not_started_again(mortal):
     with pytest.raises(ProofError):
         engine.acquire(WEIGHTS[1])
     assert len(backends) == 1
+    with pytest.raises(SwitchError, match="is failed"):
+        engine.acquire(WEIGHTS[1])
+    assert len(backends) == 1
 
 
 # -- what it generates -------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from rlswitch.types import (
     Group,
     PolicyWeights,
     Prompt,
+    ProofError,
     Rollout,
     Sampling,
     SwitchError,
@@ -276,6 +277,9 @@ class Engine:
                 return attempt()
             except EngineError as error:
                 self._give_up(error)
+            except ProofError:
+                self.revival = None  # it lives, and nobody knows what it holds: not to be passed over
+                raise
 
     def _give_up(self, error: EngineError) -> None:
         """Ends what is left of the backend. Raises `error` where there will not be another one."""

@@ -1,7 +1,7 @@
 """Breaks off a call to processes that have died or fallen silent.
 
 vLLM's synchronous client waits for an answer without a limit, and still does so when its engine core has
-been killed: a monitor thread closes the sockets, and nobody wakes the caller. A signal does.
+been killed (0.32): a monitor thread closes the sockets, and nobody wakes the caller. A signal does.
 """
 
 from __future__ import annotations
