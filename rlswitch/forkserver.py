@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnProcess
 from multiprocessing.reduction import DupFd
@@ -158,12 +159,20 @@ def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Se
         text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if issubclass(kind, WarmProcess):
         # Python itself would start a second server here, though it has just told us where ours is.
-        server, start_another = os.getppid(), forkserver._forkserver.ensure_running
-        forkserver._forkserver.ensure_running = (  # type: ignore[method-assign]
-            lambda: None if os.getppid() == server else start_another()
+        forkserver._forkserver.ensure_running = partial(  # type: ignore[method-assign]
+            _replace_if_dead, os.getppid(), forkserver._forkserver.ensure_running
         )
         multiprocessing.get_context = _warm_context
     return kind.__new__(kind)
+
+
+def _replace_if_dead(server: int, start: Callable[[], None]) -> None:
+    if os.getppid() == server:
+        return
+    if forkserver._forkserver._forkserver_pid is None:  # type: ignore[attr-defined]
+        # Another one listens in a directory of ours: the server's is for others too, and outlives us.
+        multiprocessing.process.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
+    start()
 
 
 def _in_own_group(target: Callable[..., object], *args: Any) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlswitch.forkserver import serving_vllm, start_process
+from rlswitch.forkserver import serving_vllm, socket_directory, start_process
 
 pytestmark = pytest.mark.engine
 
@@ -91,7 +91,9 @@ def leave_a_file(path: str, orphaned: bool) -> None:
         os.kill(server, signal.SIGKILL)
         while os.getppid() == server:
             time.sleep(0.01)
+        others = socket_directory()
         start_process(leave_a_file, [path, False]).join()
+        assert others != socket_directory(), "what others use would be removed with us"
         Path(path).write_text(Path(path).read_text() + " by another")
     else:
         Path(path).write_text("started")
