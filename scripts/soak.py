@@ -2,8 +2,8 @@
 
 Trains twice with the same settings, once undisturbed and once with faults injected at random: engines
 killed and stopped, reward workers killed, the run itself killed and told to stop. Compares every record
-and the final weights byte by byte, and looks for what grows. Every setting stands in
-rlswitch/bench/settings.py.
+and the final weights byte by byte, and looks for what grows. It counts all of /dev/shm: let nothing else
+use that meanwhile. Every setting stands in rlswitch/bench/settings.py.
 """
 
 from __future__ import annotations

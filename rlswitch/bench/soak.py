@@ -103,7 +103,8 @@ def soak(settings: SoakSettings) -> int:
         console.print(f"{name}: {report.seconds[name]:.0f} s, started {report.run_starts} times")
     judge(report, root / "straight", root / "disturbed", settings.num_steps)
     console.print(render(report))
-    facts = {"hardware": hardware(Device.detect()), "versions": versions(), "settings": asdict(settings)}
+    told = {name: value for name, value in asdict(settings).items() if name != "output_dir"}
+    facts = {"hardware": hardware(Device.detect()), "versions": versions(), "settings": told}
     (root / "soak.json").write_text(json.dumps(asdict(report) | facts, indent=1))
     console.print(f"all of it: {root / 'soak.json'}")
     for failure in report.failures:
