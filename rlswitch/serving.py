@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from rlswitch.checks import address_problems, problems
 from rlswitch.config import (
@@ -30,12 +30,11 @@ from rlswitch.config import (
 from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device
 from rlswitch.engines.address import parse_url
-from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.client import Client
 from rlswitch.engines.hosting import refuse_unfit_server
-from rlswitch.engines.local import LocalBackend, refuse_missing_features
-from rlswitch.engines.server import ServerBackend
+from rlswitch.engines.local import refuse_missing_features
+from rlswitch.engines.start import start_backend
 from rlswitch.engines.watch import at_work
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
@@ -142,20 +141,6 @@ def frozen_run(
     else:
         refuse_missing_features(run)
     return run
-
-
-def start_backend(
-    run: Run,
-    model_path: str,
-    tokenizer: PreTrainedTokenizerBase,
-    device: Device,
-    log_path: Path,
-    scratch: Path,
-    warm: bool = True,
-) -> Backend:
-    """vLLM on `model_path`, awake. `scratch` is removed should this process be killed."""
-    kind = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
-    return kind(run, model_path, tokenizer, device, log_path, scratch, warm)
 
 
 def _context(model: ModelConfig) -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,12 +18,11 @@ from rlswitch import checkpoint, proof, resume
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.data import Prompts, load_prompts, load_tokenizer
 from rlswitch.device import Device, resident_bytes
-from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.launch import engine_dtype
-from rlswitch.engines.local import LocalBackend, refuse_missing_features
-from rlswitch.engines.server import ServerBackend
+from rlswitch.engines.local import refuse_missing_features
+from rlswitch.engines.start import start_backend
 from rlswitch.health import Health
 from rlswitch.ledger import Ledger
 from rlswitch.lock import only_run_in
@@ -282,11 +282,8 @@ def start_engine(
 ) -> Engine:
     """vLLM with the run's model, awake and not yet proven."""
     device = ledger.device
-
-    def start() -> Backend:
-        backend_type = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
-        return backend_type(run, inputs.model_path, inputs.tokenizer, device, log_path, publisher.root)
-
+    where = (device, log_path, publisher.root)
+    start = partial(start_backend, run, inputs.model_path, inputs.tokenizer, *where)
     exact = engine_dtype(run.model.dtype, device) == "float32"
     return Engine(
         "rollout engine",

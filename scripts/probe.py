@@ -11,23 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlswitch.bench.program import run
 from rlswitch.bench.settings import ProbeSettings
-from rlswitch.cli import guarded
-from rlswitch.forkserver import prepare
-from rlswitch.leave import leave
-from rlswitch.options import settings_from_words
-
-
-def main(words: list[str]) -> int:
-    settings = settings_from_words(ProbeSettings, words)
-    prepare()
-    from rlswitch.bench.probe import probe  # torch and vLLM come with it
-
-    return probe(settings)
-
 
 if __name__ == "__main__":  # vLLM starts its processes by importing this file again
-    if {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        sys.exit()
-    leave(guarded(lambda: main(sys.argv[1:])))
+    run(__doc__, ProbeSettings, "probe", "probe")

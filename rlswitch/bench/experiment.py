@@ -17,11 +17,12 @@ from rlswitch.data import encode, load_tokenizer
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.backend import Backend, Completion, Request, warm_up
 from rlswitch.engines.base import Engine
+from rlswitch.engines.start import start_backend
 from rlswitch.fingerprint import checkpoint_tensors
 from rlswitch.frozen import freeze
 from rlswitch.ledger import SWITCH, Ledger
 from rlswitch.models import resolve_model
-from rlswitch.serving import frozen_run, start_backend
+from rlswitch.serving import frozen_run
 from rlswitch.switch import Switch
 from rlswitch.types import RLSwitchError
 

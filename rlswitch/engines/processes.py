@@ -63,9 +63,9 @@ class Family:
     """The processes of one engine, from the workers' and their cores' pids; they end together."""
 
     def __init__(self, pids: Sequence[int] = ()):
-        self.vital = [psutil.Process(pid) for pid in pids]
-        """Those that nothing works without."""
         self.processes = families_of(pids)
+        self.vital = [process for process in self.processes if process.pid in pids]
+        """Those that nothing works without; one that was gone before we looked is not among them."""
         self._files = shared_memory_of(process.pid for process in self.processes)
 
     def end(self, ask: Callable[[], object]) -> None:

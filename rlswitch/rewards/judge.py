@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import EngineConfig, JudgeConfig, ModelConfig, Run
 from rlswitch.data import encode, load_tokenizer
-from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival
-from rlswitch.engines.local import LocalBackend
+from rlswitch.engines.start import start_backend
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
 from rlswitch.models import context_of, read_config, resolve_model
@@ -115,10 +115,8 @@ class JudgeCandidate(Candidate):
     def start(
         self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
     ) -> Judge:
-        def start() -> Backend:
-            log = output_dir / "judge.log"
-            return LocalBackend(self.run, self.path, self.tokenizer, ledger.device, log, publish_root)
-
+        where = (ledger.device, output_dir / "judge.log", publish_root)
+        start = partial(start_backend, self.run, self.path, self.tokenizer, *where)
         revival = Revival(start=start, limit=self.run.engine.max_restarts, say=say)
         backend = start()
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 from bench import Bench, open_bench
 
+from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival, State
+from rlswitch.engines.processes import Family
 from rlswitch.types import EngineError, Group, PolicyWeights, Prompt, Sampling
 
 pytestmark = pytest.mark.engine
@@ -25,8 +26,14 @@ class Mortal:
     def __init__(self, bench: Bench):
         self.bench = bench
         self.said: list[str] = []
+        self.families: list[Family] = [bench.backend.family]
         self.engine: Engine = bench.engine()
-        self.engine.revival = Revival(start=bench.start, limit=2, say=self.said.append)
+        self.engine.revival = Revival(start=self.start, limit=2, say=self.said.append)
+
+    def start(self) -> Backend:
+        backend = self.bench.start()
+        self.families.append(backend.family)
+        return backend
 
     def doom(self, method: str, calls: int = 0, number: int = signal.SIGKILL) -> psutil.Process:
         """The worker that will get the signal in the midst of `method`."""
@@ -83,7 +90,7 @@ def test_only_what_was_not_finished_is_asked_again(mortal: Mortal, monkeypatch) 
     engine.acquire(weights)
     mortal.doom("execute_model", calls=12)
     asked: list[int] = []
-    start = mortal.bench.start
+    start = mortal.start
 
     def spying_start():
         backend = start()
@@ -127,5 +134,7 @@ def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Morta
     assert len(mortal.said) == 2
 
 
-def test_nothing_of_them_is_left(shared: Mortal, tmp_path: Path) -> None:
-    assert not [it for it in psutil.Process().children(recursive=True) if "VLLM" in it.name()]
+def test_nothing_of_them_is_left(shared: Mortal) -> None:
+    processes = [process for family in shared.families for process in family.processes]
+    assert len(shared.families) > 1 and len(processes) >= 2 * len(shared.families)
+    assert not [process for process in processes if process.is_running()]
