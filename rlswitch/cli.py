@@ -1,6 +1,6 @@
 """The commands behind train.py: one run, a sweep, and Hydra's questions about the configuration.
 
-Nothing here imports torch or vLLM before the whole configuration is known to be right.
+Nothing here imports torch or vLLM before configuration and inputs are known to be right.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from rlswitch.compose import compose_run, planned, read, unique
 from rlswitch.config import Run, register
 from rlswitch.forkserver import prepare
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
+from rlswitch.resume import finished
 from rlswitch.sweep import sweep
 from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
 
@@ -75,19 +76,23 @@ def train_once(arguments: Arguments) -> int:
 
         show(run)
         return DONE
-    from rlswitch.inputs import refuse_wrong_inputs  # numpy comes with it
+    from rlswitch.inputs import open_inputs, refuse_wrong_inputs  # numpy comes with it
 
     refuse_wrong_inputs(run)
+    if run.mode == "train" and (said := finished(run)):
+        print(said)
+        return DONE
     if run.engine.fork_server and run.engine.is_started_here:
         prepare()  # it imports while we do
-    if run.mode == "rewards":
-        from rlswitch.preview import show as show_rewards
+    with open_inputs(run, print) as inputs:
+        if run.mode == "rewards":
+            from rlswitch.preview import show as show_rewards
 
-        show_rewards(run)
-        return DONE
-    from rlswitch.loop import train  # torch and vLLM come with it
+            show_rewards(run, inputs)
+        else:
+            from rlswitch.loop import train  # torch and vLLM come with it
 
-    train(run)
+            train(run, inputs)
     return DONE
 
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from rlswitch.options import did_you_mean
-from rlswitch.sources import HUB_ID, Source, Table, few, read, reason, shown
+from rlswitch.sources import Source, Table, few, read, reason, shown
 from rlswitch.types import ConfigError, Prompt
 
 if TYPE_CHECKING:  # datasets and transformers take seconds to import
     from transformers import PreTrainedTokenizerBase
 
-    from rlswitch.config import ModelConfig, Run
+    from rlswitch.config import Run
 
 _PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "instruction", "query", "input")
 _HELD_OUT_SEED = 0  # not run.seed: every seed of a sweep is to be evaluated on the same prompts
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 class Prompts:
@@ -67,71 +67,24 @@ class Prompts:
         return int(self._order[1][place])
 
 
-def load_tokenizer(model: ModelConfig, path: str, key: str = "model.path") -> PreTrainedTokenizerBase:
-    """The tokenizer at `path`, where the setting `key` leads to; a missing pad token becomes eos."""
-    from transformers import AutoTokenizer
+def read_tables(run: Run) -> list[Table]:
+    """The rows of every source: to train on, and held out if they have a place of their own.
 
-    blame = f"{key} = {model.path}"
-    if not Path(path).exists() and not HUB_ID.fullmatch(path):
-        raise ConfigError(f"{blame}: no such directory, and not a hub id (name or owner/name)")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # transformers raises nearly every type: all mean the same to a user
-        what = f"cannot load its tokenizer ({reason(error)})"
-        if "trust_remote_code" in str(error):
-            what = "its tokenizer is custom code; " + (
-                "set model.trust_remote_code=true to run it"
-                if key == "model.path"
-                else "it would not be run, model.trust_remote_code is for model.path alone; set another model"
-            )
-        raise ConfigError(f"{blame}: {what}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(
-            f"{blame}: its tokenizer has no end-of-sequence token, so no completion would ever end;"
-            " set eos_token in its tokenizer_config.json"
-        )
-    if foreign := _foreign_token(tokenizer, Path(path, "config.json")):
-        raise ConfigError(f"{blame}: {foreign}; set a model with a tokenizer of its own")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _foreign_token(tokenizer: PreTrainedTokenizerBase, config: Path) -> str:
-    """A token that text can be made of, or that ends it, and that the model does not embed."""
-    if not config.is_file():  # of a hub id
-        return ""
-    read = json.loads(config.read_text())
-    embedded = (read.get("text_config") or read).get("vocab_size") or len(tokenizer)
-    special = {*tokenizer.all_special_ids} - {tokenizer.eos_token_id}
-    for token, index in tokenizer.get_vocab().items() if len(tokenizer) > embedded else ():
-        if index >= embedded and index not in special:
-            return (
-                f"its tokenizer makes token {index} of {token!r}, and the model embeds {embedded} only:"
-                " it would be out of range"
-            )
-    return ""
+    Raises ConfigError with everything that is wrong with all of them.
+    """
+    return _all([partial(read, source) for source in sources_of(run)])
 
 
 def load_prompts(
-    run: Run, tokenizer: PreTrainedTokenizerBase, say: Say = print
+    run: Run, tables: Sequence[Table], tokenizer: PreTrainedTokenizerBase, say: Say = print
 ) -> tuple[Prompts, list[Prompt]]:
     """The stream of training prompts, and the held-out ones in the order of their rows.
 
     With evaluation.every = 0 no rows are cut off the training split; rows named as held out stay
     so. `say` gets a line for every set of rows left out. Raises ConfigError with everything that is
-    wrong with all the sources.
+    wrong with all the tables.
     """
-    parts, problems = [], []
-    for source in sources_of(run):
-        try:
-            parts.append(_tokenize(read(source), run, tokenizer, say))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))  # two splits of one source can say the same
+    parts = _all([partial(_tokenize, table, run, tokenizer, say) for table in tables])
     training, *others = parts
     found, held_out = len(training), []
     if others:
@@ -146,6 +99,19 @@ def load_prompts(
             " set fewer, or give more rows"
         )
     return Prompts(training, run.seed), held_out
+
+
+def _all(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """What each returns. Raises the ConfigErrors of all together."""
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))  # two splits of one source can say the same
+    return results
 
 
 # ---- which rows

@@ -1,6 +1,6 @@
-"""What is wrong with the files and addresses that a run names, told before torch is imported.
+"""What a run is given, read and refused before torch is imported: files, addresses, prompts and rewards.
 
-A glance: what needs a tokenizer, the hub or a reward function's own code, load_inputs finds out.
+What only the model itself can tell is left to session.py.
 """
 
 from __future__ import annotations
@@ -8,25 +8,99 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from rlswitch.config import Run, ServerEngineConfig
-from rlswitch.data import refuse_bad_rows, sources_of
+from rlswitch.data import Prompts, load_prompts, read_tables, refuse_bad_rows, sources_of
 from rlswitch.engines.address import free_port
+from rlswitch.monitor import tracker_problems
+from rlswitch.pretrained import (
+    load_tokenizer,
+    read_config,
+    refuse_longer_than_context,
+    refuse_mute,
+    resolve_model,
+)
 from rlswitch.rewards import TENANTS
+from rlswitch.rewards.fit import refuse_unfit_tenants
 from rlswitch.rewards.resolve import refuse_missing as refuse_missing_function
+from rlswitch.rewards.scorer import Scorer
 from rlswitch.sources import HUB_ID, Source, nearest_file, read, reason, refuse_missing
-from rlswitch.tasks import refuse_unknown_task
-from rlswitch.types import ConfigError
+from rlswitch.tasks import refuse_unknown_task, task_of
+from rlswitch.torchless import without_torch
+from rlswitch.types import ConfigError, Prompt
+
+FIRST = 8
+"""So many training prompts are looked at before the first step."""
 
 GLANCE_BYTES = 1 << 26
-"""A larger file of rows is read once, by load_prompts: reading it twice would take seconds."""
+"""A larger file of rows is read once, by read_prompts: reading it twice would take seconds."""
 HEADER_BYTES = 100_000_000
 """What safetensors allows for the header of a file."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 """Without any of them transformers makes an empty one, to which every prompt is empty."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inputs:
+    """What was read before anything is started."""
+
+    model_path: str
+    """The directory of run.model.path."""
+    prompts: Prompts
+    held_out: list[Prompt]
+    first: list[Prompt]
+    """A look at the training prompts."""
+    scorer: Scorer
+
+
+@contextmanager
+def open_inputs(run: Run, say: Callable[[str], None]) -> Iterator[Inputs]:
+    """Rewards, prompts and the model's directory. Raises ConfigError; leaves nothing behind but caches."""
+    with ExitStack() as stack:
+        scorer = build_scorer(run)
+        stack.callback(scorer.close)
+        built_in = task_of(run.model.path)
+        model_path = run.model.path if built_in else resolve_model(run.model, say)
+        prompts, held_out, first = without_torch(read_prompts, run, model_path, say)
+        scorer.check([*first, *held_out])
+        if built_in:  # made now unless it was: a typo is not to wait for that
+            model_path = resolve_model(run.model, say)
+        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+
+
+def read_prompts(
+    run: Run, model_path: str, say: Callable[[str], None]
+) -> tuple[Prompts, list[Prompt], list[Prompt]]:
+    """All prompts, the held-out ones, and the first; raises ConfigError for models that they do not suit."""
+    tables = read_tables(run)
+    if task := task_of(model_path):
+        tokenizer = task.build_tokenizer()
+    else:
+        config = read_config(run.model, model_path)
+        refuse_mute(run.model, config)
+        refuse_longer_than_context(run, config)
+        tokenizer = load_tokenizer(run.model, model_path)
+    prompts, held_out = load_prompts(run, tables, tokenizer, say)
+    first = prompts.take(FIRST)
+    refuse_unfit_tenants(run, [*first, *held_out])
+    return prompts, held_out, first
+
+
+def build_scorer(run: Run) -> Scorer:
+    """The rewards, and a look at the trackers: both can be told wrong at once."""
+    problems = tracker_problems(run.logger)
+    try:
+        scorer = Scorer(run.reward, step_size=run.rollout.num_prompts * run.rollout.group_size)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return scorer
 
 
 def refuse_wrong_inputs(run: Run) -> None:

@@ -6,9 +6,10 @@ trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--
 
 from __future__ import annotations
 
-from rlswitch import checkpoint, evaluation, resume
+from rlswitch import checkpoint, evaluation
 from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
+from rlswitch.inputs import Inputs
 from rlswitch.report import write_report
 from rlswitch.rewards.shaping import punish_overlong
 from rlswitch.rewards.tenants import ask_in_turn
@@ -16,12 +17,9 @@ from rlswitch.session import Session, open_session
 from rlswitch.types import Group, Preempted, Sampling
 
 
-def train(run: Run) -> None:
+def train(run: Run, inputs: Inputs) -> None:
     """Runs to `run.num_steps`, from the newest checkpoint when there is one."""
-    if finished := resume.finished(run):
-        print(finished)
-        return
-    with open_session(run) as session:
+    with open_session(run, inputs) as session:
         trainer, engine, switch = session.trainer, session.engine, session.switch
         if trainer.version == 0 and evaluation.is_due(run.evaluation, 0, run.num_steps):
             switch.give_to(engine, trainer.publish())

@@ -7,6 +7,7 @@ that the next push would not bring, and the engine runs its plain, fast kernels.
 from __future__ import annotations
 
 import json
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,17 +35,17 @@ def add_adapters(model: Any, config: ModelConfig, path: str, *, causal: bool) ->
 
     Raises ConfigError for layers that a push could not carry merged.
     """
+    adapters = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha or 2 * config.lora_rank,  # type: ignore[arg-type]  # 0.5 is fine
+        target_modules=list(config.lora_targets) or "all-linear",
+        bias="none",
+        task_type="CAUSAL_LM" if causal else None,
+    )
     try:
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=config.lora_rank,
-                lora_alpha=config.lora_alpha or 2 * config.lora_rank,  # type: ignore[arg-type]  # 0.5 is fine
-                target_modules=list(config.lora_targets) or "all-linear",
-                bias="none",
-                task_type="CAUSAL_LM" if causal else None,
-            ),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # refused below
+            adapted = get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(
             f"model.lora_targets = {config.lora_targets}: {str(error).splitlines()[0]};"

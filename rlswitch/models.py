@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlswitch import lora
 from rlswitch.batching import completion_tokens, lay_out
 from rlswitch.config import ModelConfig, Run
-from rlswitch.tasks import MODELS, refuse_unknown_task
+from rlswitch.pretrained import first_line, read_config, refuse_longer_than_context, unreadable
 from rlswitch.types import Batch, ConfigError
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
@@ -41,55 +37,6 @@ class Critic(nn.Module):
         return layout.spread(values, batch)
 
 
-def resolve_model(config: ModelConfig, say: Callable[[str], None], key: str = "model.path") -> str:
-    """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now.
-
-    `key` is the setting that names it, for what is said when there is no such model.
-    """
-    module = builtin_model(config.path, key)
-    if module is not None:
-        return str(module.ensure_model(config.warm_start_seed, say))
-    if Path(config.path).is_dir():
-        return config.path
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(
-            config.path,
-            revision=config.revision,
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"],
-        )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"{key} = {config.path}: is no directory, and the hub does not give it: {reason};"
-            " set a directory with config.json and *.safetensors, or a hub id that is cached or reachable"
-        ) from error
-
-
-def builtin_model(path: str, key: str = "model.path") -> ModuleType | None:
-    """The module behind `builtin:NAME`, None for any other path. Raises ConfigError for an unknown one."""
-    if not path.startswith("builtin:"):
-        return None
-    refuse_unknown_task(key, path)
-    return importlib.import_module(MODELS[path.removeprefix("builtin:")])
-
-
-def read_config(model: ModelConfig, path: str, key: str = "model.path") -> PretrainedConfig:
-    """The config.json in `path`, where the setting `key` leads to. Raises ConfigError."""
-    try:
-        return AutoConfig.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except Exception as error:  # whatever a config.json, the hub or a model's own code comes up with
-        raise _unreadable(model, key, error) from error
-
-
-def context_of(config: PretrainedConfig) -> int | None:
-    """How many tokens the model can attend to, where it says so."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
 def outline(
     model: ModelConfig, path: str, key: str = "model.path", kind: Any = AutoModelForCausalLM
 ) -> PreTrainedModel:
@@ -106,8 +53,8 @@ def outline(
         if model.attn_implementation and (
             isinstance(error, ImportError) or "attn_implementation" in str(error)
         ):
-            raise _unfit_attention(model, _first_line(error)) from error
-        raise _unreadable(model, key, error) from error
+            raise _unfit_attention(model, first_line(error)) from error
+        raise unreadable(model, key, error) from error
 
 
 def refuse_unfit_model(run: Run, path: str) -> None:
@@ -116,17 +63,6 @@ def refuse_unfit_model(run: Run, path: str) -> None:
     refuse_longer_than_context(run, model.config)
     if run.model.lora_rank:
         lora.add_adapters(model, run.model, path, causal=True)
-
-
-def refuse_longer_than_context(run: Run, config: Any) -> None:
-    """Raises ConfigError when a prompt and its completion can be longer than the model can attend to."""
-    limit = context_of(config)
-    if limit is not None and run.max_model_len > limit:
-        raise ConfigError(
-            f"rollout.max_new_tokens = {run.rollout.max_new_tokens}: with data.max_prompt_tokens"
-            f" {run.data.max_prompt_tokens} it comes to {run.max_model_len} tokens, the context of"
-            f" {run.model.path} is {limit}; set them so that they fit together"
-        )
 
 
 def load_policy(config: ModelConfig, path: str, frozen_dtype: torch.dtype) -> nn.Module:
@@ -262,22 +198,3 @@ def _unfit_attention(config: ModelConfig, reason: str) -> ConfigError:
     return ConfigError(
         f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
     )
-
-
-def _unreadable(model: ModelConfig, key: str, error: Exception) -> ConfigError:
-    kind = "sequence classifier" if key == "reward_model.path" else "causal language model"
-    what = (
-        f"its configuration cannot be read: {_first_line(error)}; set a directory with the config.json of a"
-        f" {kind}, or a hub id that is cached or reachable"
-    )
-    if "trust_remote_code" in str(error):
-        what = "is custom code; " + (
-            "set model.trust_remote_code=true to run it, if you trust its authors"
-            if key == "model.path"
-            else "it would not be run, model.trust_remote_code is for model.path alone; set another model"
-        )
-    return ConfigError(f"{key} = {model.path}: {what}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

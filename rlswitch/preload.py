@@ -14,7 +14,7 @@ MODULES = (
     "vllm.v1.worker.gpu_model_runner",
     "vllm.model_executor.models.qwen3",
     "rlswitch.engines.cpu_worker",
-    "rlswitch.tasks.addition",
+    "rlswitch.tasks.addition_policy",
     "rlswitch.loop",
 )
 """Without one of them a child imports it itself."""

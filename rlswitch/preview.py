@@ -20,10 +20,11 @@ from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.backend import Completion, Request
 from rlswitch.engines.base import request_seed
+from rlswitch.inputs import Inputs
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.rewards.tenants import ask_in_turn
-from rlswitch.session import Inputs, load_inputs, start_engine, start_tenant
+from rlswitch.rewards.tenants import Candidate, ask_in_turn
+from rlswitch.session import Models, look_at_models, start_engine, start_tenant
 from rlswitch.switch import Switch
 from rlswitch.types import EngineError, Group, Prompt, Rollout
 from rlswitch.weights import Publisher
@@ -33,23 +34,21 @@ GOLD, SAMPLED, SAMPLES = 64, 4, 2
 """Rows whose own answer is scored; rows that the model is asked, and how often each."""
 
 
-def show(run: Run) -> None:
+def show(run: Run, inputs: Inputs) -> None:
     """Prints how the rewards score gold answers and a few samples; trains nothing."""
-    inputs = load_inputs(run, print)
+    models = look_at_models(run, inputs, print)
     console = Console(highlight=False)
-    with ExitStack() as stack:
-        stack.callback(inputs.scorer.close)
-        prompts = inputs.held_out or inputs.first
-        scored = {"gold answers": gold(prompts[:GOLD], inputs.tokenizer)}
-        if not scored["gold answers"]:
-            console.print(f"no gold answers: the dataset has none of the columns {', '.join(ANSWER_COLUMNS)}")
-        try:
-            scored["the model's"] = sample(run, inputs, prompts[:SAMPLED])
-        except EngineError as error:
-            console.print(f"no samples of the model: {str(error).splitlines()[0]}")
-        score(inputs, scored.values())
-        for part in render(scored, inputs.scorer):
-            console.print(part)
+    prompts = inputs.held_out or inputs.first
+    scored = {"gold answers": gold(prompts[:GOLD], models.tokenizer)}
+    if not scored["gold answers"]:
+        console.print(f"no gold answers: the dataset has none of the columns {', '.join(ANSWER_COLUMNS)}")
+    try:
+        scored["the model's"] = sample(run, models, prompts[:SAMPLED])
+    except EngineError as error:
+        console.print(f"no samples of the model: {str(error).splitlines()[0]}")
+    score(inputs.scorer, models.candidates, scored.values())
+    for part in render(scored, inputs.scorer):
+        console.print(part)
 
 
 def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Group]:
@@ -63,21 +62,21 @@ def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
     return groups
 
 
-def score(inputs: Inputs, scored: Iterable[list[Group]]) -> None:
+def score(scorer: Scorer, candidates: Sequence[Candidate], scored: Iterable[list[Group]]) -> None:
     """Fills in all rewards; the models among them are started one by one, and ended again."""
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
         directory = Path(name)
         publisher = Publisher("disk", 0, directory)
         stack.callback(publisher.close)
         switch = Switch(Ledger(Device.detect(), directory))
-        tenants = [start_tenant(it, switch, publisher, directory, print, stack) for it in inputs.candidates]
+        tenants = [start_tenant(it, switch, publisher, directory, print, stack) for it in candidates]
         for groups in scored:
-            pending = inputs.scorer.submit(groups)
+            pending = scorer.submit(groups)
             ask_in_turn(tenants, pending, switch)
-            inputs.scorer.collect(pending)
+            scorer.collect(pending)
 
 
-def sample(run: Run, inputs: Inputs, prompts: Sequence[Prompt]) -> list[Group]:
+def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
     """A few completions by the checkpoint as it is, from the real engine, which is ended again.
 
     Raises EngineError when it cannot be started.
@@ -97,13 +96,13 @@ def sample(run: Run, inputs: Inputs, prompts: Sequence[Prompt]) -> list[Group]:
         publisher = Publisher("disk", 0, directory)
         stack.callback(publisher.close)
         ledger = Ledger(Device.detect(), directory)
-        engine = start_engine(run, inputs, ledger, publisher, directory / "engine.log", print)
+        engine = start_engine(run, models, ledger, publisher, directory / "engine.log", print)
         stack.callback(engine.close)
         # Not Engine.generate, which is for weights that were pushed: this asks the checkpoint itself.
         answers: dict[int, Completion] = {}
         engine.backend.generate(requests, answers)
     completions = [answers[index].token_ids for index in range(len(requests))]
-    texts = inputs.tokenizer.batch_decode(completions, skip_special_tokens=True)
+    texts = models.tokenizer.batch_decode(completions, skip_special_tokens=True)
     rows = list(zip(texts, completions, strict=True))
     return [
         _group(prompt, rows[SAMPLES * place : SAMPLES * (place + 1)]) for place, prompt in enumerate(prompts)

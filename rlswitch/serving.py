@@ -27,7 +27,7 @@ from rlswitch.config import (
     ServerEngineConfig,
     SwitchConfig,
 )
-from rlswitch.data import encode, load_tokenizer
+from rlswitch.data import encode
 from rlswitch.device import Device
 from rlswitch.engines.address import parse_url
 from rlswitch.engines.base import Engine, Revival
@@ -38,7 +38,7 @@ from rlswitch.engines.start import start_backend
 from rlswitch.engines.watch import at_work
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
-from rlswitch.models import resolve_model
+from rlswitch.pretrained import load_tokenizer, resolve_model
 from rlswitch.switch import Switch
 from rlswitch.types import ConfigError, Prompt, Sampling
 

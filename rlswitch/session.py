@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from rlswitch import checkpoint, proof, resume
 from rlswitch.config import Run, ServerEngineConfig
-from rlswitch.data import Prompts, load_prompts, load_tokenizer
+from rlswitch.data import Prompts
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.hosting import refuse_unfit_server
@@ -24,11 +24,13 @@ from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import refuse_missing_features
 from rlswitch.engines.start import start_backend
 from rlswitch.health import Health
+from rlswitch.inputs import Inputs
 from rlswitch.ledger import Ledger
 from rlswitch.lock import only_run_in
-from rlswitch.models import refuse_unfit_model, resolve_model
-from rlswitch.monitor import Monitor, tracker_problems
+from rlswitch.models import refuse_unfit_model
+from rlswitch.monitor import Monitor
 from rlswitch.plan import level_of
+from rlswitch.pretrained import load_tokenizer
 from rlswitch.resume import LoopState, step_directory
 from rlswitch.rewards.judge import find_judge
 from rlswitch.rewards.reward_model import find_reward_model
@@ -45,7 +47,7 @@ from rlswitch.signals import (
 from rlswitch.sizes import ModelShape
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
-from rlswitch.types import Batch, ConfigError, Group, Preempted, Prompt
+from rlswitch.types import Batch, Group, Preempted, Prompt
 from rlswitch.weights import Publisher, canary_sequences, choose_directory
 
 
@@ -146,31 +148,26 @@ class Session:
         }
 
 
-@dataclass(kw_only=True, slots=True)
-class Inputs:
-    """What is read before anything is started: all of it can still be refused."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Models:
+    """What there is at the paths of models: looked at, and not loaded."""
 
-    model_path: str
+    path: str
+    """The policy's directory."""
     tokenizer: PreTrainedTokenizerBase
-    prompts: Prompts
-    held_out: list[Prompt]
-    scorer: Scorer
     candidates: list[Candidate]
     """The models among the rewards."""
-    first: list[Prompt]
-    """A look at the training prompts."""
 
 
 @contextmanager
-def open_session(run: Run) -> Iterator[Session]:
+def open_session(run: Run, inputs: Inputs) -> Iterator[Session]:
     """Builds a run and closes it. Each tenant is started on a device that the others have left."""
     disable_progress_bar()
     assert run.output_dir is not None, "the command line names it"
     output_dir = Path(run.output_dir)
     with ExitStack() as stack:
         leave_at_second_interrupt(stack)
-        inputs = load_inputs(run, print)
-        stack.callback(inputs.scorer.close)
+        models = look_at_models(run, inputs, print)
         run.switch.level = level_of(run)
         device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
         by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
@@ -180,28 +177,29 @@ def open_session(run: Run) -> Iterator[Session]:
 
         monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
         ledger = Ledger(device, output_dir, state.step)
-        ledger.on_phase, inputs.scorer.say = monitor.phase, monitor.say
+        say = inputs.scorer.say = monitor.say
+        ledger.on_phase = monitor.phase
         publisher = Publisher(run.switch.transport, nbytes, output_dir)
         stack.callback(publisher.close)
         monitor.phase("engine start")
-        engine = start_engine(run, inputs, ledger, publisher, output_dir / "engine.log", monitor.say)
+        engine = start_engine(run, models, ledger, publisher, output_dir / "engine.log", say)
         stack.callback(engine.close)
         taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
         switch = Switch(ledger, holder=engine)
         tenants = []
-        for candidate in inputs.candidates:
+        for candidate in models.candidates:
             monitor.phase(f"{candidate.name} start")
-            tenants.append(start_tenant(candidate, switch, publisher, output_dir, monitor.say, stack))
+            tenants.append(start_tenant(candidate, switch, publisher, output_dir, say, stack))
             taken.append(device.total_bytes() - device.free_bytes())
         switch.vacate()
         monitor.phase("trainer start")
-        trainer = build_trainer(run, inputs, ledger, publisher, engine.backend.block_size, monitor.say)
+        trainer = build_trainer(run, inputs, models, ledger, publisher, engine.backend.block_size, say)
         trainer.parking.engine_bytes = max(taken)
         if resumed:
             checkpoint.restore(resumed, trainer)
-            monitor.say(f"resumed from {resumed} at step {state.step}")
+            say(f"resumed from {resumed} at step {state.step}")
         if trainer.updates_once:
-            monitor.say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
+            say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
         switch.give_to(trainer)
         freeze_garbage()
         ledger.restart()
@@ -217,10 +215,10 @@ def open_session(run: Run) -> Iterator[Session]:
             tenants=tenants,
             prompts=inputs.prompts,
             held_out=inputs.held_out,
-            tokenizer=inputs.tokenizer,
+            tokenizer=models.tokenizer,
             output_dir=output_dir,
             stop_signals=listen_for_signals(stack),
-            health=Health(output_dir, monitor.say),
+            health=Health(output_dir, say),
         )
 
 
@@ -243,52 +241,36 @@ def choose_start(run: Run, device: Device, output_dir: Path, pushes: int) -> tup
     return resumed, state
 
 
-def load_inputs(run: Run, say: Callable[[str], None]) -> Inputs:
-    """Model directory, tokenizer, prompts and rewards. Raises ConfigError, and has made nothing then."""
-    with ExitStack() as undo:
-        scorer = build_scorer(run)
-        undo.callback(scorer.close)
-        model_path = resolve_model(run.model, say)
-        refuse_unfit_model(run, model_path)
-        refuse_unfit_schedule(run)
-        tokenizer = load_tokenizer(run.model, model_path)
-        prompts, held_out = load_prompts(run, tokenizer, say)
-        first = prompts.take(8)
-        scorer.check([*first, *held_out])
-        candidates: list[Candidate] = []
-        for name in scorer.tenants:
-            if name == "judge":
-                candidates.append(find_judge(run, [*first, *held_out], say))
-            else:
-                candidates.append(find_reward_model(run, tokenizer, say))
-        if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
-            refuse_unfit_server(run, model_path)
+def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Models:
+    """Builds nothing. Raises ConfigError for what could not be built, or started, later."""
+    refuse_unfit_model(run, inputs.model_path)
+    refuse_unfit_schedule(run)
+    tokenizer = load_tokenizer(run.model, inputs.model_path)
+    candidates: list[Candidate] = []
+    for name in inputs.scorer.tenants:
+        if name == "judge":
+            candidates.append(find_judge(run, [*inputs.first, *inputs.held_out], say))
         else:
-            refuse_missing_features(run)
-        undo.pop_all()
-        return Inputs(
-            model_path=model_path,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            held_out=held_out,
-            scorer=scorer,
-            candidates=candidates,
-            first=first,
-        )
+            candidates.append(find_reward_model(run, tokenizer, say))
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
+        refuse_unfit_server(run, inputs.model_path)
+    else:
+        refuse_missing_features(run)
+    return Models(path=inputs.model_path, tokenizer=tokenizer, candidates=candidates)
 
 
 def start_engine(
-    run: Run, inputs: Inputs, ledger: Ledger, publisher: Publisher, log_path: Path, say: Callable[[str], None]
+    run: Run, models: Models, ledger: Ledger, publisher: Publisher, log_path: Path, say: Callable[[str], None]
 ) -> Engine:
     """vLLM with the run's model, awake and not yet proven."""
     device = ledger.device
     where = (device, log_path, publisher.root)
-    start = partial(start_backend, run, inputs.model_path, inputs.tokenizer, *where)
+    start = partial(start_backend, run, models.path, models.tokenizer, *where)
     exact = engine_dtype(run.model.dtype, device) == "float32"
     return Engine(
         "rollout engine",
         start(),
-        inputs.tokenizer,
+        models.tokenizer,
         ledger,
         level=run.switch.level,
         verify=run.switch.verify,
@@ -316,6 +298,7 @@ def start_tenant(
 def build_trainer(
     run: Run,
     inputs: Inputs,
+    models: Models,
     ledger: Ledger,
     publisher: Publisher,
     block_size: int,
@@ -325,32 +308,20 @@ def build_trainer(
     device = ledger.device
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
-        vocabulary=len(inputs.tokenizer),
+        vocabulary=len(models.tokenizer),
         length=min(run.max_model_len - 1, max(block_size + 2, 32)),
     )
     return Trainer(
         run,
-        inputs.model_path,
+        models.path,
         getattr(torch, engine_dtype(run.model.dtype, device)),
-        inputs.tokenizer.pad_token_id,
+        models.tokenizer.pad_token_id,
         device,
         ledger,
         publisher,
         canary,
         say,
     )
-
-
-def build_scorer(run: Run) -> Scorer:
-    """The rewards, and a look at the trackers: both can be told wrong before a model is loaded."""
-    problems = tracker_problems(run.logger)
-    try:
-        scorer = Scorer(run.reward, step_size=run.rollout.num_prompts * run.rollout.group_size)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
-    return scorer
 
 
 def checkpoint_bytes(model_path: str) -> int:

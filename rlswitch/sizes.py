@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlswitch.config import ModelConfig, Run
 from rlswitch.device import Device
 from rlswitch.lora import add_adapters
-from rlswitch.models import LOGITS_AT_ONCE, builtin_model, outline
+from rlswitch.models import LOGITS_AT_ONCE, outline
+from rlswitch.pretrained import builtin_model
 from rlswitch.rewards import TENANTS
 
 GIB = 2**30

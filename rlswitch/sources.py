@@ -7,7 +7,6 @@ JSON and CSV files are read here, not by `datasets`: it guesses types from strin
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import os
 import re
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rlswitch.options import did_you_mean
-from rlswitch.tasks import TASKS, refuse_unknown_task
+from rlswitch.tasks import refuse_unknown_task, task_of
 from rlswitch.types import ConfigError
 
 HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
@@ -73,8 +72,7 @@ def read(source: Source) -> Table:
     try:
         if source.is_text:
             table = (_read_csv if source.file.suffix == ".csv" else _read_json)(source, source.file)
-        elif source.path.startswith("builtin:"):
-            task = importlib.import_module(TASKS[source.path.removeprefix("builtin:")])
+        elif task := task_of(source.path):
             table = Table(source, _rows(task.load_datasets(), source))
         else:
             table = Table(source, _rows(_load(source), source))

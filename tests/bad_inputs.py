@@ -43,6 +43,8 @@ class BadInput:
     """How files of model/ differ: None for a missing one, a mapping to change keys, else the content."""
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
     """How the machine differs."""
+    needs_torch: bool = False
+    """Whether only torch, transformers' models or vLLM can tell: the answer waits until they are imported."""
 
 
 def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
@@ -949,8 +951,8 @@ MODEL = [
     bad(
         "a model that generates no text",
         "",
-        "model.path = model: its configuration cannot be read: Unrecognized configuration class ...; set a"
-        " directory with the config.json of a causal language model, or a hub id that is cached or reachable",
+        "model.path = model: is a model of the type vit, which generates no text; set a causal language"
+        " model",
         model={"config.json": '{"model_type": "vit"}'},
     ),
     bad(
@@ -1009,38 +1011,45 @@ MODEL = [
         "model.lora_rank=2 model.lora_targets=[q_prj]",
         "model.lora_targets = ['q_prj']: ...; name linear layers of the model, as q_proj, or [] for all"
         " of them",
+        needs_torch=True,
     ),
     bad(
         "adapters that a push could not carry",
         "model.lora_rank=2 model.lora_targets=[embed_tokens]",
         "model.lora_targets = ['embed_tokens']: embed_tokens ...; a push could not carry its adapter merged;"
         " name linear layers, as q_proj, or [] for all",
+        needs_torch=True,
     ),
     bad(
         "an attention that is not installed",
         "model.attn_implementation=flash_attention_2",
         "model.attn_implementation = flash_attention_2: ...; install it, or set null",
+        needs_torch=True,
     ),
     bad(
         "an attention that does not exist",
         "model.attn_implementation=fast",
         "model.attn_implementation = fast: ...; install it, or set null",
+        needs_torch=True,
     ),
     bad(
         "a schedule's argument that it does not take",
         "trainer.lr_schedule_kwargs.power=2",
         "trainer.lr_schedule_kwargs.power: the schedule constant does not take it; it takes nothing",
+        needs_torch=True,
     ),
     bad(
         "a misspelt argument of a schedule",
         "trainer.lr_schedule=polynomial trainer.lr_schedule_kwargs.pwoer=2",
         "trainer.lr_schedule_kwargs.pwoer: the schedule polynomial does not take it; it takes lr_end, power",
+        needs_torch=True,
     ),
     bad(
         "a schedule without what it needs",
         "trainer.lr_schedule=cosine_with_min_lr",
         "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
         " trainer.lr_schedule_kwargs (...)",
+        needs_torch=True,
     ),
 ]
 
@@ -1113,6 +1122,7 @@ MACHINE = [
         "switch.level = kv: this vLLM cannot release the KV cache alone (0.31 and later can); upgrade vLLM,"
         " or set switch.level=2",
         machine=old_vllm,
+        needs_torch=True,
     ),
     bad(
         "more GPUs than there are",
@@ -1120,12 +1130,14 @@ MACHINE = [
         "engine.tensor_parallel_size = 4: more than the GPUs that this process sees, vLLM would not start;"
         " set at most 1, or let CUDA_VISIBLE_DEVICES name more",
         machine=one_old_gpu,
+        needs_torch=True,
     ),
     bad(
         "a dtype that the GPU does not have",
         "model.dtype=bfloat16",
         "model.dtype = bfloat16: Tesla V100 cannot compute in bfloat16; set model.dtype=float16",
         machine=one_old_gpu,
+        needs_torch=True,
     ),
     bad(
         "a model that cannot fit, in a plan",
@@ -1133,6 +1145,7 @@ MACHINE = [
         "model.path = model: cannot fit on GPU: ..., and no combination of memory settings helps; set a"
         " smaller model.path or use a larger device",
         machine=small_gpu,
+        needs_torch=True,
     ),
     bad(
         "a push through a full /dev/shm",
@@ -1140,6 +1153,7 @@ MACHINE = [
         "switch.transport = shm: /dev/shm has 0 MiB free, two versions of the weights need ... MiB; a push"
         " would fail half-way; set switch.transport=disk",
         machine=full_shm,
+        needs_torch=True,
     ),
     bad(
         "a port that is taken",
@@ -1153,6 +1167,7 @@ MACHINE = [
         "engine=server engine.url=unix:/no/such.sock",
         "engine.url = unix:/no/such.sock: no vLLM server answers there; start it with: VLLM_SERVER_DEV_MODE=1"
         " ...",
+        needs_torch=True,
     ),
 ]
 

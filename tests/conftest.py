@@ -65,7 +65,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
 
     def make(tie: bool = True) -> TinyModel:
         if tie not in made:
-            made[tie] = _make_tiny_model(tmp_path_factory.mktemp("tiny-model"), tie)
+            made[tie] = make_tiny_model(tmp_path_factory.mktemp("tiny-model"), tie)
         return made[tie]
 
     return make
@@ -157,7 +157,7 @@ def make_groups() -> Callable[..., list[Group]]:
     return make
 
 
-def _make_tiny_model(path: Path, tie: bool) -> TinyModel:
+def make_tiny_model(path: Path, tie: bool) -> TinyModel:
     import torch
     from transformers import Qwen3ForCausalLM
 

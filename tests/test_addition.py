@@ -10,19 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlswitch.tasks import addition
-from rlswitch.tasks.addition import (
-    EOS,
-    HELD_OUT,
-    PAD,
-    build_model,
-    build_tokenizer,
-    demonstrate,
-    ensure_model,
-    load_datasets,
-    split,
-    warm_start,
-)
+from rlswitch.tasks import addition, addition_policy
+from rlswitch.tasks.addition import EOS, HELD_OUT, PAD, build_tokenizer, demonstrate, load_datasets, split
+from rlswitch.tasks.addition_policy import build_model, ensure_model, warm_start
 
 TWO_DIGITS = st.integers(0, 99)
 
@@ -30,8 +20,8 @@ TWO_DIGITS = st.integers(0, 99)
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A warm start of three small steps, cached in a directory of its own."""
-    monkeypatch.setattr(addition, "STEPS", 3)
-    monkeypatch.setattr(addition, "BATCH", 4)
+    monkeypatch.setattr(addition_policy, "STEPS", 3)
+    monkeypatch.setattr(addition_policy, "BATCH", 4)
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -62,8 +52,8 @@ def test_the_split_never_moves():
 def test_the_datasets_are_the_split_with_the_right_answers():
     datasets = load_datasets()
     for name, problems in zip(("train", "test"), split(), strict=True):
-        assert datasets[name]["prompt"][:] == [f"{a:02d}+{b:02d}=" for a, b in problems]
-        for row in datasets[name].select(range(50)):
+        assert [row["prompt"] for row in datasets[name]] == [f"{a:02d}+{b:02d}=" for a, b in problems]
+        for row in datasets[name][:50]:
             a, b = row["prompt"].rstrip("=").split("+")
             assert row["answer"] == f"{int(a) + int(b):03d}"
 
@@ -72,7 +62,7 @@ def test_held_out_problems_are_never_demonstrated():
     tokenizer, held_out = build_tokenizer(), set(split()[1])
     shown = set()
     for seed in range(2):
-        for batch in addition._demonstrations(seed):
+        for batch in addition_policy._demonstrations(seed):
             for text in tokenizer.batch_decode(batch, skip_special_tokens=True):
                 problem, answer = text.split("=")
                 a, b = problem.split("+")
@@ -163,8 +153,8 @@ def test_the_warm_start_leaves_the_global_generator_alone(quick):
 
 
 def test_the_warm_start_learns(quick, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(addition, "STEPS", 25)
-    tokens = next(addition._demonstrations(99))
+    monkeypatch.setattr(addition_policy, "STEPS", 25)
+    tokens = next(addition_policy._demonstrations(99))
     losses = []
     for model in (build_model(), warm_start(0, show=False)):
         with torch.no_grad():
@@ -200,14 +190,14 @@ def test_a_warm_start_that_breaks_off_leaves_nothing(quick, monkeypatch: pytest.
     def interrupted(seed: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(addition, "warm_start", interrupted)
+    monkeypatch.setattr(addition_policy, "warm_start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ensure_model(0, print)
     assert list(quick.iterdir()) == []
 
 
 def test_whoever_comes_second_takes_the_model_of_the_first(quick, monkeypatch: pytest.MonkeyPatch):
-    recipe, made = addition.warm_start, []
+    recipe, made = addition_policy.warm_start, []
 
     def raced(seed: int):
         if not made:
@@ -215,6 +205,6 @@ def test_whoever_comes_second_takes_the_model_of_the_first(quick, monkeypatch: p
             made.append(ensure_model(seed, print))  # another process is quicker
         return recipe(seed, show=False)
 
-    monkeypatch.setattr(addition, "warm_start", raced)
+    monkeypatch.setattr(addition_policy, "warm_start", raced)
     assert ensure_model(0, print) == made[1]
     assert [entry.name for entry in quick.iterdir()] == [made[1].name]

@@ -12,7 +12,7 @@ from transformers import Qwen3ForSequenceClassification
 
 from rlswitch.compose import Source, compose_run
 from rlswitch.rewards.template import fill_in, read_score
-from rlswitch.tasks import addition, addition_judge, addition_reward_model
+from rlswitch.tasks import addition, addition_judge, addition_policy, addition_reward_model
 from rlswitch.tasks.addition_judge import IGNORED, Case, answer, answered, question, reply
 
 CASES = [((7, 45), "052"), ((7, 45), "042"), ((99, 99), ""), ((0, 0), "000+0000")]
@@ -72,7 +72,7 @@ def test_the_same_comes_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.Mon
     for module in (addition, addition_judge, addition_reward_model):
         monkeypatch.setattr(module, "STEPS", 3)
         monkeypatch.setattr(module, "BATCH", 4)
-    policy = addition.ensure_model(0, print)
+    policy = addition_policy.ensure_model(0, print)
     for learn in (lambda seed: addition_judge.learn(policy, seed, show=False), quiet_reward_model):
         first, again, other = (list(learn(seed).parameters()) for seed in (0, 0, 1))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -96,9 +96,9 @@ def test_after_a_quarter_of_its_course_the_judge_is_right_about_problems_it_neve
     pupils_answers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(addition, "STEPS", 150)
+    monkeypatch.setattr(addition_policy, "STEPS", 150)
     monkeypatch.setattr(addition_judge, "STEPS", 150)
-    judge = addition_judge.learn(addition.ensure_model(0, print), seed=0, show=False).eval()
+    judge = addition_judge.learn(addition_policy.ensure_model(0, print), seed=0, show=False).eval()
     (cases, right), tokenizer = pupils_answers, addition.build_tokenizer()
     asked = torch.tensor([tokenizer(question(*case)).input_ids for case in cases])
     told = judge.generate(
@@ -134,7 +134,7 @@ def quiet_reward_model(seed: int) -> Qwen3ForSequenceClassification:
 @pytest.mark.parametrize("task", [addition_judge, addition_reward_model], ids=["judge", "reward model"])
 def test_it_is_made_once_and_cached(task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
-    for module in (addition, task):
+    for module in (addition_policy, task):
         monkeypatch.setattr(module, "STEPS", 3)
         monkeypatch.setattr(module, "BATCH", 4)
     said: list[str] = []

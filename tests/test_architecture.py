@@ -25,7 +25,10 @@ VENDORS = {
 }
 ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
-LIGHT = ("config", "cli", "compose", "arguments", "sweep", "environment", "inputs", "types", "options")
+LIGHT = (
+    *("config", "cli", "compose", "arguments", "sweep", "environment", "inputs", "types", "options"),
+    *("data", "pretrained", "rewards.fit", "rewards.scorer", "torchless"),
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 

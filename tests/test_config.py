@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,7 @@ def trained(monkeypatch):
     """The runs that reached the loop; it raises what is put into `trained.error`."""
     seen = SimpleNamespace(runs=[], error=None, check_environment=list)
 
-    def train(run: Run) -> None:
+    def train(run: Run, inputs: None = None) -> None:
         seen.runs.append(run)
         if seen.error:
             raise seen.error
@@ -52,6 +53,7 @@ def trained(monkeypatch):
     monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=train))
     monkeypatch.setitem(sys.modules, "rlswitch.plan", SimpleNamespace(show=train))
     monkeypatch.setitem(sys.modules, "rlswitch.environment", seen)
+    monkeypatch.setattr("rlswitch.inputs.open_inputs", lambda *_: nullcontext())
     monkeypatch.setattr("rlswitch.cli.prepare", lambda: None)  # no vLLM is imported for nothing
     return seen
 

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rlswitch.config import DataConfig, EvaluationConfig, ModelConfig, RolloutConfig
-from rlswitch.data import Prompts, load_prompts, load_tokenizer
+from rlswitch.data import Prompts, load_prompts, read_tables
+from rlswitch.pretrained import load_tokenizer
 from rlswitch.types import ConfigError, Prompt
 
 CHAT_TEMPLATE = (
@@ -75,14 +76,14 @@ def numbered(name: str, start: int, stop: int) -> str:
 def load(config, tokenizer) -> tuple[list[Prompt], list[Prompt], list[str]]:
     """Training prompts in the order of their rows, held-out ones, and what was said."""
     said: list[str] = []
-    stream, held_out = load_prompts(config, tokenizer, said.append)
+    stream, held_out = load_prompts(config, read_tables(config), tokenizer, said.append)
     training = sorted(stream.take(len(stream)), key=lambda prompt: prompt.index)
     return training, held_out, said
 
 
 def problems(config, tokenizer) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        load_prompts(config, tokenizer)
+        load_prompts(config, read_tables(config), tokenizer)
     assert all("\n" not in line for line in caught.value.problems)
     return caught.value.problems
 
@@ -214,8 +215,8 @@ def test_the_built_in_task_holds_out_its_own_test_split(tokenizer):
     config = run("builtin:addition", eval_rows=100)
     training, held_out, said = load(config, tokenizer)
     assert len(training) == len(splits["train"]) and len(held_out) == 100 and said == []
-    assert {p.messages for p in held_out} <= set(splits["test"]["prompt"])
-    assert {p.messages for p in training} == set(splits["train"]["prompt"])
+    assert {p.messages for p in held_out} <= {row["prompt"] for row in splits["test"]}
+    assert {p.messages for p in training} == {row["prompt"] for row in splits["train"]}
     assert list(training[0].columns) == ["answer"]
 
 

@@ -22,6 +22,8 @@ TESTS = Path(__file__).parent
 ERROR = "rlswitch: error: "
 LIGHT = [*SECTIONS["The command line"], *SECTIONS["Settings"]]
 """Told by the settings alone."""
+HEAVY = 13
+"""So many answers may wait for torch."""
 
 
 def forbidden(*args: object, **given: object) -> None:
@@ -69,11 +71,12 @@ def test_a_bad_input_is_answered_in_its_line(
     lay(here, {"rows.jsonl": ROWS, **given.files})
     for target in ("rlswitch.cli.prepare", "rlswitch.sweep.prepare", "rlswitch.sweep.run_hydra"):
         monkeypatch.setattr(target, forbidden)
-    if given in LIGHT:
-        monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=forbidden))
-    else:
+    if given not in LIGHT:
         lay_model(here / "model", tiny_model().path, given.model)
+    if given.needs_torch:
         monkeypatch.setattr("rlswitch.session.Monitor", forbidden)
+    else:
+        monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=forbidden))
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     if given.machine:
         given.machine(monkeypatch)
@@ -92,6 +95,7 @@ def test_a_bad_input_is_answered_in_its_line(
 def test_there_are_enough_bad_inputs_and_no_two_are_called_the_same() -> None:
     names = [given.about for given in BAD_INPUTS]
     assert len(names) >= 60 and len(set(names)) == len(names)
+    assert sum(given.needs_torch for given in BAD_INPUTS) <= HEAVY
 
 
 def test_every_fault_is_shown_by_a_test_that_exists() -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from samples import group_of
 
 from rlswitch.config import JudgeConfig
-from rlswitch.rewards.judge import Judge, refuse_unknown_blanks
+from rlswitch.rewards.fit import refuse_unknown_blanks
+from rlswitch.rewards.judge import Judge
 from rlswitch.rewards.template import (
     blanks,
     fill_in,

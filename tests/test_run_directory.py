@@ -16,7 +16,6 @@ from types import SimpleNamespace
 import pytest
 
 from rlswitch import cli, room
-from rlswitch.config import Run
 from rlswitch.lock import LOCK, only_run_in
 from rlswitch.records import LineFile
 from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
@@ -160,14 +159,11 @@ def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Opens a session as far as the engine, which is not to be reached."""
     from rlswitch import session
 
-    def inputs(run: Run, say: object) -> SimpleNamespace:
-        nothing = SimpleNamespace(close=lambda: None)
-        return SimpleNamespace(model_path=run.model.path, scorer=nothing, prompts=None)
-
-    monkeypatch.setattr(session, "load_inputs", inputs)
+    monkeypatch.setattr(session, "look_at_models", lambda *_: None)
 
     def start() -> None:
-        with session.open_session(make_run()):
+        run = make_run()
+        with session.open_session(run, SimpleNamespace(model_path=run.model.path, prompts=None)):
             pytest.fail("it was started")
 
     return start

@@ -106,7 +106,7 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: None)
 
     @contextmanager
-    def opened(_run):
+    def opened(_run, _inputs):
         with ExitStack() as stack:
             received = listen_for_signals(stack)
 
@@ -130,5 +130,5 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     monkeypatch.setattr(loop, "collect", lambda session: [])
     monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
-        loop.train(run)
+        loop.train(run, None)
     assert saved == ["begun", "done 2"]

@@ -13,7 +13,7 @@ from rlswitch import records
 from rlswitch.bench.models import limits
 from rlswitch.bench.settings import ABLATIONS, RESTART, BenchSettings
 from rlswitch.config import Run
-from rlswitch.data import encode, load_tokenizer
+from rlswitch.data import encode
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.backend import Backend, Completion, Request, warm_up
 from rlswitch.engines.base import Engine
@@ -21,7 +21,7 @@ from rlswitch.engines.start import start_backend
 from rlswitch.fingerprint import checkpoint_tensors
 from rlswitch.frozen import freeze
 from rlswitch.ledger import SWITCH, Ledger
-from rlswitch.models import resolve_model
+from rlswitch.pretrained import load_tokenizer, resolve_model
 from rlswitch.serving import frozen_run
 from rlswitch.switch import Switch
 from rlswitch.types import RLSwitchError

@@ -14,24 +14,21 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import EngineConfig, JudgeConfig, ModelConfig, Run
-from rlswitch.data import encode, load_tokenizer
 from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.start import start_backend
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
-from rlswitch.models import context_of, read_config, resolve_model
-from rlswitch.options import did_you_mean
+from rlswitch.pretrained import resolve_model
 from rlswitch.rewards import TENANTS
+from rlswitch.rewards.fit import encode_question, fit_judge
 from rlswitch.rewards.scorer import Mark
-from rlswitch.rewards.template import OWN_BLANKS, blanks, fill_in, read_score
+from rlswitch.rewards.template import fill_in, read_score
 from rlswitch.rewards.tenants import Candidate, RewardTenant
 from rlswitch.rewards.worker import shown
-from rlswitch.types import ConfigError, PolicyWeights, Prompt, Rollout, Sampling
+from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling
 
 RETRY_TEMPERATURE = 0.7
 """Of every question after the first, which is asked greedily."""
-ROOM = 2
-"""The engine takes so many times what the first prompts need: others are longer, tokenizers differ."""
 
 
 class Judge(RewardTenant):
@@ -131,13 +128,10 @@ def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) 
     """The judge's model and what its engine needs for questions about `prompts`. Raises ConfigError."""
     assert run.judge.path is not None, "checks.py has seen it"
     model = ModelConfig(path=run.judge.path, dtype=run.model.dtype)
-    columns = [name for name in prompts[0].columns if all(name in it.columns for it in prompts)]
-    refuse_unknown_blanks(run.judge.prompt, columns)
     path = resolve_model(model, say, "judge.path")
-    tokenizer = load_tokenizer(model, path, "judge.path")
-    limit = context_of(read_config(model, path, "judge.path"))
+    tokenizer, length = fit_judge(run, path, prompts)
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
-    shared["max_model_len"] = room_for(run, prompts, tokenizer, limit)
+    shared["max_model_len"] = length
     switch = replace(run.switch, level=run.judge.level)
     return JudgeCandidate(
         config=run.judge,
@@ -145,41 +139,3 @@ def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) 
         path=path,
         tokenizer=tokenizer,
     )
-
-
-def refuse_unknown_blanks(template: str, columns: Sequence[str]) -> None:
-    """Raises ConfigError, a line for each blank that no column of the dataset fills in."""
-    known = [*OWN_BLANKS, *columns]
-    if problems := [
-        f"judge.prompt: {{{name}}} is no column of the dataset, so it could not be filled in; there is"
-        f" {', '.join(known)}{did_you_mean(name, known)}"
-        for name in dict.fromkeys(blanks(template))
-        if name not in known
-    ]:
-        raise ConfigError(*problems)
-
-
-def room_for(
-    run: Run, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> int:
-    """How many tokens question and reply may have together: what `prompts` need, and some room.
-
-    Raises ConfigError when that is more than the `limit` of the judge's context.
-    """
-    longest = max(
-        len(encode_question(fill_in(run.judge.prompt, it.messages, "", it.columns), tokenizer))
-        for it in prompts
-    )
-    need = longest + run.rollout.max_new_tokens + run.judge.max_new_tokens
-    if limit is not None and need > limit:
-        raise ConfigError(
-            f"judge.path = {run.judge.path}: its context is {limit} tokens, a question is up to {longest}, a"
-            f" completion rollout.max_new_tokens {run.rollout.max_new_tokens}, a reply judge.max_new_tokens"
-            f" {run.judge.max_new_tokens}: {need} would not fit; shorten one of them, or set another judge"
-        )
-    return min(ROOM * need, limit or ROOM * need)
-
-
-def encode_question(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """One message of a chat where the tokenizer has a template for it, plain text where not."""
-    return encode([{"role": "user", "content": text}] if tokenizer.chat_template else text, tokenizer)

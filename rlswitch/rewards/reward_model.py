@@ -23,17 +23,17 @@ from transformers import (
 
 from rlswitch.batching import pad_right, within_budget
 from rlswitch.config import ModelConfig, Run
-from rlswitch.data import load_tokenizer
 from rlswitch.device import Device
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.fingerprint import named_fingerprints
 from rlswitch.ledger import Ledger
-from rlswitch.models import context_of, read_config, resolve_model
 from rlswitch.parking import nbytes
+from rlswitch.pretrained import context_of, resolve_model
 from rlswitch.rewards import TENANTS
+from rlswitch.rewards.fit import fit_reward_model, unusable
 from rlswitch.rewards.scorer import Mark
 from rlswitch.rewards.tenants import Candidate, RewardTenant
-from rlswitch.types import ConfigError, PolicyWeights, Prompt, ProofError, Rollout
+from rlswitch.types import PolicyWeights, Prompt, ProofError, Rollout
 from rlswitch.wording import prompt_text
 
 
@@ -221,15 +221,7 @@ def find_reward_model(
     assert run.reward_model.path is not None, "checks.py has seen it"
     model = ModelConfig(path=run.reward_model.path)
     path = resolve_model(model, say, "reward_model.path")
-    tokenizer = load_tokenizer(model, path, "reward_model.path")
-    config = read_config(model, path, "reward_model.path")
-    kinds = config.architectures or []
-    if not any("SequenceClassification" in kind for kind in kinds):
-        raise unusable(
-            model.path, f"is no sequence classifier ({', '.join(kinds)}): its scores would be made up"
-        )
-    if config.num_labels != 1:
-        raise unusable(model.path, f"has {config.num_labels} labels: which is the reward could not be told")
+    tokenizer, config = fit_reward_model(run, path)
     limit = context_of(config)
     return RewardModelCandidate(
         path=Path(path),
@@ -246,13 +238,6 @@ def find_reward_model(
 def agree(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether the same tokens and chats mean the same to both."""
     return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
-
-
-def unusable(path: str | Path, why: str) -> ConfigError:
-    return ConfigError(
-        f"reward_model.path = {path}: {why}; set a model that was saved by"
-        " AutoModelForSequenceClassification with num_labels=1"
-    )
 
 
 def _mark(logit: float) -> Mark:

@@ -1,18 +1,30 @@
 """Built-in tasks: models and a dataset made on the spot, so that the whole loop runs with no download.
 
 Named `builtin:NAME` in data.path and wherever a model is named. To add one: a module with `load_datasets`
-and a line in TASKS; for each model one with `ensure_model` and `build_model` and a line in MODELS.
+and `build_tokenizer`, which does without torch, and a line in TASKS; for each model a module with
+`ensure_model` and `build_model`, and a line in MODELS.
 """
+
+import importlib
+from types import ModuleType
 
 from rlswitch.options import did_you_mean
 from rlswitch.types import ConfigError
 
 TASKS = {"addition": "rlswitch.tasks.addition"}
 MODELS = {
-    "addition": "rlswitch.tasks.addition",
+    "addition": "rlswitch.tasks.addition_policy",
     "addition-judge": "rlswitch.tasks.addition_judge",
     "addition-reward-model": "rlswitch.tasks.addition_reward_model",
 }
+"""By a name that is its task's, or begins with it: they have one tokenizer."""
+
+
+def task_of(path: str) -> ModuleType | None:
+    """The task of `builtin:NAME`, a task or a model of its; None for any other path."""
+    if not path.startswith("builtin:"):
+        return None
+    return importlib.import_module(TASKS[path.removeprefix("builtin:").partition("-")[0]])
 
 
 def refuse_unknown_task(key: str, path: str) -> None:

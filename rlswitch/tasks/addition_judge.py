@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from rlswitch.tasks import addition
+from rlswitch.tasks import addition, addition_policy
 from rlswitch.tasks.addition import BOS, EOS, PAD, VOCABULARY, Problem, build_tokenizer
 from rlswitch.tasks.making import cached, teach
 
@@ -35,14 +35,14 @@ def ensure_model(seed: int, say: Callable[[str], None]) -> Path:
     """The judge's directory, made when it is not cached or its recipe has changed."""
 
     def make() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-        return learn(addition.ensure_model(seed, say), seed), build_tokenizer()
+        return learn(addition_policy.ensure_model(seed, say), seed), build_tokenizer()
 
-    return cached("addition-judge", [addition.__file__, __file__], seed, make, say)
+    return cached("addition-judge", [addition.__file__, addition_policy.__file__, __file__], seed, make, say)
 
 
 def build_model() -> Qwen3ForCausalLM:
     """Untrained, of the policy's shape."""
-    return addition.build_model()
+    return addition_policy.build_model()
 
 
 def learn(policy: Path, seed: int, show: bool = True) -> Qwen3ForCausalLM:
