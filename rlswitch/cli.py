@@ -82,9 +82,9 @@ def train_once(arguments: Arguments) -> int:
     if run.mode == "train" and (said := finished(run)):
         print(said)
         return DONE
-    if run.engine.fork_server and run.engine.is_started_here:
-        prepare()  # it imports while we do
     with open_inputs(run, print) as inputs:
+        if run.engine.fork_server and run.engine.is_started_here:
+            prepare()  # it imports while we do; earlier it would only slow a refusal down
         if run.mode == "rewards":
             from rlswitch.preview import show as show_rewards
 

@@ -50,7 +50,7 @@ class Inputs:
     """What was read before anything is started."""
 
     model_path: str
-    """The directory of run.model.path."""
+    """run.model.path, downloaded where it is a hub id; a built-in model has yet to be made."""
     prompts: Prompts
     held_out: list[Prompt]
     first: list[Prompt]
@@ -61,15 +61,13 @@ class Inputs:
 @contextmanager
 def open_inputs(run: Run, say: Callable[[str], None]) -> Iterator[Inputs]:
     """Rewards, prompts and the model's directory. Raises ConfigError; leaves nothing behind but caches."""
+    model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, say)
     with ExitStack() as stack:
-        scorer = build_scorer(run)
-        stack.callback(scorer.close)
-        built_in = task_of(run.model.path)
-        model_path = run.model.path if built_in else resolve_model(run.model, say)
-        prompts, held_out, first = without_torch(read_prompts, run, model_path, say)
+        with without_torch(read_prompts, run, model_path, say) as answer:
+            scorer = build_scorer(run)
+            stack.callback(scorer.close)
+            prompts, held_out, first = answer()
         scorer.check([*first, *held_out])
-        if built_in:  # made now unless it was: a typo is not to wait for that
-            model_path = resolve_model(run.model, say)
         yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
 
 

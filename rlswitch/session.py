@@ -6,7 +6,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from rlswitch.lock import only_run_in
 from rlswitch.models import refuse_unfit_model
 from rlswitch.monitor import Monitor
 from rlswitch.plan import level_of
-from rlswitch.pretrained import load_tokenizer
+from rlswitch.pretrained import load_tokenizer, resolve_model
 from rlswitch.resume import LoopState, step_directory
 from rlswitch.rewards.judge import find_judge
 from rlswitch.rewards.reward_model import find_reward_model
@@ -169,7 +169,7 @@ def open_session(run: Run, inputs: Inputs) -> Iterator[Session]:
         leave_at_second_interrupt(stack)
         models = look_at_models(run, inputs, print)
         run.switch.level = level_of(run)
-        device, nbytes = Device.detect(), checkpoint_bytes(inputs.model_path)
+        device, nbytes = Device.detect(), checkpoint_bytes(models.path)
         by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
         stack.enter_context(only_run_in(output_dir, print))
         resumed, state = choose_start(run, device, output_dir, pushes=2 * nbytes if by_disk else 0)
@@ -242,10 +242,11 @@ def choose_start(run: Run, device: Device, output_dir: Path, pushes: int) -> tup
 
 
 def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Models:
-    """Builds nothing. Raises ConfigError for what could not be built, or started, later."""
-    refuse_unfit_model(run, inputs.model_path)
+    """Makes built-in models. Raises ConfigError for what could not be built, or started, later."""
     refuse_unfit_schedule(run)
-    tokenizer = load_tokenizer(run.model, inputs.model_path)
+    path = resolve_model(replace(run.model, path=inputs.model_path), say)
+    refuse_unfit_model(run, path)
+    tokenizer = load_tokenizer(run.model, path)
     candidates: list[Candidate] = []
     for name in inputs.scorer.tenants:
         if name == "judge":
@@ -253,10 +254,10 @@ def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Mode
         else:
             candidates.append(find_reward_model(run, tokenizer, say))
     if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
-        refuse_unfit_server(run, inputs.model_path)
+        refuse_unfit_server(run, path)
     else:
         refuse_missing_features(run)
-    return Models(path=inputs.model_path, tokenizer=tokenizer, candidates=candidates)
+    return Models(path=path, tokenizer=tokenizer, candidates=candidates)
 
 
 def start_engine(

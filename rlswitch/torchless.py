@@ -8,8 +8,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar
 
@@ -19,30 +20,37 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def without_torch(function: Callable[P, T], *args: P.args, **given: P.kwargs) -> T:
-    """`function(*args, **given)`, from a forked child that finds no torch. Its result must be picklable.
+@contextmanager
+def without_torch(function: Callable[P, T], *args: P.args, **given: P.kwargs) -> Iterator[Callable[[], T]]:
+    """Calls `function` in a forked child that finds no torch; yields what waits for its result.
 
-    Called right here where torch is imported already, and where the child could do nothing without it.
-    Raises what `function` raises.
+    That calls it in this process where torch is imported already, and where the child could not answer
+    without it. The result must be picklable. Raises what `function` raises.
     """
+    call = partial(function, *args, **given)
     if "torch" in sys.modules:
-        return function(*args, **given)
+        yield call
+        return
     ours, theirs = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(
-        target=_answer, args=(theirs, lambda: function(*args, **given)), daemon=True
-    )
+    child = multiprocessing.get_context("fork").Process(target=_answer, args=(theirs, call))
     child.start()
     theirs.close()
+
+    def answer() -> T:
+        try:
+            result, refusal = ours.recv()
+        except EOFError:  # it had no answer, or was killed: whatever it was is met here again
+            return call()
+        if refusal:
+            raise refusal
+        return result
+
     try:
-        result, refusal = ours.recv()
-    except EOFError:  # it had no answer, or was killed: whatever it was is met here again
-        return function(*args, **given)
+        yield answer
     finally:
+        child.kill()
+        child.join()
         ours.close()
-    child.join()
-    if refusal:
-        raise refusal
-    return result
 
 
 def _answer(connection: Connection, call: Callable[[], object]) -> None:

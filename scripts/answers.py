@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from bad_inputs import BAD_INPUTS, BASE, ROWS, BadInput
 from conftest import make_tiny_model
@@ -25,6 +25,7 @@ from rlswitch.bench.tables import hardware
 from rlswitch.device import Device
 from rlswitch.provenance import versions
 
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = BASE.replace(" engine.fork_server=false", "")
 """With the fork server, as it is by default."""
 

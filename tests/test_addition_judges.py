@@ -69,7 +69,7 @@ def test_the_reward_model_is_told_which_digits_are_right():
 
 def test_the_same_comes_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path))
-    for module in (addition, addition_judge, addition_reward_model):
+    for module in (addition_policy, addition_judge, addition_reward_model):
         monkeypatch.setattr(module, "STEPS", 3)
         monkeypatch.setattr(module, "BATCH", 4)
     policy = addition_policy.ensure_model(0, print)

@@ -159,11 +159,11 @@ def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Opens a session as far as the engine, which is not to be reached."""
     from rlswitch import session
 
-    monkeypatch.setattr(session, "look_at_models", lambda *_: None)
+    monkeypatch.setattr(session, "look_at_models", lambda run, *_: SimpleNamespace(path=run.model.path))
 
     def start() -> None:
         run = make_run()
-        with session.open_session(run, SimpleNamespace(model_path=run.model.path, prompts=None)):
+        with session.open_session(run, SimpleNamespace(prompts=None)):
             pytest.fail("it was started")
 
     return start

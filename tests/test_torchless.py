@@ -63,10 +63,12 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
         from rlswitch.torchless import without_torch
         words = {BASE!r}.replace("model=model", "model={tiny_model().path}").split()
         run = compose_run(words, Source.default())
-        apart = without_torch(read_prompts, run, run.model.path, print)
+        with without_torch(read_prompts, run, run.model.path, print) as answer:
+            apart = answer()
         assert "torch" not in sys.modules and "transformers" not in sys.modules
         import torch
-        here = without_torch(read_prompts, run, run.model.path, print)
+        with without_torch(read_prompts, run, run.model.path, print) as answer:
+            here = answer()
         for one, other in zip(apart, here):
             one, other = ((it.take(50), it.cursor) if hasattr(it, "take") else it for it in (one, other))
             assert one == other and one
@@ -107,7 +109,8 @@ def call():
     {body}
 
 try:
-    said = without_torch(call)
+    with without_torch(call) as answer:
+        said = answer()
     said = "function" if callable(said) else said
 except ConfigError as error:
     said = "ConfigError " + "/".join(error.problems)
