@@ -43,6 +43,7 @@ anything else is a crash.
 
 
 def _bad_inputs() -> Iterator[str]:
+    heavy = sum(it.needs_torch for it in bad_inputs.BAD_INPUTS)
     yield f"""## Bad inputs
 
 Each is answered by its lines on stderr, `rlswitch: error: ` before each, and exit code 2: no traceback (but
@@ -55,6 +56,10 @@ python train.py {bad_inputs.BASE}
 ```
 
 where `rows.jsonl` has 20 rows with `prompt` and `answer`, and `model/` is a model of two layers.
+
+All are told before torch is imported, but for {heavy} that only torch, a model's own code or vLLM can tell:
+*after torch*. `python scripts/answers.py` measures how long it takes
+([answers-cpu.json](../benchmarks/results/answers-cpu.json)).
 """
     for title, entries in bad_inputs.SECTIONS.items():
         yield f"### {title}\n"
@@ -66,7 +71,7 @@ where `rows.jsonl` has 20 rows with `prompt` and `answer`, and `model/` is a mod
 
 def _situation(given: bad_inputs.BadInput) -> str:
     there = f", where {given.machine.__doc__}" if given.machine else ""
-    return f"{given.about}{there}"
+    return f"{given.about}{there}{' (*after torch*)' if given.needs_torch else ''}"
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

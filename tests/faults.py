@@ -280,6 +280,12 @@ ENGINE = [
 
 PROCESSES = [
     Fault(
+        "The process that reads prompts before torch is imported has no answer",
+        "it is killed, lacks a module, or meets an error of its own",
+        "the run reads them itself, with torch",
+        "test_torchless.py::test_what_the_child_cannot_answer_is_answered_here",
+    ),
+    Fault(
         "The run is told to stop in the middle of its rollouts",
         "SIGTERM",
         "they are given up, the step before is saved, exit 75; going on it ends with the same bytes",
