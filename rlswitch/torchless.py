@@ -59,7 +59,9 @@ def _answer(connection: Connection, call: Callable[[], object]) -> None:
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not
     with suppress(Exception, KeyboardInterrupt), connection:
         try:
-            connection.send((call(), None))
+            result = call()
+            sys.stdout.flush()  # who has its answer waits no longer
+            connection.send((result, None))
         except ConfigError as error:
             if not _for_want_of_a_module(error):
                 connection.send((None, ConfigError(*error.problems)))
