@@ -12,8 +12,9 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from operator import attrgetter
+from typing import TYPE_CHECKING
 
 from rlswitch.arguments import Arguments, parse, refuse_broken_environment, run_hydra
 from rlswitch.compose import compose_run, planned, read, unique
@@ -22,7 +23,11 @@ from rlswitch.forkserver import prepare
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.resume import finished
 from rlswitch.sweep import sweep
+from rlswitch.torchless import Torchless
 from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
+
+if TYPE_CHECKING:
+    from rlswitch.inputs import Inputs
 
 NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
 DIRECTORY_NAME_LENGTH = 100
@@ -68,32 +73,37 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def train_once(arguments: Arguments) -> int:
-    run = compose_run(arguments.overrides, arguments.source)
-    run.output_dir = run.output_dir or default_output_dir(run, arguments)
-    refuse_broken_environment()
-    if run.mode == "plan":
-        from rlswitch.plan import show
+    with closing(Torchless()) as torchless:  # it imports while we look at the settings
+        run = compose_run(arguments.overrides, arguments.source)
+        run.output_dir = run.output_dir or default_output_dir(run, arguments)
+        refuse_broken_environment()
+        if run.mode == "plan":
+            from rlswitch.plan import show
 
-        show(run)
-        return DONE
-    from rlswitch.inputs import open_inputs, refuse_wrong_inputs  # numpy comes with it
+            show(run)
+            return DONE
+        from rlswitch.inputs import open_inputs, refuse_wrong_inputs  # numpy comes with it
 
-    refuse_wrong_inputs(run)
-    if run.mode == "train" and (said := finished(run)):
-        print(said)
-        return DONE
-    with open_inputs(run, print) as inputs:
-        if run.engine.fork_server and run.engine.is_started_here:
-            prepare()  # it imports while we do; earlier it would only slow a refusal down
-        if run.mode == "rewards":
-            from rlswitch.preview import show as show_rewards
-
-            show_rewards(run, inputs)
-        else:
-            from rlswitch.loop import train  # torch and vLLM come with it
-
-            train(run, inputs)
+        refuse_wrong_inputs(run)
+        if run.mode == "train" and (said := finished(run)):
+            print(said)
+            return DONE
+        with open_inputs(run, torchless, print) as inputs:
+            work(run, inputs)
     return DONE
+
+
+def work(run: Run, inputs: Inputs) -> None:
+    if run.engine.fork_server and run.engine.is_started_here:
+        prepare()  # it imports while we do; earlier it would only slow a refusal down
+    if run.mode == "rewards":
+        from rlswitch.preview import show
+
+        show(run, inputs)
+    else:
+        from rlswitch.loop import train  # torch and vLLM come with it
+
+        train(run, inputs)
 
 
 def default_output_dir(run: Run, arguments: Arguments) -> str:

@@ -30,7 +30,7 @@ from rlswitch.rewards.resolve import refuse_missing as refuse_missing_function
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.sources import HUB_ID, Source, nearest_file, read, reason, refuse_missing
 from rlswitch.tasks import refuse_unknown_task, task_of
-from rlswitch.torchless import without_torch
+from rlswitch.torchless import Torchless
 from rlswitch.types import ConfigError, Prompt
 
 FIRST = 8
@@ -59,14 +59,14 @@ class Inputs:
 
 
 @contextmanager
-def open_inputs(run: Run, say: Callable[[str], None]) -> Iterator[Inputs]:
+def open_inputs(run: Run, torchless: Torchless, say: Callable[[str], None]) -> Iterator[Inputs]:
     """Rewards, prompts and the model's directory. Raises ConfigError; leaves nothing behind but caches."""
     model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, say)
     with ExitStack() as stack:
-        with without_torch(read_prompts, run, model_path, say) as answer:
-            scorer = build_scorer(run)
-            stack.callback(scorer.close)
-            prompts, held_out, first = answer()
+        answer = torchless.ask(read_prompts, run, model_path, say)
+        scorer = build_scorer(run)
+        stack.callback(scorer.close)
+        prompts, held_out, first = answer()
         scorer.check([*first, *held_out])
         yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
 

@@ -6,7 +6,6 @@ fail, hang or be closed without the run taking notice of more than one line.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
@@ -35,8 +35,10 @@ if TYPE_CHECKING:  # accelerate imports torch
     from rlswitch.config import Run
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
-INSTALLED = {"wandb": ("wandb",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""The trackers that our requirements bring, and their modules: found without importing torch."""
+TRACKERS = {name: (name,) for name in "aim clearml comet_ml dvclive mlflow swanlab trackio wandb".split()} | {
+    "tensorboard": ("tensorboard", "tensorboardX")
+}
+"""Accelerate's trackers, and the modules that each is had by: asking accelerate itself would import torch."""
 QUEUE_SIZE = 1000
 HANG_SECONDS = 120.0
 """A tracker that works on one record for longer is left alone; training never waits for one."""
@@ -288,41 +290,20 @@ def short(error: BaseException) -> str:
 
 def tracker_problems(names: Sequence[str]) -> list[str]:
     """One line for each tracker that is unknown or not installed; starts nothing."""
-    doubtful = [name for name in names if not _is_at_hand(name)]
-    if not doubtful:
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-
-    known = list(LOGGER_TYPE_TO_CLASS)
-    missing = set(INSTALLED) | set(_loggers_of_accelerate()) - {
-        str(name) for name in get_available_trackers()
-    }
-    others = ",".join(name for name in names if name not in doubtful)
+    installed = [name for name in names if any(map(find_spec, TRACKERS.get(name, ())))]
     problems = []
-    for name in doubtful:
-        if name not in known:
-            hint = did_you_mean(name, known)
+    for name in names:
+        if name not in TRACKERS:
             problems.append(
                 f"logger = {name}: no such tracker, nothing would be logged to it; set one of"
-                f" {', '.join(known)}, or logger=[] for none{hint}"
+                f" {', '.join(TRACKERS)}, or logger=[] for none{did_you_mean(name, TRACKERS)}"
             )
-        elif name in missing:
+        elif name not in installed:
             problems.append(
                 f"logger = {name}: the package is not installed, nothing would be logged to it;"
-                f" install {name.replace('_', '-')} or set logger=[{others}]"
+                f" install {name.replace('_', '-')} or set logger=[{','.join(installed)}]"
             )
     return problems
-
-
-def _is_at_hand(name: str) -> bool:
-    return any(importlib.util.find_spec(module) for module in INSTALLED.get(name, ()))
-
-
-def _loggers_of_accelerate() -> list[str]:
-    """The names accelerate can test for; a class registered by the user is taken as it is."""
-    from accelerate.utils import LoggerType
-
-    return [name for name in LoggerType.list() if name != "all"]
 
 
 def build_tracker(name: str, project: str, output_dir: Path, wandb_id: str) -> GeneralTracker:

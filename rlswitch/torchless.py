@@ -1,4 +1,4 @@
-"""Calls that are answered before torch is imported: nobody should wait for it to hear of a typo.
+"""An answer before torch is imported: nobody should wait for it to hear of a typo.
 
 transformers reads tokenizers and configurations without torch, but only in a process that never had it.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import closing, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar
@@ -20,44 +20,63 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@contextmanager
-def without_torch(function: Callable[P, T], *args: P.args, **given: P.kwargs) -> Iterator[Callable[[], T]]:
-    """Calls `function` in a forked child that finds no torch; yields what waits for its result.
+class Torchless:
+    """A forked process that finds no torch: it imports transformers at once, and is asked one thing.
 
-    That calls it in this process where torch is imported already, and where the child could not answer
-    without it. The result must be picklable. Raises what `function` raises.
+    There is none where torch is imported already; then, and where it could not answer, the question is
+    answered in this process.
     """
-    call = partial(function, *args, **given)
-    if "torch" in sys.modules:
-        yield call
-        return
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    child = multiprocessing.get_context("fork").Process(target=_answer, args=(theirs, call))
-    child.start()
-    theirs.close()
 
-    def answer() -> T:
-        try:
-            result, refusal = ours.recv()
-        except EOFError:  # it had no answer, or was killed: whatever it was is met here again
-            return call()
-        if refusal:
-            raise refusal
-        return result
+    def __init__(self) -> None:
+        self._child: multiprocessing.process.BaseProcess | None = None
+        if "torch" in sys.modules:
+            return
+        self._connection, theirs = multiprocessing.Pipe()
+        self._child = multiprocessing.get_context("fork").Process(
+            target=_serve, args=(theirs, self._connection)
+        )
+        self._child.start()
+        theirs.close()
 
-    try:
-        yield answer
-    finally:
-        child.kill()
-        child.join()
-        ours.close()
+    def ask(self, function: Callable[P, T], *args: P.args, **given: P.kwargs) -> Callable[[], T]:
+        """Calls `function` there; what is returned waits for the result, or raises what `function` raised.
+
+        Function, arguments and result must be picklable.
+        """
+        call = partial(function, *args, **given)
+        if self._child is None:
+            return call
+        with suppress(OSError):  # it has ended
+            self._connection.send(call)
+
+        def answer() -> T:
+            with closing(self):
+                try:
+                    result, refusal = self._connection.recv()
+                except (EOFError, OSError):  # killed, or without an answer: what kept it from one is met here
+                    return call()
+            if refusal:
+                raise refusal
+            return result
+
+        return answer
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._connection.close()
+            self._child.kill()
+            self._child.join()
 
 
-def _answer(connection: Connection, call: Callable[[], object]) -> None:
+def _serve(connection: Connection, others: Connection) -> None:
     """Sends (result, None) or (None, the ConfigError); nothing where only torch would tell."""
+    others.close()  # so that this process ends with its owner
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not
     with suppress(Exception, KeyboardInterrupt), connection:
+        from transformers import AutoConfig, AutoTokenizer  # noqa: F401  (which takes a second or two)
+
+        call = connection.recv()
         try:
             result = call()
             sys.stdout.flush()  # who has its answer waits no longer

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from samples import HereAlone
 
 from rlswitch import cli
 from rlswitch.algorithms.base import Algorithm
@@ -53,6 +54,7 @@ def trained(monkeypatch):
     monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=train))
     monkeypatch.setitem(sys.modules, "rlswitch.plan", SimpleNamespace(show=train))
     monkeypatch.setitem(sys.modules, "rlswitch.environment", seen)
+    monkeypatch.setattr("rlswitch.cli.Torchless", HereAlone)
     monkeypatch.setattr("rlswitch.inputs.open_inputs", lambda *_: nullcontext())
     monkeypatch.setattr("rlswitch.cli.prepare", lambda: None)  # no vLLM is imported for nothing
     return seen

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from bad_inputs import BAD_INPUTS, BASE, ROWS, SECTIONS, BadInput
 from faults import FAULTS
+from samples import HereAlone
 
 from rlswitch import cli
 
@@ -69,6 +70,7 @@ def test_a_bad_input_is_answered_in_its_line(
     given: BadInput, here, tmp_path, tiny_model, monkeypatch, capsys
 ) -> None:
     lay(here, {"rows.jsonl": ROWS, **given.files})
+    monkeypatch.setattr("rlswitch.cli.Torchless", HereAlone)
     for target in ("rlswitch.cli.prepare", "rlswitch.sweep.prepare", "rlswitch.sweep.run_hydra"):
         monkeypatch.setattr(target, forbidden)
     if given not in LIGHT:

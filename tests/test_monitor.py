@@ -20,7 +20,7 @@ from rich.console import Console
 from rlswitch import monitor as monitoring
 from rlswitch.algorithms.ppo import PPO
 from rlswitch.config import DataConfig, EngineConfig, ModelConfig, Run
-from rlswitch.monitor import Monitor, tracker_problems
+from rlswitch.monitor import TRACKERS, Monitor, tracker_problems
 from rlswitch.provenance import command_line, redacted
 from rlswitch.records import read, trim
 from rlswitch.types import ConfigError, Group, Prompt, Rollout
@@ -265,6 +265,7 @@ def tracker(monkeypatch):
 
     Fake.seen = []
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "fake", Fake)
+    monkeypatch.setitem(TRACKERS, "fake", ("accelerate",))
     return Fake
 
 
@@ -337,7 +338,6 @@ def test_a_slow_finish_is_given_up(tmp_path, tracker, monkeypatch):
 
 
 def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(tmp_path):
-    pytest.importorskip("accelerate")
     assert tracker_problems([]) == []
     [problem] = tracker_problems(["wandbb"])
     assert problem.startswith("logger = wandbb: ")
@@ -348,10 +348,15 @@ def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(tmp
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_do(monkeypatch):
-    tracking = pytest.importorskip("accelerate.tracking")
-    monkeypatch.setattr(tracking, "_available_trackers", [])
-    [problem] = tracker_problems(["mlflow"])
-    assert "install mlflow or set logger=[]" in problem
+    monkeypatch.setitem(TRACKERS, "mlflow", ("no_such_module",))
+    [problem] = tracker_problems(["wandb", "mlflow"])
+    assert "install mlflow or set logger=[wandb]" in problem
+
+
+def test_the_trackers_are_those_of_accelerate():
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
 
 
 def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch, capfd):

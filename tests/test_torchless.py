@@ -60,15 +60,13 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
         import sys
         from rlswitch.compose import Source, compose_run
         from rlswitch.inputs import read_prompts
-        from rlswitch.torchless import without_torch
+        from rlswitch.torchless import Torchless
         words = {BASE!r}.replace("model=model", "model={tiny_model().path}").split()
         run = compose_run(words, Source.default())
-        with without_torch(read_prompts, run, run.model.path, print) as answer:
-            apart = answer()
+        apart = Torchless().ask(read_prompts, run, run.model.path, print)()
         assert "torch" not in sys.modules and "transformers" not in sys.modules
         import torch
-        with without_torch(read_prompts, run, run.model.path, print) as answer:
-            here = answer()
+        here = Torchless().ask(read_prompts, run, run.model.path, print)()
         for one, other in zip(apart, here):
             one, other = ((it.take(50), it.cursor) if hasattr(it, "take") else it for it in (one, other))
             assert one == other and one
@@ -96,7 +94,7 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
 def test_what_the_child_cannot_answer_is_answered_here(body: str, answer: str, tmp_path):
     code = f"""
 import os
-from rlswitch.torchless import without_torch
+from rlswitch.torchless import Torchless
 from rlswitch.types import ConfigError
 
 parent = os.getpid()
@@ -109,8 +107,7 @@ def call():
     {body}
 
 try:
-    with without_torch(call) as answer:
-        said = answer()
+    said = Torchless().ask(call)()
     said = "function" if callable(said) else said
 except ConfigError as error:
     said = "ConfigError " + "/".join(error.problems)
