@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import closing, suppress
@@ -71,9 +72,10 @@ class Torchless:
 def _serve(connection: Connection, others: Connection) -> None:
     """Sends (result, None) or (None, the ConfigError); nothing where only torch would tell."""
     others.close()  # so that this process ends with its owner
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C: the owner ends it
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not
-    with suppress(Exception, KeyboardInterrupt), connection:
+    with suppress(Exception), connection:
         from transformers import AutoConfig, AutoTokenizer  # noqa: F401  (which takes a second or two)
 
         call = connection.recv()

@@ -74,14 +74,19 @@ class Report:
     unproven_steps: int = 0
     differing: list[str] = field(default_factory=list)
     """Files that are not those of the undisturbed run."""
-    growth: dict[str, float] = field(default_factory=dict)
-    """By what was watched, over the longest life of the disturbed run's process."""
-    watched_steps: int = 0
+    growth: dict[str, dict[str, float]] = field(default_factory=dict)
+    """By run and what was watched, over the longest life of its process. Undisturbed, one engine lives on."""
+    watched_steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
     def failures(self) -> list[str]:
-        grown = [f"{name} grew by {by:g}" for name, by in self.growth.items() if by > SLACK[name]]
+        grown = [
+            f"{name} grew by {by:g}, {run}"
+            for run, found in self.growth.items()
+            for name, by in found.items()
+            if by > SLACK[name]
+        ]
         stale = [f"{self.stale_rollouts} rollouts of a wrong version"] if self.stale_rollouts else []
         unproven = [f"{self.unproven_steps} steps not proven"] if self.unproven_steps else []
         return [*(f"{name} differs" for name in self.differing), *stale, *unproven, *grown]
@@ -261,12 +266,15 @@ def judge(report: Report, straight: Path, out: Path, num_steps: int) -> None:
     report.differing += [
         str(name) for name in names if (straight / name).read_bytes() != (out / name).read_bytes()
     ]
-    lives = [list(rows) for _, rows in groupby(records.read(out / SAMPLES), key=lambda row: row["life"])]
-    longest = max(lives, key=len)
-    report.watched_steps, third = len(longest), max(len(longest) // 3, 1)
-    for name in SLACK:
-        values = [row[name] for row in longest]
-        report.growth[name] = round(median(values[-third:]) - median(values[:third]), 2)
+    for run in (straight, out):
+        lives = [list(rows) for _, rows in groupby(records.read(run / SAMPLES), key=lambda row: row["life"])]
+        longest = max(lives, key=len)
+        report.watched_steps[run.name], third = len(longest), max(len(longest) // 3, 1)
+        report.growth[run.name] = {
+            name: round(median(values[-third:]) - median(values[:third]), 2)
+            for name in SLACK
+            if (values := [row[name] for row in longest])
+        }
 
 
 def render(report: Report) -> Table:
@@ -279,6 +287,7 @@ def render(report: Report) -> Table:
     table.add_row("rollouts of a wrong version", str(report.stale_rollouts))
     table.add_row("steps not proven", str(report.unproven_steps))
     table.add_row("records and weights", "; ".join(report.differing) or "as without faults, byte by byte")
-    for name, grown in report.growth.items():
-        table.add_row(f"growth of {name} over {report.watched_steps} steps", f"{grown:g}")
+    for run, found in report.growth.items():
+        for name, by in found.items():
+            table.add_row(f"growth of {name}, {run}, over {report.watched_steps[run]} steps", f"{by:g}")
     return table
