@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -185,7 +186,8 @@ def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -
         errors.seek(0)
         said = errors.read()
     assert process.exitcode == 75, said
-    assert "SIGTERM" in said and "checkpoint saved" in said
+    # In a step that was finished, or in the next one's rollouts.
+    assert re.search(r"stopped by SIGTERM .* checkpoint (of step \d+ )?saved", said)
     steps = records(out / "metrics.jsonl")
     saved = out / "checkpoints" / f"step_{steps[-1]['step']:06d}"
     assert saved.is_dir() and steps[-1]["step"] < 500
