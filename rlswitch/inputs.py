@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from rlswitch.rewards import TENANTS
 from rlswitch.rewards.fit import refuse_unfit_tenants
 from rlswitch.rewards.resolve import refuse_missing as refuse_missing_function
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.sources import HUB_ID, Source, nearest_file, read, reason, refuse_missing
+from rlswitch.sources import HUB_ID, Source, Table, nearest_file, read, reason, refuse_missing
 from rlswitch.tasks import refuse_unknown_task, task_of
 from rlswitch.torchless import Torchless
 from rlswitch.types import ConfigError, Prompt
@@ -37,7 +37,7 @@ FIRST = 8
 """So many training prompts are looked at before the first step."""
 
 GLANCE_BYTES = 1 << 26
-"""A larger file of rows is read once, by read_prompts: reading it twice would take seconds."""
+"""A larger file of rows is read once, by open_inputs: reading it twice would take seconds."""
 HEADER_BYTES = 100_000_000
 """What safetensors allows for the header of a file."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
@@ -61,21 +61,26 @@ class Inputs:
 @contextmanager
 def open_inputs(run: Run, torchless: Torchless, say: Callable[[str], None]) -> Iterator[Inputs]:
     """Rewards, prompts and the model's directory. Raises ConfigError; leaves nothing behind but caches."""
-    model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, say)
     with ExitStack() as stack:
-        answer = torchless.ask(read_prompts, run, model_path, say)
-        scorer = build_scorer(run)
-        stack.callback(scorer.close)
-        prompts, held_out, first = answer()
-        scorer.check([*first, *held_out])
-        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+        yield read_inputs(run, torchless, say, stack)
 
 
-def read_prompts(
-    run: Run, model_path: str, say: Callable[[str], None]
+def read_inputs(run: Run, torchless: Torchless, say: Callable[[str], None], stack: ExitStack) -> Inputs:
+    """Rows while the other process imports, then prompts; `stack` closes the rewards."""
+    tables = read_tables(run)
+    model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, say)
+    answer = torchless.ask(tokenize, run, tables, model_path, say)
+    scorer = build_scorer(run)
+    stack.callback(scorer.close)
+    prompts, held_out, first = answer()
+    scorer.check([*first, *held_out])
+    return Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+
+
+def tokenize(
+    run: Run, tables: Sequence[Table], model_path: str, say: Callable[[str], None]
 ) -> tuple[Prompts, list[Prompt], list[Prompt]]:
     """All prompts, the held-out ones, and the first; raises ConfigError for models that they do not suit."""
-    tables = read_tables(run)
     if task := task_of(model_path):
         tokenizer = task.build_tokenizer()
     else:

@@ -24,8 +24,8 @@ T = TypeVar("T")
 class Torchless:
     """A forked process that finds no torch: it imports transformers at once, and is asked one thing.
 
-    There is none where torch is imported already; then, and where it could not answer, the question is
-    answered in this process.
+    There is none where torch is imported already. Then, and where question or answer cannot be pickled, or
+    it has none, the question is answered in this process.
     """
 
     def __init__(self) -> None:
@@ -40,15 +40,15 @@ class Torchless:
         theirs.close()
 
     def ask(self, function: Callable[P, T], *args: P.args, **given: P.kwargs) -> Callable[[], T]:
-        """Calls `function` there; what is returned waits for the result, or raises what `function` raised.
-
-        Function, arguments and result must be picklable.
-        """
+        """Calls `function` there; what is returned waits for the result, or raises what `function` raised."""
         call = partial(function, *args, **given)
         if self._child is None:
             return call
-        with suppress(OSError):  # it has ended
+        try:
             self._connection.send(call)
+        except Exception:  # it has ended, or the question cannot be pickled
+            self.close()
+            return call
 
         def answer() -> T:
             with closing(self):

@@ -59,14 +59,15 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
     code = f"""
         import sys
         from rlswitch.compose import Source, compose_run
-        from rlswitch.inputs import read_prompts
+        from rlswitch.data import read_tables
+        from rlswitch.inputs import tokenize
         from rlswitch.torchless import Torchless
         words = {BASE!r}.replace("model=model", "model={tiny_model().path}").split()
         run = compose_run(words, Source.default())
-        apart = Torchless().ask(read_prompts, run, run.model.path, print)()
+        apart = Torchless().ask(tokenize, run, read_tables(run), run.model.path, print)()
         assert "torch" not in sys.modules and "transformers" not in sys.modules
         import torch
-        here = Torchless().ask(read_prompts, run, run.model.path, print)()
+        here = Torchless().ask(tokenize, run, read_tables(run), run.model.path, print)()
         for one, other in zip(apart, here):
             one, other = ((it.take(50), it.cursor) if hasattr(it, "take") else it for it in (one, other))
             assert one == other and one
@@ -84,7 +85,7 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
         ("import torch; return torch.tensor(3).item()", "3 here"),  # the child has none
         ("import os; os.kill(os.getpid(), 9) if child() else None; return 7", "7 here"),
         ("raise LookupError('odd')", "LookupError odd here"),
-        ("return lambda: 0", "function here"),  # cannot be sent
+        ("return lambda: 0", "function here"),  # cannot be sent back
         (
             "try: import torch\n    except ImportError: raise ConfigError('no torch')\n    return 8",
             "8 here",  # refused for want of torch only
