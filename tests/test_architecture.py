@@ -27,7 +27,7 @@ ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
 LIGHT = (
     *("config", "cli", "compose", "arguments", "sweep", "environment", "inputs", "types", "options"),
-    *("data", "pretrained", "rewards.fit", "rewards.scorer", "torchless"),
+    *("data", "pretrained", "rewards.fit", "rewards.scorer", "torchless", "tasks.addition"),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -15,6 +15,7 @@ from test_faults import lay, lay_model
 ROOT = Path(__file__).resolve().parents[1]
 APART = [
     "prompts that are too long",
+    "a split that the data does not have",
     "a chat template that fails",
     "functions that do not take the columns there are",
     "questions longer than the judge's context",

@@ -6,9 +6,12 @@ The models of the task have modules of their own: what is here needs no torch.
 from __future__ import annotations
 
 import random
+from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+
+if TYPE_CHECKING:  # torch may come with it, and who asks for problems only needs neither
+    from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCABULARY = [*"0123456789+=", PAD, BOS, EOS, "<unused>"]
@@ -37,6 +40,8 @@ def load_datasets() -> dict[str, list[dict[str, str]]]:
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token a character; a prompt begins with BOS, a completion ends with EOS."""
+    from transformers import PreTrainedTokenizerFast
+
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unused>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
@@ -49,6 +54,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_config(layers: int = 3) -> Qwen3Config:
     """Its shape: 1.6 million parameters."""
+    from transformers import Qwen3Config
+
     ids = {token: i for i, token in enumerate(VOCABULARY)}
     return Qwen3Config(
         vocab_size=len(VOCABULARY),
