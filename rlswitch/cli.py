@@ -80,6 +80,7 @@ def train_once(arguments: Arguments) -> int:
         if run.mode == "plan":
             from rlswitch.plan import show
 
+            torchless.close()  # a plan reads no prompts
             show(run)
             return DONE
         from rlswitch.inputs import open_inputs, refuse_wrong_inputs  # numpy comes with it

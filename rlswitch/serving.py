@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from rlswitch.checks import address_problems, problems
 from rlswitch.config import (
     OPTIONS,
@@ -38,7 +36,7 @@ from rlswitch.engines.start import start_backend
 from rlswitch.engines.watch import at_work
 from rlswitch.frozen import freeze
 from rlswitch.ledger import Ledger
-from rlswitch.pretrained import load_tokenizer, resolve_model
+from rlswitch.pretrained import context_of, load_tokenizer, read_config, resolve_model
 from rlswitch.switch import Switch
 from rlswitch.types import ConfigError, Prompt, Sampling
 
@@ -145,6 +143,5 @@ def frozen_run(
 
 def _context(model: ModelConfig) -> int:
     """How long a sequence may be: the model's own limit, within reason."""
-    config = AutoConfig.from_pretrained(resolve_model(model, print), trust_remote_code=False)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = context_of(read_config(model, resolve_model(model, print)))
     return min(limit or MAX_MODEL_LEN, MAX_MODEL_LEN)

@@ -1,7 +1,8 @@
 """python scripts/answers.py [JSON]: how long a command line waits for the answer to each bad input.
 
 Types every row of tests/bad_inputs.py that needs no other machine, as a user would, a process each; checks
-the answer, and writes the seconds to benchmarks/results/answers-cpu.json or to the file that is named.
+exit code and number of lines (tests/test_faults.py reads them), and writes the seconds to
+benchmarks/results/answers-cpu.json or to the file that is named.
 """
 
 from __future__ import annotations
