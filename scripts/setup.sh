@@ -24,11 +24,12 @@ say() {
 
 # Sets device and why. /dev is asked first: nvidia-smi can take a second, and this runs every time.
 choose_device() {
+    local nodes
     case "${DEVICE:-}" in
         cpu | cuda) device=$DEVICE why="DEVICE=$DEVICE" ;;
         "")
-            if compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
-                device=cuda why="there is a $(compgen -G '/dev/nvidia[0-9]*' | head -n 1)"
+            if nodes=$(compgen -G '/dev/nvidia[0-9]*'); then
+                device=cuda why="there is a ${nodes%%$'\n'*}"
             elif [[ $(nvidia-smi -L 2>/dev/null || true) == *GPU* ]]; then
                 device=cuda why="nvidia-smi -L lists a device"
             else

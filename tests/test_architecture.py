@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,3 +141,13 @@ def test_the_command_line_loads_nothing_heavy():
     code = f"import sys, {modules}; print(*({HEAVY!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_no_shell_script_pipes_into_a_reader_that_stops_early():
+    """Under pipefail `make --version | head -n 1` fails now and then: make was still writing."""
+    scripts = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("recipes/**/*.sh"), ROOT / ".ci" / "run"]
+    early = re.compile(r"\|\s*(head\b|grep\s+(-\w*[qm]|--quiet))")
+    found = {
+        f"{script.name}: {line.strip()}" for script in scripts for line in script.open() if early.search(line)
+    }
+    assert len(scripts) > 1 and not found
