@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch import lora
 from rlswitch.config import CheckpointConfig
-from rlswitch.durable import find_fault, is_about_disk, written_whole
+from rlswitch.durable import is_about_disk, written_whole
 from rlswitch.exactness import deciding
-from rlswitch.resume import LoopState, read_details, step_directory, step_of, steps_in
+from rlswitch.resume import LoopState, read_details, step_directory, step_of, steps_in, whole_in
 from rlswitch.schedule import resume_schedule
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError, SaveError
@@ -83,6 +83,8 @@ def restore(path: Path, trainer: Trainer) -> None:
     trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), groups))
     resume_schedule(trainer.schedule, details["optimizer_steps"])
     trainer.memory.update(details["memory"])
+    fitted = details.get("micro_batch_tokens", trainer.micro_batch_tokens)
+    trainer.micro_batch_tokens = min(trainer.micro_batch_tokens, fitted)  # it had run out of memory
     trainer.version = details["step"]
 
 
@@ -98,18 +100,19 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
         "settings": deciding(trainer.run),
         "optimizer_steps": trainer.schedule.last_epoch,
         "memory": trainer.memory,
+        "micro_batch_tokens": trainer.micro_batch_tokens,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
 
 
 def _failure(final: Path, error: Exception) -> str:
     """What is lost, what is not, and how to go on."""
-    others = [path for path in reversed(steps_in(final.parent)) if find_fault(path) is None]
-    left = f"{others[0]} is whole" if others else "there is none before it"
-    then = "goes on from there" if others else "starts afresh"
+    other = next(whole_in(final.parent), None)
+    left = f"{other} is whole" if other else "there is none before it"
+    then = "goes on from there" if other else "starts afresh"
     return (
         f"checkpoint {final} could not be saved ({' '.join(str(error).split())}); {left}; once"
-        f" {final.parent} has room and can be written, the same command {then}"
+        f" {final.parent} has room and can be written, the same command with resume=auto {then}"
     )
 
 

@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, suppress
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlswitch.arguments import Arguments, parse, refuse_broken_environment, run_hydra
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
 DIRECTORY_NAME_LENGTH = 100
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-ROOM_HINT = "make room and run the same command again: it goes on from its newest checkpoint"
+ROOM_HINT = "make room and run the same command with resume=auto: it goes on from its newest checkpoint"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -62,9 +63,6 @@ def guarded(command: Callable[[], int]) -> int:
         return _report(str(error).splitlines(), FAILED)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # train.py --help | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
     except Exception as error:
         if isinstance(error, OSError) and error.errno in NO_ROOM:
             return _report([f"{error}; {ROOM_HINT}"], FAILED)
@@ -88,10 +86,20 @@ def train_once(arguments: Arguments) -> int:
         refuse_wrong_inputs(run)
         if run.mode == "train" and (said := finished(run)):
             print(said)
+            write_missing_report(run)
             return DONE
         with open_inputs(run, torchless, print) as inputs:
             work(run, inputs)
     return DONE
+
+
+def write_missing_report(run: Run) -> None:
+    """A run that was killed when all was saved has none yet."""
+    from rlswitch.report import write_report
+
+    assert run.output_dir is not None
+    if not Path(run.output_dir, "report.html").exists():
+        write_report(Path(run.output_dir))
 
 
 def work(run: Run, inputs: Inputs) -> None:
@@ -124,6 +132,14 @@ def default_output_dir(run: Run, arguments: Arguments) -> str:
 
 
 def ask_hydra(arguments: Arguments) -> int:
+    try:
+        return _answer(arguments)
+    except BrokenPipeError:  # train.py --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _answer(arguments: Arguments) -> int:
     words = arguments.overrides
     if arguments.about_hydra:
         register()

@@ -21,6 +21,7 @@ from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
 from rlswitch.options import Leaf, choice, leaves_of, number
+from rlswitch.types import Sampling
 
 
 @dataclass(kw_only=True, slots=True)
@@ -62,6 +63,11 @@ class DataConfig:
     max_prompt_tokens: int = number(512, at_least=1)
     overlong: str = choice("error", "drop")
     """What to do with a longer prompt: stop with an error, or drop the row and say how many."""
+
+    @property
+    def cuts_held_out_rows(self) -> bool:
+        """Whether rows to evaluate on have no place of their own, and are taken from those to train on."""
+        return not (self.eval_path or self.eval_split or self.path.startswith("builtin:"))
 
 
 @dataclass(kw_only=True, slots=True)
@@ -280,6 +286,16 @@ class Run:
     @property
     def max_model_len(self) -> int:
         return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    def sampling(self, num_samples: int, step: int) -> Sampling:
+        """As the rollouts are sampled, so many of each prompt, with the seeds of `step`."""
+        return Sampling(
+            num_samples=num_samples,
+            max_new_tokens=self.rollout.max_new_tokens,
+            temperature=self.rollout.temperature,
+            seed=self.seed,
+            step=step,
+        )
 
 
 OPTIONS: dict[str, dict[str, type]] = {

@@ -124,7 +124,7 @@ def sources_of(run: Run) -> Iterator[Source]:
     key = "data.eval_path" if data.eval_path else "data.path"
     path = data.eval_path or data.path
     split = data.eval_split or ("test" if path.startswith("builtin:") else None)
-    if data.eval_path or split:
+    if not data.cuts_held_out_rows:
         name = data.name if path == data.path else None
         yield Source(key, path, "data.eval_split", split, name)
 

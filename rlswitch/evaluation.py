@@ -7,12 +7,12 @@ then the device changes hands here too.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlswitch.config import EvaluationConfig
 from rlswitch.rewards.scorer import Pending, Scorer
 from rlswitch.rewards.tenants import ask_in_turn
-from rlswitch.types import Sampling
 
 if TYPE_CHECKING:
     from rlswitch.session import Session
@@ -31,20 +31,8 @@ def evaluate(session: Session) -> dict[str, float]:
     run, engine, scorer = session.run, session.engine, session.scorer
     assert engine.version is not None
     name = dataset_name(run.data.eval_path or run.data.path)
-    greedy = Sampling(
-        num_samples=1,
-        max_new_tokens=run.rollout.max_new_tokens,
-        temperature=0.0,
-        seed=run.seed,
-        step=engine.version,
-    )
-    sampled = Sampling(
-        num_samples=run.evaluation.num_samples,
-        max_new_tokens=run.rollout.max_new_tokens,
-        temperature=run.rollout.temperature,
-        seed=run.seed,
-        step=engine.version,
-    )
+    sampled = run.sampling(run.evaluation.num_samples, step=engine.version)
+    greedy = replace(sampled, num_samples=1, temperature=0.0)
     with session.ledger.work("evaluation"):
         pending = {f"val/{name}/acc": scorer.submit(engine.generate(session.held_out, greedy))}
         if run.evaluation.num_samples > 1:  # while the first are being scored

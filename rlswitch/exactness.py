@@ -40,12 +40,17 @@ FREE = {
 OPEN = ("engine.vllm.", "trainer.lr_schedule_kwargs.")
 """Where a key that is missing was not given. Elsewhere it is one that another version, or algorithm, has."""
 NOT_SET = "not set"
+EVALUATES = "evaluation.every"
+"""Decides, where it does, by being 0 or not."""
 
 
 def deciding(run: Run) -> dict[str, Any]:
     """The settings that decide the numbers, by dotted key, as JSON gives them back; without secrets."""
     flat = dict(_flattened(redacted(resolved(run))))
-    return {key: value for key, value in flat.items() if not _is_free(key)}
+    found = {key: value for key, value in flat.items() if not _is_free(key)}
+    if run.data.cuts_held_out_rows:  # off the training rows, and only if there are evaluations
+        found[EVALUATES] = run.evaluation.every
+    return found
 
 
 def changes(saved: Mapping[str, Any], run: Run) -> list[tuple[str, str, str]]:
@@ -56,8 +61,12 @@ def changes(saved: Mapping[str, Any], run: Run) -> list[tuple[str, str, str]]:
     return [
         (key.removesuffix(".class"), _text(key, saved), _text(key, now))
         for key in keys
-        if saved.get(key) != now.get(key)
+        if not _same(key, saved.get(key), now.get(key))
     ]
+
+
+def _same(key: str, old: Any, new: Any) -> bool:
+    return bool(old) == bool(new) if key == EVALUATES else old == new
 
 
 def _is_free(key: str) -> bool:

@@ -6,6 +6,8 @@ checkpoint held and what the engine computed from it when it was started.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,10 +19,32 @@ from rlswitch.device import Device
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.launch import engine_dtype
+from rlswitch.engines.start import start_backend
 from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.ledger import Ledger
 from rlswitch.types import Canary, PolicyWeights
 from rlswitch.weights import canary_sequences
+
+
+def start_frozen(
+    name: str,
+    run: Run,
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ledger: Ledger,
+    log_path: Path,
+    scratch: Path,
+    say: Callable[[str], None],
+) -> Engine:
+    """vLLM on the checkpoint in `model_path`, awake; one that is lost is started again."""
+    start = partial(start_backend, run, model_path, tokenizer, ledger.device, log_path, scratch)
+    backend = start()
+    try:
+        revival = Revival(start=start, limit=run.engine.max_restarts, say=say)
+        return freeze(name, backend, run, model_path, tokenizer, ledger, revival)
+    except BaseException:
+        backend.close()
+        raise
 
 
 def freeze(

@@ -5,24 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from rlswitch.durable import find_fault
 from rlswitch.monitor import rollout_record
 from rlswitch.records import LineFile
-from rlswitch.resume import steps_in
+from rlswitch.resume import Start, step_of, whole_in
 from rlswitch.types import Group, RLSwitchError
 
 SKIPPED_IN_A_ROW = 3
 FLAT_IN_A_ROW = 10
+SKIPPED = "skipped"
 
 
 class Health:
     """Counts the bad steps in a row; the metrics of each are recorded by then."""
 
-    def __init__(self, output_dir: Path, say: Callable[[str], None]):
+    def __init__(self, output_dir: Path, start: Start, say: Callable[[str], None]):
         self._output_dir = output_dir
         self._say = say
-        self._skipped = 0
-        self._flat = 0
+        self.skipped_in_a_row = start.state.skipped_in_a_row
+        self.flat_in_a_row = start.state.flat_in_a_row
+        for path in (output_dir / SKIPPED).glob("step_*.jsonl"):
+            if step_of(path.with_suffix("")) > start.kept:
+                path.unlink()
 
     def check(
         self, step: int, metrics: Mapping[str, float], skipped: Sequence[str], groups: Sequence[Group]
@@ -31,31 +34,37 @@ class Health:
 
         Raises RLSwitchError for the third such step in a row: the policy has stopped learning.
         """
-        self._flat = self._flat + 1 if metrics.get("reward/frac_zero_std") == 1.0 else 0
-        if self._flat == FLAT_IN_A_ROW:
+        self.flat_in_a_row = self.flat_in_a_row + 1 if _is_flat(metrics, groups) else 0
+        if self.flat_in_a_row == FLAT_IN_A_ROW:
             self._say(
                 f"no group of the last {FLAT_IN_A_ROW} steps had rewards that differ: there is nothing to"
                 " learn from them; look at rollouts.jsonl: the task may be too hard, too easy, or misread"
             )
-        self._skipped = self._skipped + 1 if skipped else 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
         path = write_down(self._output_dir, step, groups)
         what = f"step {step}: {skipped[0]}: {_count(len(skipped))} left out, its rollouts are in {path}"
-        if self._skipped < SKIPPED_IN_A_ROW:
+        if self.skipped_in_a_row < SKIPPED_IN_A_ROW:
             self._say(what)
             return
-        whole = [it for it in reversed(steps_in(self._output_dir / "checkpoints")) if find_fault(it) is None]
+        whole = next(whole_in(self._output_dir / "checkpoints"), None)
         raise RLSwitchError(
             f"{what}; it was so in {SKIPPED_IN_A_ROW} steps in a row;"
-            f" {f'the last good checkpoint is {whole[0]}' if whole else 'no checkpoint was saved yet'};"
+            f" {f'the last good checkpoint is {whole}' if whole else 'no checkpoint was saved yet'};"
             " lower trainer.lr, or look for extreme rewards in these files"
         )
 
 
+def _is_flat(metrics: Mapping[str, float], groups: Sequence[Group]) -> bool:
+    """Whether all rollouts that are compared had one reward: those of a group, or, one each, of the step."""
+    alone = all(len(group.rollouts) == 1 for group in groups)
+    return metrics.get("reward/std") == 0.0 if alone else metrics.get("reward/frac_zero_std") == 1.0
+
+
 def write_down(output_dir: Path, step: int, groups: Sequence[Group]) -> Path:
     """The rollouts of a step with their tokens and log-probabilities, one JSON object a line."""
-    path = output_dir / "skipped" / f"step_{step:06d}.jsonl"
+    path = output_dir / SKIPPED / f"step_{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     file = LineFile(path, allow_nan=True)

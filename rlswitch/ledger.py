@@ -47,14 +47,15 @@ class Ledger:
     Example: `with ledger.phase("reload") as phase: ...; phase.bytes = weights.nbytes`
     """
 
-    def __init__(self, device: Device, output_dir: Path, resume_step: int = 0):
+    def __init__(self, device: Device, output_dir: Path, kept: int = 0):
+        """Records up to the step `kept` stay."""
         self.device = device
-        self.step = resume_step
+        self.step = 0
         self.hand_over = ("", "")
         self.on_phase: Callable[[str], None] = lambda name: None
-        trim(output_dir / SWITCH, resume_step if resume_step > 0 else -1)
+        trim(output_dir / SWITCH, kept if kept > 0 else -1)
         self._switch_log = LineFile(output_dir / SWITCH)
-        self._trace = Trace(output_dir / "trace.json")
+        self._trace = Trace(output_dir / "trace.json", fresh=kept == 0)
         self._seconds: dict[str, float] = defaultdict(float)
         self._bytes = 0
         self._working = ""
@@ -158,8 +159,8 @@ class Ledger:
 class Trace:
     """Appends events to a Chrome trace: a JSON array whose closing bracket may be missing."""
 
-    def __init__(self, path: Path):
-        old = path.read_bytes().splitlines() if path.exists() else []
+    def __init__(self, path: Path, fresh: bool):
+        old = path.read_bytes().splitlines() if path.exists() and not fresh else []
         whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may have torn the last one
         draft = path.with_name(path.name + ".tmp")
         draft.write_bytes(b"\n".join([b"[", *whole]) + b"\n")

@@ -11,10 +11,11 @@ from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
 from rlswitch.inputs import Inputs
 from rlswitch.report import write_report
+from rlswitch.resume import how_to_go_on
 from rlswitch.rewards.shaping import punish_overlong
 from rlswitch.rewards.tenants import ask_in_turn
 from rlswitch.session import Session, open_session
-from rlswitch.types import Group, Preempted, Sampling
+from rlswitch.types import Group, Preempted
 
 
 def train(run: Run, inputs: Inputs) -> None:
@@ -45,7 +46,7 @@ def train(run: Run, inputs: Inputs) -> None:
             if session.stop_signals and trainer.version < run.num_steps:
                 raise Preempted(
                     f"stopped by {session.stop_signals.names[0]} after step {trainer.version}, checkpoint"
-                    " saved; run the same command again to go on"
+                    f" saved; {how_to_go_on(run)} to go on"
                 )
     write_report(session.output_dir)
 
@@ -73,13 +74,7 @@ def collect(session: Session) -> list[Group]:
 def sample(session: Session, num_prompts: int) -> list[Group]:
     """The next `num_prompts` prompts' groups, with their rewards."""
     run = session.run
-    sampling = Sampling(
-        num_samples=run.rollout.group_size,
-        max_new_tokens=run.rollout.max_new_tokens,
-        temperature=run.rollout.temperature,
-        seed=run.seed,
-        step=session.trainer.version,
-    )
+    sampling = run.sampling(run.rollout.group_size, step=session.trainer.version)
     with session.ledger.work("rollout"):
         groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
     with session.ledger.work("reward"):

@@ -48,7 +48,7 @@ FINISH_SECONDS = 30.0
 class Monitor:
     """Writes metrics.jsonl, rollouts.jsonl and config.yaml; feeds the trackers and the console.
 
-    On resume the files go back to `resume_step`, so that a resumed run leaves the files of an
+    The files go back to the step `kept`, so that a resumed run leaves the files of an
     uninterrupted one; without it they start empty. For the main process only.
     Example: `with Monitor(run, output_dir) as monitor: monitor.log(1, metrics, groups)`
     """
@@ -57,7 +57,7 @@ class Monitor:
         self,
         run: Run,
         output_dir: Path,
-        resume_step: int = 0,
+        kept: int = 0,
         wandb_id: str | None = None,
         console: Console | None = None,
     ):
@@ -75,7 +75,7 @@ class Monitor:
         config = write_config(run, output_dir / "config.yaml")
         for name in (METRICS, ROLLOUTS):
             # Before the first checkpoint nothing counts, the evaluation at step 0 included.
-            trim(output_dir / name, resume_step if resume_step > 0 else -1)
+            trim(output_dir / name, kept if kept > 0 else -1)
         self._metrics, self._rollouts = (LineFile(output_dir / n) for n in (METRICS, ROLLOUTS))
         self._summary = Summary()
         view = View(title=run.recipe or output_dir.name, num_steps=run.num_steps)
@@ -118,6 +118,11 @@ class Monitor:
     def phase(self, name: str) -> None:
         """Shows what is going on now."""
         self._display.phase(name)
+
+    def sync(self) -> None:
+        """Forces the records to the disk: before a checkpoint, which is to have all those before it."""
+        self._metrics.sync()
+        self._rollouts.sync()
 
     def say(self, line: str) -> None:
         """A line that stays on the console."""

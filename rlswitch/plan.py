@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -56,14 +56,6 @@ class Row:
 
     def at(self, phase: str) -> int:
         return self.awake if phase == self.phase else self.asleep
-
-    @property
-    def rollout(self) -> int:
-        return self.at(ROLLOUT)
-
-    @property
-    def update(self) -> int:
-        return self.at(UPDATE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +104,6 @@ class Plan:
     @property
     def parked_by_trainer(self) -> int:
         return sum(row.parked for row in self.rows if row.phase == UPDATE)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON, sums included."""
-        rows = [
-            {"name": row.name, "parked": row.parked} | {phase: row.at(phase) for phase in self.phases}
-            for row in self.rows
-        ]
-        sums = {f"{phase}_bytes": self.total(phase) for phase in (*self.phases, "parked")}
-        return asdict(self) | sums | {"rows": rows, "fits": not self.shortfalls}
 
 
 def show(run: Run) -> None:

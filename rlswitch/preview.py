@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from statistics import fmean
 
@@ -18,16 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.backend import Completion, Request
-from rlswitch.engines.base import request_seed
+from rlswitch.frozen import start_frozen
 from rlswitch.inputs import Inputs
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.tenants import Candidate, ask_in_turn
-from rlswitch.session import Models, look_at_models, start_engine, start_tenant
+from rlswitch.session import Models, look_at_models, start_tenant
 from rlswitch.switch import Switch
 from rlswitch.types import EngineError, Group, Prompt, Rollout
-from rlswitch.weights import Publisher
 
 ANSWER_COLUMNS = ("answer", "solution", "completion")
 GOLD, SAMPLED, SAMPLES = 64, 4, 2
@@ -58,7 +56,17 @@ def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
         column = next((name for name in ANSWER_COLUMNS if prompt.columns.get(name) is not None), None)
         if column is not None:
             text = str(prompt.columns[column])
-            groups.append(_group(prompt, [(text, tokenizer.encode(text, add_special_tokens=False))]))
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            rollout = Rollout(
+                prompt=prompt,
+                sample=0,
+                token_ids=token_ids,
+                logprobs=[0.0] * len(token_ids),
+                text=text,
+                finish_reason="stop",
+                policy_version=0,
+            )
+            groups.append(Group(prompt=prompt, rollouts=[rollout]))
     return groups
 
 
@@ -66,10 +74,8 @@ def score(scorer: Scorer, candidates: Sequence[Candidate], scored: Iterable[list
     """Fills in all rewards; the models among them are started one by one, and ended again."""
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
         directory = Path(name)
-        publisher = Publisher("disk", 0, directory)
-        stack.callback(publisher.close)
         switch = Switch(Ledger(Device.detect(), directory))
-        tenants = [start_tenant(it, switch, publisher, directory, print, stack) for it in candidates]
+        tenants = [start_tenant(it, switch, directory, directory, print, stack) for it in candidates]
         for groups in scored:
             pending = scorer.submit(groups)
             ask_in_turn(tenants, pending, switch)
@@ -81,32 +87,11 @@ def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
 
     Raises EngineError when it cannot be started.
     """
-    requests = [
-        Request(
-            prompt.token_ids,
-            seed=request_seed(run.seed, 0, prompt.index, number),
-            max_new_tokens=run.rollout.max_new_tokens,
-            temperature=run.rollout.temperature,
-        )
-        for prompt in prompts
-        for number in range(SAMPLES)
-    ]
-    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
-        directory = Path(name)
-        publisher = Publisher("disk", 0, directory)
-        stack.callback(publisher.close)
-        ledger = Ledger(Device.detect(), directory)
-        engine = start_engine(run, models, ledger, publisher, directory / "engine.log", print)
-        stack.callback(engine.close)
-        # Not Engine.generate, which is for weights that were pushed: this asks the checkpoint itself.
-        answers: dict[int, Completion] = {}
-        engine.backend.generate(requests, answers)
-    completions = [answers[index].token_ids for index in range(len(requests))]
-    texts = models.tokenizer.batch_decode(completions, skip_special_tokens=True)
-    rows = list(zip(texts, completions, strict=True))
-    return [
-        _group(prompt, rows[SAMPLES * place : SAMPLES * (place + 1)]) for place, prompt in enumerate(prompts)
-    ]
+    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name:
+        where = (Ledger(Device.detect(), Path(name)), Path(name, "engine.log"), Path(name))
+        engine = start_frozen("rollout engine", run, models.path, models.tokenizer, *where, print)
+        with closing(engine):
+            return engine.generate(prompts, run.sampling(SAMPLES, step=0))
 
 
 def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[RenderableType]:
@@ -133,22 +118,6 @@ def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[Renderabl
             samples.add_row(_tail(group.prompt), rollout.text[-80:], *scores)
     if samples.rows:
         yield samples
-
-
-def _group(prompt: Prompt, rows: Sequence[tuple[str, list[int]]]) -> Group:
-    rollouts = [
-        Rollout(
-            prompt=prompt,
-            sample=number,
-            token_ids=token_ids,
-            logprobs=[0.0] * len(token_ids),
-            text=text,
-            finish_reason="stop",
-            policy_version=0,
-        )
-        for number, (text, token_ids) in enumerate(rows)
-    ]
-    return Group(prompt=prompt, rollouts=rollouts)
 
 
 def _tail(prompt: Prompt) -> str:

@@ -35,6 +35,10 @@ class LineFile:
             os.ftruncate(self._handle, before)
             raise
 
+    def sync(self) -> None:
+        """To the disk: what was appended outlives a power failure."""
+        os.fsync(self._handle)
+
     def close(self) -> None:
         if self._handle >= 0:
             os.close(self._handle)
@@ -64,7 +68,7 @@ def trim(path: Path, last_step: int) -> None:
         for record in read(path):
             if record["step"] <= last_step:
                 kept.append([record])
-        os.fsync(kept._handle)
+        kept.sync()
     finally:
         kept.close()
     os.replace(draft, path)

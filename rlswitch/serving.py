@@ -12,7 +12,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +27,12 @@ from rlswitch.config import (
 from rlswitch.data import encode
 from rlswitch.device import Device
 from rlswitch.engines.address import parse_url
-from rlswitch.engines.base import Engine, Revival
+from rlswitch.engines.base import Engine
 from rlswitch.engines.client import Client
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.local import refuse_missing_features
-from rlswitch.engines.start import start_backend
 from rlswitch.engines.watch import at_work
-from rlswitch.frozen import freeze
+from rlswitch.frozen import start_frozen
 from rlswitch.ledger import Ledger
 from rlswitch.pretrained import context_of, load_tokenizer, read_config, resolve_model
 from rlswitch.switch import Switch
@@ -59,27 +57,20 @@ def serve(
     hand-over took is in switch.jsonl in `output_dir` (default: a temporary directory).
     Raises ConfigError, EngineError, ProofError.
     """
-    device = Device.detect()
     runs = [frozen_run(model, level=level, dtype=dtype, **settings) for model in models]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlswitch-serve-")))
         directory = Path(output_dir or scratch)
         directory.mkdir(parents=True, exist_ok=True)
-        switch = Switch(Ledger(device, directory))
+        switch = Switch(Ledger(Device.detect(), directory))
         engines: list[Engine] = []
         for index, run in enumerate(runs):
             path = resolve_model(run.model, print)
             tokenizer = load_tokenizer(run.model, path)
             log = directory / f"engine-{index}.log"
-            start = partial(start_backend, run, path, tokenizer, device, log, scratch)
-            backend = start()
-            stack.callback(backend.close)
-            if models[index] != run.model.path:  # a server that was asleep may have lost its weights
-                backend.reload(Path(path))
-                backend.reset_prefix_cache()
-            revival = Revival(start=start, limit=run.engine.max_restarts, say=print)
-            engines.append(freeze(run.model.path, backend, run, path, tokenizer, switch.ledger, revival))
-            stack.callback(engines[-1].close)  # of whatever backend it has by then
+            where = (switch.ledger, log, scratch)
+            engines.append(start_frozen(run.model.path, run, path, tokenizer, *where, print))
+            stack.callback(engines[-1].close)
             switch.holder = engines[-1]
             switch.vacate()  # the next one starts on an empty device
         yield (switch, *engines)

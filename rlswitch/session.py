@@ -31,7 +31,7 @@ from rlswitch.models import refuse_unfit_model
 from rlswitch.monitor import Monitor
 from rlswitch.plan import level_of
 from rlswitch.pretrained import load_tokenizer, resolve_model
-from rlswitch.resume import LoopState, step_directory
+from rlswitch.resume import LoopState, Start, how_to_go_on
 from rlswitch.rewards.judge import find_judge
 from rlswitch.rewards.reward_model import find_reward_model
 from rlswitch.rewards.scorer import Scorer
@@ -71,6 +71,8 @@ class Session:
     output_dir: Path
     stop_signals: StopSignals
     health: Health
+    saved_step: int
+    """Of the newest checkpoint, or the one that the run goes on from."""
 
     def log(
         self,
@@ -106,16 +108,17 @@ class Session:
                 yield
         except Abandoned:
             self.prompts.seek(cursor)
-            if step > 0 and not step_directory(self.output_dir / "checkpoints", step).exists():
+            if step > self.saved_step:
                 self.save()
             raise Preempted(
                 f"stopped by {self.stop_signals.names[0]} in step {step + 1}, whose rollouts are given up;"
                 f" {f'checkpoint of step {step} saved' if step else 'nothing was learned yet'};"
-                " run the same command again to go on"
+                f" {how_to_go_on(self.run)} to go on"
             ) from None
 
     def save(self) -> None:
         with self.ledger.work("checkpoint"):
+            self.monitor.sync()
             checkpoint.save(
                 self.output_dir / "checkpoints",
                 self.trainer,
@@ -125,9 +128,12 @@ class Session:
                     cursor=self.prompts.cursor,
                     wandb_id=self.monitor.wandb_id,
                     model=self.run.model.path,
+                    skipped_in_a_row=self.health.skipped_in_a_row,
+                    flat_in_a_row=self.health.flat_in_a_row,
                 ),
                 self.run.checkpoint.keep,
             )
+        self.saved_step = self.trainer.version
 
     def _throughput(
         self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
@@ -161,65 +167,81 @@ class Models:
 
 @contextmanager
 def open_session(run: Run, inputs: Inputs) -> Iterator[Session]:
-    """Builds a run and closes it. Each tenant is started on a device that the others have left."""
+    """Builds a run and closes it. A stop signal breaks off the building, and waits for the closing."""
     disable_progress_bar()
-    assert run.output_dir is not None, "the command line names it"
-    output_dir = Path(run.output_dir)
     with ExitStack() as stack:
         leave_at_second_interrupt(stack)
-        models = look_at_models(run, inputs, print)
-        run.switch.level = level_of(run)
-        device, nbytes = Device.detect(), checkpoint_bytes(models.path)
-        by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
-        stack.enter_context(only_run_in(output_dir, print))
-        resumed, state = choose_start(run, device, output_dir, pushes=2 * nbytes if by_disk else 0)
-        inputs.prompts.seek(state.cursor)
+        stop_signals = listen_for_signals(stack)
+        try:
+            with stop_signals.abandoning():
+                session = build(run, inputs, stop_signals, stack)
+        except Abandoned:
+            raise Preempted(
+                f"stopped by {stop_signals.names[0]} before the first step; {how_to_go_on(run)} to go on"
+            ) from None
+        yield session
 
-        monitor = stack.enter_context(Monitor(run, output_dir, state.step, state.wandb_id))
-        ledger = Ledger(device, output_dir, state.step)
-        say = inputs.scorer.say = monitor.say
-        ledger.on_phase = monitor.phase
-        publisher = Publisher(run.switch.transport, nbytes, output_dir)
-        stack.callback(publisher.close)
-        monitor.phase("engine start")
-        engine = start_engine(run, models, ledger, publisher, output_dir / "engine.log", say)
-        stack.callback(engine.close)
-        taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
-        switch = Switch(ledger, holder=engine)
-        tenants = []
-        for candidate in models.candidates:
-            monitor.phase(f"{candidate.name} start")
-            tenants.append(start_tenant(candidate, switch, publisher, output_dir, say, stack))
-            taken.append(device.total_bytes() - device.free_bytes())
-        switch.vacate()
-        monitor.phase("trainer start")
-        trainer = build_trainer(run, inputs, models, ledger, publisher, engine.backend.block_size, say)
-        trainer.parking.engine_bytes = max(taken)
-        if resumed:
-            checkpoint.restore(resumed, trainer)
-            say(f"resumed from {resumed} at step {state.step}")
-        if trainer.updates_once:
-            say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
-        switch.give_to(trainer)
-        freeze_garbage()
-        ledger.restart()
-        yield Session(
-            run=run,
-            device=device,
-            ledger=ledger,
-            monitor=monitor,
-            switch=switch,
-            engine=engine,
-            trainer=trainer,
-            scorer=inputs.scorer,
-            tenants=tenants,
-            prompts=inputs.prompts,
-            held_out=inputs.held_out,
-            tokenizer=models.tokenizer,
-            output_dir=output_dir,
-            stop_signals=listen_for_signals(stack),
-            health=Health(output_dir, say),
-        )
+
+def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack) -> Session:
+    """Each tenant is started on a device that the others have left; `stack` takes them down."""
+    assert run.output_dir is not None, "the command line names it"
+    output_dir = Path(run.output_dir)
+    models = look_at_models(run, inputs, print)
+    run.switch.level = level_of(run)
+    device, nbytes = Device.detect(), checkpoint_bytes(models.path)
+    by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
+    stack.enter_context(only_run_in(output_dir, print))
+    begin = choose_start(run, device, output_dir, pushes=2 * nbytes if by_disk else 0)
+    state = begin.state
+    inputs.prompts.seek(state.cursor)
+
+    monitor = stack.enter_context(Monitor(run, output_dir, begin.kept, state.wandb_id))
+    ledger = Ledger(device, output_dir, begin.kept)
+    ledger.step = state.step
+    say = inputs.scorer.say = monitor.say
+    ledger.on_phase = monitor.phase
+    publisher = Publisher(run.switch.transport, nbytes, output_dir)
+    stack.callback(publisher.close)
+    monitor.phase("engine start")
+    engine = start_engine(run, models, ledger, output_dir / "engine.log", publisher.root, say)
+    stack.callback(engine.close)
+    taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
+    switch = Switch(ledger, holder=engine)
+    tenants = []
+    for candidate in models.candidates:
+        monitor.phase(f"{candidate.name} start")
+        tenants.append(start_tenant(candidate, switch, output_dir, publisher.root, say, stack))
+        taken.append(device.total_bytes() - device.free_bytes())
+    switch.vacate()
+    monitor.phase("trainer start")
+    trainer = build_trainer(run, inputs, models, ledger, publisher, engine.backend.block_size, say)
+    trainer.parking.engine_bytes = max(taken)
+    if begin.path:
+        checkpoint.restore(begin.path, trainer)
+        say(f"resumed from {begin.path} at step {state.step}")
+    if trainer.updates_once:
+        say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
+    switch.give_to(trainer)
+    freeze_garbage()
+    ledger.restart()
+    return Session(
+        run=run,
+        device=device,
+        ledger=ledger,
+        monitor=monitor,
+        switch=switch,
+        engine=engine,
+        trainer=trainer,
+        scorer=inputs.scorer,
+        tenants=tenants,
+        prompts=inputs.prompts,
+        held_out=inputs.held_out,
+        tokenizer=models.tokenizer,
+        output_dir=output_dir,
+        stop_signals=stop_signals,
+        health=Health(output_dir, begin, say),
+        saved_step=state.step if begin.kept else 0,
+    )
 
 
 def freeze_garbage() -> None:
@@ -228,17 +250,20 @@ def freeze_garbage() -> None:
     gc.freeze()
 
 
-def choose_start(run: Run, device: Device, output_dir: Path, pushes: int) -> tuple[Path | None, LoopState]:
-    """Where the run goes on from. Raises ConfigError, also where the disk has no room for what it will save.
+def choose_start(run: Run, device: Device, output_dir: Path, pushes: int) -> Start:
+    """Where the run goes on from; what it gives up for that is removed.
+
+    Raises ConfigError, also where the disk has no room for what it will save.
 
     `pushes`: bytes that published versions take there.
     """
-    resumed, state = resume.choose(run, output_dir, print)
+    start = resume.choose(run, output_dir, print)
     itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
     kept = len(resume.steps_in(output_dir / "checkpoints"))
-    refuse_full_disk(run, output_dir, room_needed(run, size, state.step, kept), pushes)
-    return resumed, state
+    refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
+    resume.give_up(start.given_up)
+    return start
 
 
 def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Models:
@@ -261,12 +286,11 @@ def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Mode
 
 
 def start_engine(
-    run: Run, models: Models, ledger: Ledger, publisher: Publisher, log_path: Path, say: Callable[[str], None]
+    run: Run, models: Models, ledger: Ledger, log_path: Path, scratch: Path, say: Callable[[str], None]
 ) -> Engine:
     """vLLM with the run's model, awake and not yet proven."""
     device = ledger.device
-    where = (device, log_path, publisher.root)
-    start = partial(start_backend, run, models.path, models.tokenizer, *where)
+    start = partial(start_backend, run, models.path, models.tokenizer, device, log_path, scratch)
     exact = engine_dtype(run.model.dtype, device) == "float32"
     return Engine(
         "rollout engine",
@@ -283,14 +307,14 @@ def start_engine(
 def start_tenant(
     candidate: Candidate,
     switch: Switch,
-    publisher: Publisher,
     output_dir: Path,
+    scratch: Path,
     say: Callable[[str], None],
     stack: ExitStack,
 ) -> RewardTenant:
     """Starts it on a device that nobody holds; it is the holder then, and `stack` closes it."""
     switch.vacate()
-    tenant = candidate.start(switch.ledger, output_dir, publisher.root, say)
+    tenant = candidate.start(switch.ledger, output_dir, scratch, say)
     stack.callback(tenant.close)
     switch.holder = tenant
     return tenant

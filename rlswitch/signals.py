@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -55,8 +56,7 @@ class StopSignals:
 def listen_for_signals(stack: ExitStack) -> StopSignals:
     """Collects POLITE ones instead of dying of them."""
     stop = StopSignals()
-    for number in POLITE:
-        _handle(number, stop.receive, stack)
+    stack.enter_context(handling(POLITE, stop.receive))
     return stop
 
 
@@ -73,10 +73,19 @@ def leave_at_second_interrupt(stack: ExitStack) -> None:
         asked.append(number)
         raise KeyboardInterrupt
 
-    _handle(signal.SIGINT, interrupt, stack)
+    stack.enter_context(handling([signal.SIGINT], interrupt))
 
 
-def _handle(number: signal.Signals, handler: Handler, stack: ExitStack) -> None:
-    """Until `stack` is closed; what the run was started to ignore, as by nohup, it ignores."""
-    if signal.getsignal(number) is not signal.SIG_IGN:
-        stack.callback(signal.signal, number, signal.signal(number, handler))
+@contextmanager
+def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
+    """While it is open; what we were started to ignore, as by nohup, we ignore."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python allows handlers in the main thread only
+        return
+    heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)

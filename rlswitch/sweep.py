@@ -9,10 +9,8 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -29,6 +27,7 @@ from rlswitch.comparison import write_comparison
 from rlswitch.compose import Setting, Source, compose_run, quoted, read, unique
 from rlswitch.forkserver import prepare, start_process
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
+from rlswitch.signals import POLITE, handling
 from rlswitch.types import ConfigError
 
 STATUS = {
@@ -72,15 +71,14 @@ class Job:
             self.accuracies |= {k: v for k, v in row.items() if k.startswith("val/") and k.endswith("/acc")}
 
 
-def sweep(arguments: Arguments, job: RunJob = run_job, *, warm: bool = True) -> int:
+def sweep(arguments: Arguments, job: RunJob = run_job) -> int:
     """A process per job: the state of vLLM and CUDA in a process does not survive a second job."""
     settings, wrong = read(arguments.overrides, arguments.source)
     wrong += _sweep_problems(settings, arguments.source)
     if wrong:
         raise ConfigError(*unique(wrong))
     refuse_broken_environment()
-    if warm:
-        prepare()
+    prepare()
     root = _sweep_root(settings)
     notes = root / ".jobs"  # a file per job, since a launcher may run them on other machines
     notes.mkdir(parents=True, exist_ok=True)
@@ -90,7 +88,7 @@ def sweep(arguments: Arguments, job: RunJob = run_job, *, warm: bool = True) -> 
     words += [f"hydra.sweep.dir={quoted(str(root))}", "--multirun"]
     stopped = 0
     try:
-        code = run_hydra(_job_task(job, notes, arguments.source, warm), words, arguments)
+        code = run_hydra(_job_task(job, notes, arguments.source), words, arguments)
     except KeyboardInterrupt as stop:
         code = stopped = stop.args[0] if stop.args else INTERRUPTED
     jobs = [Job(**json.loads(note.read_text())) for note in notes.glob("*.json")]
@@ -152,7 +150,7 @@ def _sweep_root(settings: list[Setting]) -> Path:
     return next(path for path in names if not path.exists())
 
 
-def _job_task(run: RunJob, notes: Path, source: Source, warm: bool) -> Callable[[Any], float]:
+def _job_task(run: RunJob, notes: Path, source: Source) -> Callable[[Any], float]:
     """What Hydra calls for a job. It returns the final reward, for a sweeper that maximises it.
 
     A failed job returns nan: Hydra's own sweeper goes on, and Optuna's counts the trial as failed.
@@ -164,7 +162,7 @@ def _job_task(run: RunJob, notes: Path, source: Source, warm: bool) -> Callable[
         job = HydraConfig.get()
         overrides, directory = list(job.overrides.task), job.runtime.output_dir
         started = time.monotonic()
-        code, signum = run_child(run, [*flags, *overrides, f"output_dir={quoted(directory)}"], warm)
+        code, signum = run_child(run, [*flags, *overrides, f"output_dir={quoted(directory)}"])
         result = Job(
             number=job.job.num,
             overrides=overrides,
@@ -172,7 +170,8 @@ def _job_task(run: RunJob, notes: Path, source: Source, warm: bool) -> Callable[
             seconds=time.monotonic() - started,
             directory=directory,
         )
-        result.read_metrics()
+        if code != WRONG_CONFIG:  # what a directory holds that refused it is of another run
+            result.read_metrics()
         (notes / f"{result.number}.json").write_text(json.dumps(asdict(result)))
         if signum:
             raise KeyboardInterrupt(PREEMPTED if code == PREEMPTED else 128 + signum)
@@ -181,11 +180,10 @@ def _job_task(run: RunJob, notes: Path, source: Source, warm: bool) -> Callable[
     return task
 
 
-def run_child(target: RunJob, words: list[str], warm: bool) -> tuple[int, int]:
+def run_child(target: RunJob, words: list[str]) -> tuple[int, int]:
     """The exit code of a process that does `target(words)`, and the signal that we passed on to it or 0.
 
     It writes where we do, and has a session of its own: a terminal's Ctrl-C reaches it once, through us.
-    `warm`: forked from the server of forkserver.py, so that it starts in a moment.
     """
     children: list[int] = []
     received: list[int] = []
@@ -195,8 +193,8 @@ def run_child(target: RunJob, words: list[str], warm: bool) -> tuple[int, int]:
         for child in children:
             os.kill(child, signum)
 
-    with _handling((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), pass_on):
-        child = start_process(target, [words], warm=warm)
+    with handling((signal.SIGINT, *POLITE), pass_on):
+        child = start_process(target, [words])
         assert child.pid is not None
         children.append(child.pid)
         for signum in received:  # one came while the child was being made
@@ -204,19 +202,6 @@ def run_child(target: RunJob, words: list[str], warm: bool) -> tuple[int, int]:
         child.join()
     code = child.exitcode or 0
     return (128 - code if code < 0 else code), (received[0] if received else 0)
-
-
-@contextmanager
-def _handling(signals: Iterable[int], handler: Callable[[int, Any], None]) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python allows handlers in the main thread only
-        return
-    before = {signum: signal.signal(signum, handler) for signum in signals}
-    try:
-        yield
-    finally:
-        for signum, previous in before.items():
-            signal.signal(signum, previous)
 
 
 def _summarise(jobs: list[Job], root: Path) -> None:

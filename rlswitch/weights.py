@@ -5,6 +5,7 @@ A path is never used twice: an engine that maps the file would see it change und
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -23,6 +24,7 @@ from rlswitch.types import Canary, ConfigError, PolicyWeights
 
 SHM = Path("/dev/shm")
 PREFIX = "rlswitch-"
+LOCK = ".lock"
 
 
 class Publisher:
@@ -34,6 +36,9 @@ class Publisher:
         for directory in {SHM, parent}:
             sweep_dead_runs(directory)
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner_tag()}-", dir=parent))
+        self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        with suppress(OSError):  # some file systems have none
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.published: list[Path] = []
 
     def publish(self, model: nn.Module, dtype: torch.dtype, version: int, canary: Canary) -> PolicyWeights:
@@ -57,6 +62,7 @@ class Publisher:
 
     def close(self) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
+        os.close(self._lock)
 
 
 def cast_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -94,7 +100,8 @@ def sweep_dead_runs(directory: Path) -> None:
     for path in directory.glob(f"{PREFIX}*-*-*"):
         with suppress(OSError, ValueError):  # gone meanwhile, or not a name of ours
             pid, born = map(int, path.name.removeprefix(PREFIX).split("-")[:2])
-            if path.stat().st_uid == os.getuid() and not _alive(pid, born):
+            ours = path.stat().st_uid == os.getuid()
+            if ours and not _alive(pid, born) and not _is_locked(path / LOCK):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -103,6 +110,18 @@ def _alive(pid: int, born: int) -> bool:
         return int(psutil.Process(pid).create_time() * 100) == born
     except psutil.NoSuchProcess:
         return False
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether its owner lives after all: in another container, or born before somebody set the clock."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or the file system has no locks
+        return False
+    return False
 
 
 def canary_sequences(texts: Sequence[list[int]], vocabulary: int, length: int) -> list[list[int]]:

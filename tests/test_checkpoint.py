@@ -224,6 +224,14 @@ def test_without_any_checkpoint_there_is_none(tmp_path):
     assert newest(tmp_path / "checkpoints", pytest.fail) is None
 
 
+def test_micro_batches_stay_as_small_as_memory_made_them(build, tiny_model, tmp_path):
+    small, roomy = build("ppo"), build("ppo")
+    small.micro_batch_tokens = 20
+    state = LoopState(step=0, model=small.run.model.path)
+    restore(save(tmp_path / "checkpoints", small, tiny_model().tokenizer, state, keep=1), roomy)
+    assert roomy.micro_batch_tokens == 20
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them(
     keep_step, make_run, tmp_path
 ):
@@ -233,7 +241,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them
     with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* is whole; .*resume=never"):
         choose(make_run("ppo"), tmp_path, said.append)
     assert len(said) == 2
-    assert choose(make_run("ppo", resume="never"), tmp_path, print) == (None, LoopState())
+    assert choose(make_run("ppo", resume="never"), tmp_path, print).path is None
 
 
 # -- which ones are there ----------------------------------------------------------------------
@@ -307,7 +315,7 @@ def test_what_is_not_about_the_disk_stays_a_crash_and_leaves_no_draft(keep_step,
 def test_resume_means_auto_never_or_a_path(keep_step, make_run, tmp_path):
     first, second = keep_step(1), keep_step(2)
     for word, expected in (("auto", second), ("never", None), ("changed", second), (str(first), first)):
-        path, state = choose(make_run("ppo", resume=word, trainer=LEARNING), tmp_path, print)
+        path, state, *_ = choose(make_run("ppo", resume=word, trainer=LEARNING), tmp_path, print)
         assert path == expected
         assert state.step == (int(expected.name[-6:]) if expected else 0)
 
@@ -355,13 +363,13 @@ def test_checkpoints_are_due_every_so_many_steps_and_at_the_end():
 
 def test_a_checkpoint_of_an_algorithm_with_a_critic_is_refused_by_one_without(keep_step, make_run):
     path = keep_step(1)  # of ppo
-    read_state(path, make_run("ppo"))
+    read_state(path, make_run("ppo", trainer=LEARNING))
     with pytest.raises(ConfigError, match="by an algorithm with a critic"):
         read_state(path, make_run("grpo"))
 
 
 def test_a_run_is_finished_when_its_newest_valid_checkpoint_reaches_num_steps(keep_step, make_run, tmp_path):
-    run = make_run("ppo")
+    run = make_run("ppo", trainer=LEARNING)
     run.output_dir, run.resume, run.num_steps = str(tmp_path), "auto", 3
     keep_step(2)
     assert finished(run) is None

@@ -210,12 +210,13 @@ def swept(tmp_path, monkeypatch):
     """Runs a sweep whose jobs are a small program, and returns its exit code."""
     sound = SimpleNamespace(check_environment=list)
     monkeypatch.setitem(sys.modules, "rlswitch.environment", sound)
+    monkeypatch.setattr("rlswitch.forkserver.SUPPORTED", False)  # a new interpreter each
 
     def run(program: str, *words: str) -> int:
         script = tmp_path / "job.py"
         script.write_text(program)
         arguments = parse(["-m", *words])
-        return sweep(arguments, partial(execute, str(script)), warm=False)
+        return sweep(arguments, partial(execute, str(script)))
 
     return run
 
@@ -246,24 +247,37 @@ def test_a_sweep_that_succeeds_leaves_one_directory(swept, empty_directory, capf
     assert sorted(path.name for path in (root / "0").iterdir()) == ["metrics.jsonl", "pid"]
 
 
+def test_a_job_that_was_refused_shows_nothing_of_the_run_whose_directory_it_was_given(swept, tmp_path, capfd):
+    root = tmp_path / "sweep"
+    assert swept(JOB, "recipe=ppo", "seed=1,3", f"output_dir={root}") == 0
+    assert swept("raise SystemExit(2)", "recipe=ppo", "trainer.lr=1e-3,1e-4", f"output_dir={root}") == 1
+    jobs = json.loads((root / "summary.json").read_text())
+    assert [(job["exit_code"], job["steps"], job["reward"], job["accuracies"]) for job in jobs] == [
+        (2, None, None, {}),
+        (2, None, None, {}),
+    ]
+
+
 WAITING = """
 import pathlib, signal, sys, time
 def stop(signum, frame):
     sys.exit(75)
 signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGUSR1, stop)
 folder = [word for word in sys.argv if word.startswith("output_dir")][0].split("=")[1].strip("'")
 pathlib.Path(folder, "ready").touch()
 time.sleep(60)
 """
 
 
-def test_a_signal_reaches_the_job_and_ends_the_sweep(swept, tmp_path, capfd):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_reaches_the_job_and_ends_the_sweep(swept, tmp_path, capfd, number: int):
     root = tmp_path / "sweep"
 
     def interrupt() -> None:
         while not (root / "0" / "ready").exists():
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=interrupt, daemon=True)
     thread.start()
@@ -272,3 +286,14 @@ def test_a_signal_reaches_the_job_and_ends_the_sweep(swept, tmp_path, capfd):
     assert [job["exit_code"] for job in json.loads((root / "summary.json").read_text())] == [75]
     assert not (root / "1").exists()
     assert f"output_dir={root}" in capfd.readouterr().err
+
+
+def test_a_sweep_under_nohup_outlives_its_terminal(swept, tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        hang_up = (
+            "import os, signal\nos.kill(os.getppid(), signal.SIGHUP)\nos.kill(os.getpid(), signal.SIGHUP)\n"
+        )
+        assert swept(hang_up, "recipe=ppo", "seed=1,2", f"output_dir={tmp_path / 'sweep'}") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)

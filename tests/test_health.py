@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
-from rlswitch.health import Health
+from rlswitch.health import Health, write_down
+from rlswitch.resume import LoopState, Start
 from rlswitch.types import RLSwitchError
 
 BROKEN = ["actor/grad_norm = inf", "actor/grad_norm = nan"]
@@ -20,7 +22,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def health(tmp_path, said) -> Health:
-    return Health(tmp_path, said.append)
+    return Health(tmp_path, Start(None, LoopState(), kept=0, given_up=[]), said.append)
 
 
 def test_the_rollouts_of_a_step_that_was_left_out_are_kept(health, said, tmp_path, make_groups):
@@ -49,11 +51,37 @@ def test_the_end_names_the_last_good_checkpoint(health, tmp_path, make_groups, m
     for step in (2, 4):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     broken = tmp_path / "checkpoints" / "step_000004"
-    monkeypatch.setattr("rlswitch.health.find_fault", lambda path: "cut short" if path == broken else None)
+    monkeypatch.setattr("rlswitch.resume.find_fault", lambda path: "cut short" if path == broken else None)
     for step in (5, 6):
         health.check(step, {}, BROKEN, make_groups())
     with pytest.raises(RLSwitchError, match=r"the last good checkpoint is .*step_000002;"):
         health.check(7, {}, BROKEN, make_groups())
+
+
+def test_what_an_interrupted_run_had_counted_counts_on(tmp_path, said, make_groups):
+    begun = Start(None, LoopState(skipped_in_a_row=2, flat_in_a_row=9), kept=5, given_up=[])
+    health = Health(tmp_path, begun, said.append)
+    health.check(6, {"reward/frac_zero_std": 1.0}, [], make_groups())
+    assert said and health.flat_in_a_row == 10
+    with pytest.raises(RLSwitchError, match="3 steps in a row"):
+        Health(tmp_path, begun, said.append).check(6, {}, BROKEN, make_groups())
+
+
+def test_the_rollouts_of_steps_that_a_run_goes_back_behind_are_dropped(tmp_path, said, make_groups):
+    for step in (3, 4):
+        write_down(tmp_path, step, make_groups())
+    Health(tmp_path, Start(None, LoopState(step=3), kept=3, given_up=[]), said.append)
+    assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_000003.jsonl"]
+
+
+def test_one_rollout_a_prompt_is_compared_with_those_of_the_step(health, said, make_groups):
+    groups = [replace(group, rollouts=group.rollouts[:1]) for group in make_groups()]
+    for step in range(12):
+        health.check(step, {"reward/frac_zero_std": 1.0, "reward/std": 0.5}, [], groups)
+    assert not said
+    for step in range(12):
+        health.check(step, {"reward/frac_zero_std": 1.0, "reward/std": 0.0}, [], groups)
+    assert len(said) == 1
 
 
 def test_rewards_that_never_differ_are_told_once(health, said, make_groups):

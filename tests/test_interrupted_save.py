@@ -43,7 +43,7 @@ class Saves(NamedTuple):
 
     def content(self) -> dict[str, bytes]:
         """What a run started now would go on from, byte by byte."""
-        path, _ = resume.choose(self.run, self.directory, print)
+        path, *_ = resume.choose(self.run, self.directory, print)
         assert path is not None
         files = (file for file in path.rglob("*") if file.is_file())
         return {str(file.relative_to(self.checkpoints)): file.read_bytes() for file in files}

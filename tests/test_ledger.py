@@ -165,7 +165,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path):
         phase(first, "reload", moved=step)
     with (tmp_path / "switch.jsonl").open("a") as log:
         log.write('{"step": 2, "phase": "sl')  # killed in the middle of a line
-    resumed = Ledger(Device("cpu"), tmp_path, resume_step=2)
+    resumed = Ledger(Device("cpu"), tmp_path, kept=2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     resumed.step = 3
     phase(resumed, "reload", moved=33)

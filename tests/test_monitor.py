@@ -140,7 +140,7 @@ def test_resume_leaves_the_files_of_an_uninterrupted_run(tmp_path):
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         with (cut / name).open("a") as file:
             file.write('{"step": 5, "rewa')
-    with Monitor(make_run(), cut, resume_step=3, console=plain()) as monitor:
+    with Monitor(make_run(), cut, kept=3, console=plain()) as monitor:
         for step in (4, 5):
             monitor.log(step, {"reward/mean": step / 10}, make_groups(str(step)))
     for name in ("metrics.jsonl", "rollouts.jsonl"):

@@ -11,20 +11,21 @@ import pytest
 from rlswitch.config import EngineConfig, Run, ServerEngineConfig, settings_of
 from rlswitch.durable import written_whole
 from rlswitch.exactness import FREE, OPEN, changes, deciding
-from rlswitch.resume import LoopState, choose
+from rlswitch.resume import LoopState, Start, choose, finished, give_up, how_to_go_on
 from rlswitch.types import ConfigError
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Callable[[Run], Path]:
-    """kept(run): a checkpoint of that run at step 7, without tensors."""
+def kept(tmp_path: Path) -> Callable[..., Path]:
+    """kept(run, step=7, directory=...): a checkpoint of that run, without tensors."""
 
-    def make(run: Run) -> Path:
-        with written_whole(tmp_path / "checkpoints" / "step_000007") as draft:
-            state = {"step": 7, "cursor": 14, "wandb_id": None, "model": run.model.path}
+    def make(run: Run, step: int = 7, directory: Path = tmp_path) -> Path:
+        path = directory / "checkpoints" / f"step_{step:06d}"
+        with written_whole(path) as draft:
+            state = {"step": step, "cursor": 2 * step, "wandb_id": "abc", "model": run.model.path}
             settings = json.loads(json.dumps(deciding(run)))
             (draft / "state.json").write_text(json.dumps(state | {"settings": settings}))
-        return tmp_path / "checkpoints" / "step_000007"
+        return path
 
     return make
 
@@ -37,10 +38,8 @@ def refused(run: Run, directory: Path) -> list[str]:
 
 def test_the_same_settings_go_on(kept, make_run, tmp_path):
     path = kept(make_run())
-    assert choose(make_run(), tmp_path, pytest.fail) == (
-        path,
-        LoopState(step=7, cursor=14, model=make_run().model.path),
-    )
+    state = LoopState(step=7, cursor=14, wandb_id="abc", model=make_run().model.path)
+    assert choose(make_run(), tmp_path, pytest.fail) == Start(path, state, kept=7, given_up=[])
 
 
 def test_every_changed_setting_is_named_with_both_values_and_what_to_do(kept, make_run, tmp_path):
@@ -68,6 +67,78 @@ def test_changes_that_are_allowed_are_said_and_not_refused(kept, make_run, tmp_p
     said: list[str] = []
     assert choose(run, tmp_path, said.append)[0] == path
     assert said == ["seed = 9: was 0 when step_000007 was saved; goes on with 9"]
+
+
+def test_a_finished_run_is_said_to_be_complete_only_as_the_run_that_it_was(kept, make_run, tmp_path):
+    kept(make_run(num_steps=7))
+    where = {"num_steps": 7, "output_dir": str(tmp_path)}
+    assert "run is complete" in finished(make_run(**where))
+    with pytest.raises(ConfigError, match=r"^seed = 9: was 0 when step_000007"):
+        finished(make_run(seed=9, **where))
+    with pytest.raises(ConfigError, match=r"is of model\.path"):
+        finished(make_run(tie=False, **where))
+    assert "run is complete" in finished(make_run(seed=9, resume="changed", **where))
+    for word in ("never", str(tmp_path / "checkpoints" / "step_000001")):
+        assert finished(make_run(seed=9, resume=word, **where)) is None
+
+
+def test_who_goes_back_gives_up_what_came_later(kept, make_run, tmp_path):
+    run = make_run()
+    first, second, third = (kept(run, step) for step in (1, 2, 3))
+    run.resume = "auto"
+    assert choose(run, tmp_path, pytest.fail).given_up == []
+    run.resume = str(first)
+    begin = choose(run, tmp_path, pytest.fail)
+    assert (begin.path, begin.kept, begin.given_up) == (first, 1, [second, third])
+    run.resume = "never"
+    begin = choose(run, tmp_path, pytest.fail)
+    assert (begin.path, begin.kept, begin.given_up) == (None, 0, [first, second, third])
+
+
+def test_giving_up_that_is_broken_off_leaves_the_run_cut_back(kept, make_run, tmp_path, monkeypatch):
+    run = make_run()
+    paths = [kept(run, step) for step in (1, 2, 3)]
+    monkeypatch.setattr("rlswitch.resume.shutil.rmtree", lambda path: pytest.exit("killed"))
+    with pytest.raises(pytest.exit.Exception):
+        give_up(paths)
+    monkeypatch.undo()
+    assert choose(run, tmp_path, pytest.fail).path == paths[1]
+    assert sorted(path.name for path in paths[0].parent.iterdir()) == ["step_000001", "step_000002"]
+    give_up(paths[:2])
+    assert choose(run, tmp_path, pytest.fail) == Start(None, LoopState(), kept=0, given_up=[])
+    assert list(paths[0].parent.iterdir()) == []
+
+
+def test_a_branch_of_another_run_is_a_run_of_its_own(kept, make_run, tmp_path):
+    path = kept(make_run(), 7, tmp_path / "a")
+    run = make_run(resume=str(path))
+    begin = choose(run, tmp_path / "b", pytest.fail)
+    assert (begin.path, begin.state.step, begin.kept) == (path, 7, 0)
+    assert begin.state.wandb_id is None
+    kept(make_run(), 2, tmp_path / "b")
+    assert refused(run, tmp_path / "b") == [
+        f"resume = {path}: {tmp_path / 'b'} has checkpoints of its own, which would be lost; set resume=auto"
+        " to go on from step_000002, or another output_dir"
+    ]
+
+
+@pytest.mark.parametrize("word", ["auto", "changed", "never", "a/step_000001", "changed:a/step_000001"])
+def test_what_a_stopped_run_advises_goes_on_from_where_it_stopped(kept, make_run, tmp_path, word: str):
+    path = kept(make_run())
+    advice = how_to_go_on(make_run(resume=word))
+    resume = advice.partition("resume=")[2] or word
+    assert choose(make_run(resume=resume), tmp_path, pytest.fail).path == path
+
+
+def test_whether_there_are_evaluations_decides_where_their_rows_are_cut_off(make_run):
+    rows = {"path": "rows.jsonl"}
+    saved = deciding(make_run(data=rows, evaluation={"every": 25}))
+    assert changes(saved, make_run(data=rows, evaluation={"every": 5})) == []
+    without = make_run(data=rows, evaluation={"every": 0})
+    assert changes(saved, without) == [("evaluation.every", "25", "0")]
+    apart = {"path": "rows.jsonl", "eval_path": "others.jsonl"}
+    saved = deciding(make_run(data=apart, evaluation={"every": 25}))
+    assert changes(saved, make_run(data=apart, evaluation={"every": 0})) == []
 
 
 def test_another_model_is_refused_even_when_changes_are_allowed(kept, make_run, tmp_path):

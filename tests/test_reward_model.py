@@ -21,7 +21,7 @@ from transformers import (
 from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.ledger import Ledger
-from rlswitch.rewards.reward_model import RewardModel, RewardModelCandidate, find_reward_model
+from rlswitch.rewards.reward_model import Classifier, RewardModel, find_classifier
 from rlswitch.tasks.addition import build_tokenizer
 from rlswitch.types import ConfigError, Prompt, ProofError, Rollout
 
@@ -37,12 +37,12 @@ def classifier(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def find(make_run) -> Callable[..., RewardModelCandidate]:
+def find(make_run) -> Callable[..., Classifier]:
     """find(path, level="2"): the model at `path`, looked at for a run."""
 
-    def look(path: Path, level: str = "1", **settings) -> RewardModelCandidate:
+    def look(path: Path, level: str = "1", **settings) -> Classifier:
         run: Run = make_run(reward_model={"path": str(path), "level": level}, **settings)
-        return find_reward_model(run, build_tokenizer(), print)
+        return find_classifier(run, build_tokenizer(), print)
 
     return look
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlswitch import loop
+from rlswitch.session import open_session
 from rlswitch.signals import Abandoned, listen_for_signals
 from rlswitch.types import Preempted
 
@@ -132,3 +133,37 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
         loop.train(run, None)
     assert saved == ["begun", "done 2"]
+
+
+# -- a whole run ---------------------------------------------------------------------------------
+
+
+def test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is(monkeypatch, make_run):
+    closed: list[str] = []
+
+    def build(run, inputs, stop_signals, stack):
+        stack.callback(closed.append, "engine")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr("rlswitch.session.build", build)
+    with (
+        pytest.raises(Preempted, match=r"stopped by SIGTERM before the first step; .* again to go on"),
+        open_session(make_run(), None),
+    ):
+        pytest.fail("it was not built")
+    assert closed == ["engine"]
+
+
+def test_further_stop_signals_do_not_disturb_the_end_of_a_run(monkeypatch, make_run):
+    """A scheduler's SIGTERM after its SIGUSR1: the exit code is to stay 75, and the engine is to be closed."""
+    closed: list[str] = []
+
+    def close() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        closed.append("engine")
+
+    monkeypatch.setattr("rlswitch.session.build", lambda *given: given[-1].callback(close))
+    with pytest.raises(Preempted), open_session(make_run(), None):
+        raise Preempted("saved")
+    assert closed == ["engine"]

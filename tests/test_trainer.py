@@ -23,7 +23,7 @@ from rlswitch.models import policy_logprobs, sequence_logprobs, token_statistics
 from rlswitch.parking import Parking, nbytes
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError, Group, RLSwitchError, SwitchError
-from rlswitch.weights import choose_directory, owner_tag, sweep_dead_runs
+from rlswitch.weights import Publisher, choose_directory, owner_tag, sweep_dead_runs
 
 CPU = torch.device("cpu")
 
@@ -467,7 +467,7 @@ def test_every_version_has_its_own_path_and_at_most_two_lie_there_at_any_time(
     def counted(path: Path, **options) -> None:
         assert not Path(path).exists()
         save(path, **options)
-        at_most.append(len(list(root.iterdir())))
+        at_most.append(len(list(root.glob("v*"))))
 
     monkeypatch.setattr(policy, "save_pretrained", counted)
     published = []
@@ -478,7 +478,7 @@ def test_every_version_has_its_own_path_and_at_most_two_lie_there_at_any_time(
     assert len({weights.path for weights in published}) == 4
     assert len({weights.fingerprint for weights in published}) == 4
     assert max(at_most) == 2
-    assert sorted(root.iterdir()) == [published[2].path, published[3].path]
+    assert sorted(root.glob("v*")) == [published[2].path, published[3].path]
 
 
 def test_publishing_in_another_dtype_leaves_the_master_weights_alone(make_run, make_trainer):
@@ -503,6 +503,16 @@ def test_only_what_dead_runs_left_behind_is_swept(tmp_path):
     sweep_dead_runs(tmp_path)
     left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert left == set(alive)
+
+
+def test_a_run_that_seems_dead_from_here_keeps_its_weights_while_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlswitch.weights.owner_tag", lambda: f"{os.getpid()}-123")  # the clock was set
+    publisher = Publisher("disk", 0, tmp_path)
+    sweep_dead_runs(tmp_path)
+    assert publisher.root.is_dir()
+    os.close(publisher._lock)  # as when it is killed
+    sweep_dead_runs(tmp_path)
+    assert not publisher.root.exists()
 
 
 def test_shared_memory_is_refused_when_two_versions_do_not_fit(tmp_path):

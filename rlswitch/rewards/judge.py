@@ -7,16 +7,12 @@ is proven whenever it has come back.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import fields, replace
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from rlswitch.config import EngineConfig, JudgeConfig, ModelConfig, Run
-from rlswitch.engines.base import Engine, Revival
-from rlswitch.engines.start import start_backend
-from rlswitch.frozen import freeze
+from rlswitch.engines.base import Engine
+from rlswitch.frozen import start_frozen
 from rlswitch.ledger import Ledger
 from rlswitch.pretrained import resolve_model
 from rlswitch.rewards import TENANTS
@@ -98,33 +94,7 @@ class Judge(RewardTenant):
         return Mark(score=score, extra=reply[:500])
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class JudgeCandidate(Candidate):
-    """The judge's model, looked at; `run` has the settings of its engine."""
-
-    name = Judge.name
-
-    config: JudgeConfig
-    run: Run
-    path: str
-    tokenizer: PreTrainedTokenizerBase
-
-    def start(
-        self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
-    ) -> Judge:
-        where = (ledger.device, output_dir / "judge.log", publish_root)
-        start = partial(start_backend, self.run, self.path, self.tokenizer, *where)
-        revival = Revival(start=start, limit=self.run.engine.max_restarts, say=say)
-        backend = start()
-        try:
-            engine = freeze(Judge.name, backend, self.run, self.path, self.tokenizer, ledger, revival)
-        except BaseException:
-            backend.close()
-            raise
-        return Judge(self.config, engine, self.run.max_model_len)
-
-
-def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) -> JudgeCandidate:
+def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) -> Candidate:
     """The judge's model and what its engine needs for questions about `prompts`. Raises ConfigError."""
     assert run.judge.path is not None, "checks.py has seen it"
     model = ModelConfig(path=run.judge.path, dtype=run.model.dtype)
@@ -133,9 +103,11 @@ def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) 
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
     shared["max_model_len"] = length
     switch = replace(run.switch, level=run.judge.level)
-    return JudgeCandidate(
-        config=run.judge,
-        run=replace(run, model=model, engine=EngineConfig(**shared), switch=switch),
-        path=path,
-        tokenizer=tokenizer,
-    )
+    own = replace(run, model=model, engine=EngineConfig(**shared), switch=switch)
+
+    def start(ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]) -> Judge:
+        log = output_dir / "judge.log"
+        engine = start_frozen(Judge.name, own, path, tokenizer, ledger, log, scratch, say)
+        return Judge(run.judge, engine, length)
+
+    return Candidate(Judge.name, start)

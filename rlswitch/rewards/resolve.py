@@ -23,8 +23,6 @@ from rlswitch.types import ConfigError
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """What every function gets beside the dataset's columns."""
-OFFERED = ("log_extra",)
-"""What a function gets that has an argument for it, as in TRL."""
 
 
 @dataclass(frozen=True, slots=True)

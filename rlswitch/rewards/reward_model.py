@@ -38,10 +38,8 @@ from rlswitch.wording import prompt_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RewardModelCandidate(Candidate):
+class Classifier:
     """A classifier, looked at and not loaded."""
-
-    name = TENANTS["reward_model"]
 
     path: Path
     tokenizer: PreTrainedTokenizerBase
@@ -53,11 +51,6 @@ class RewardModelCandidate(Candidate):
     dtype: str
     """As model.dtype has it."""
     micro_batch_tokens: int
-
-    def start(
-        self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
-    ) -> RewardModel:
-        return RewardModel(self, ledger)
 
     def encode(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:
         """Prompt and completion as its tokens: the policy's, a chat by its template, or the bare text."""
@@ -93,7 +86,7 @@ class RewardModel(RewardTenant):
     reward = "reward_model"
     name = TENANTS[reward]
 
-    def __init__(self, source: RewardModelCandidate, ledger: Ledger):
+    def __init__(self, source: Classifier, ledger: Ledger):
         self.source, self.ledger, self.device = source, ledger, ledger.device
         self._model: PreTrainedModel | None = source.load(self.device)
         """None between its turns at level 2."""
@@ -214,16 +207,20 @@ class RewardModel(RewardTenant):
         return torch.cuda.memory_allocated() if self.device.kind == "cuda" else 0
 
 
-def find_reward_model(
-    run: Run, policy: PreTrainedTokenizerBase, say: Callable[[str], None]
-) -> RewardModelCandidate:
+def find_reward_model(run: Run, policy: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Candidate:
+    """The reward model, to be loaded when the device is its. Raises ConfigError."""
+    classifier = find_classifier(run, policy, say)
+    return Candidate(RewardModel.name, lambda ledger, *_: RewardModel(classifier, ledger))
+
+
+def find_classifier(run: Run, policy: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Classifier:
     """The model that reward_model.path names. Raises ConfigError when it is no classifier with one label."""
     assert run.reward_model.path is not None, "checks.py has seen it"
     model = ModelConfig(path=run.reward_model.path)
     path = resolve_model(model, say, "reward_model.path")
     tokenizer, config = fit_reward_model(run, path)
     limit = context_of(config)
-    return RewardModelCandidate(
+    return Classifier(
         path=Path(path),
         tokenizer=tokenizer,
         reads_tokens=agree(policy, tokenizer),

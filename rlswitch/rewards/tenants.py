@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rlswitch.ledger import Ledger
 from rlswitch.rewards.scorer import Mark, Pending
@@ -48,16 +49,12 @@ class RewardTenant(ABC):
         """Ends whatever it has started."""
 
 
-class Candidate(ABC):
+class Candidate(NamedTuple):
     """A model that has been looked at, can be refused no more, and is not started yet."""
 
     name: str
-
-    @abstractmethod
-    def start(
-        self, ledger: Ledger, output_dir: Path, publish_root: Path, say: Callable[[str], None]
-    ) -> RewardTenant:
-        """The tenant, holding the device. `publish_root` is removed should this process be killed."""
+    start: Callable[[Ledger, Path, Path, Callable[[str], None]], RewardTenant]
+    """Ledger, output_dir, scratch (removed should this process be killed) and say -> it holds the device."""
 
 
 def ask_in_turn(tenants: Sequence[RewardTenant], pending: Pending, switch: Switch) -> None:
