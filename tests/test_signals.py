@@ -156,7 +156,7 @@ def test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is(monkeypatch
 
 
 def test_further_stop_signals_do_not_disturb_the_end_of_a_run(monkeypatch, make_run):
-    """A scheduler's SIGTERM after its SIGUSR1: the exit code is to stay 75, and the engine is to be closed."""
+    """As a scheduler sends SIGTERM after SIGUSR1: the exit code stays 75, and the engine is closed."""
     closed: list[str] = []
 
     def close() -> None:
