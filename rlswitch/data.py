@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,10 +55,9 @@ class Prompts:
 
     def take(self, n: int) -> list[Prompt]:
         """The next `n` prompts, across the border of an epoch if need be."""
-        places = range(self.cursor, self.cursor + n)
-        taken = [self._prompts[self._index(*divmod(place, len(self)))] for place in places]
+        places = [divmod(place, len(self)) for place in range(self.cursor, self.cursor + n)]
         self.cursor += n
-        return taken
+        return [replace(self._prompts[self._index(*place)], epoch=place[0]) for place in places]
 
     def _index(self, epoch: int, place: int) -> int:
         if self._order[0] != epoch:

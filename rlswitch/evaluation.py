@@ -54,12 +54,12 @@ def dataset_name(path: str) -> str:
 
 
 def _share_solved(pending: Pending, scorer: Scorer) -> float:
-    """Of the groups of which at least one rollout has a reward; nan when none has."""
+    """Of the groups of which at least one rollout was judged; nan when none was."""
     scorer.collect(pending)
     judge = scorer.judged_by
     solved = [
-        any((rollout.rewards.get(judge) or 0.0) >= CORRECT for rollout in group.rollouts)
+        any(rollout.rewards.get(judge, 0.0) >= CORRECT for rollout in group.rollouts)
         for group in pending.groups
-        if any(rollout.rewards for rollout in group.rollouts)
+        if any(judge in rollout.rewards for rollout in group.rollouts)
     ]
     return sum(solved) / len(solved) if solved else math.nan

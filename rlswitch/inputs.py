@@ -73,7 +73,8 @@ def read_inputs(run: Run, torchless: Torchless, say: Callable[[str], None], stac
     scorer = build_scorer(run)
     stack.callback(scorer.close)
     prompts, held_out, first = answer()
-    scorer.check([*first, *held_out])
+    for some in filter(None, (first, held_out)):  # either may lack a column that the other has
+        scorer.check(some)
     return Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
 
 

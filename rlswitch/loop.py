@@ -78,7 +78,8 @@ def sample(session: Session, num_prompts: int) -> list[Group]:
     with session.ledger.work("rollout"):
         groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
     with session.ledger.work("reward"):
-        pending = session.scorer.submit(groups)  # functions, in processes of their own
+        is_refill = num_prompts < run.rollout.num_prompts
+        pending = session.scorer.submit(groups, is_refill)  # functions, in processes of their own
         ask_in_turn(session.tenants, pending, session.switch)  # judge, reward model: the engine sleeps
         session.scorer.collect(pending)
         if run.reward.overlong_buffer:

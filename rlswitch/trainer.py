@@ -198,12 +198,12 @@ class Trainer:
 
     def _train(self, batch: Batch, totals: Totals) -> None:
         config = self.run.trainer
-        # Checkpointing works in training mode only; dropout would make the ratios wrong.
         for part in self._trained_parts():
-            part.train(config.gradient_checkpointing)
+            part.train(config.gradient_checkpointing)  # it works in training mode only
         for epoch in range(config.epochs):
             seed = request_seed(self.run.seed, self.version, -1, epoch)
-            for rows in minibatches(len(batch), config.minibatches, seed):
+            count = min(config.minibatches, len(batch))  # rollouts without a reward are left out
+            for rows in minibatches(len(batch), count, seed):
                 self._step(batch, rows.to(self.device.torch), totals)
         for part in self._trained_parts():
             part.eval()
@@ -361,6 +361,13 @@ class Trainer:
 
 
 def checkpoint_gradients(model: nn.Module) -> None:
+    """Activations are computed again instead of kept; in training mode, so it may not have any dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):  # for torch.nn.functional.dropout, and layerdrop
+                setattr(module, name, 0.0)
     base = lora.base_of(model)
     base.gradient_checkpointing_enable()
     if base is not model:

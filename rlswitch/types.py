@@ -60,6 +60,8 @@ class Prompt:
 
     index: int
     """Row number in its dataset: names the prompt in logs and seeds its samples."""
+    epoch: int = 0
+    """Which pass over the dataset it is taken in: a step can have the same prompt from two."""
     messages: str | list[dict[str, str]]
     """What the reward functions see: the text, or the chat messages."""
     token_ids: list[int]

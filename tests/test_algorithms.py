@@ -127,6 +127,13 @@ def test_gae_with_lambda_0_is_the_one_step_error():
     torch.testing.assert_close(advantages, rewards + 0.9 * following - values)
 
 
+@given(reward=st.floats(-1e3, 1e3, width=32), lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9))
+def test_equal_values_whiten_to_nothing_however_their_mean_rounds(reward: float, lengths: list[int]):
+    mask = mask_of(lengths, 9)
+    whitened = whiten(torch.full(mask.shape, reward), mask)
+    assert whitened.dtype == torch.float32 and whitened.abs().max() <= 1e-4
+
+
 def test_whiten_by_hand():
     whitened = whiten(torch.tensor([[1.0, 3.0, 100.0]]), mask_of([2], 3))
     torch.testing.assert_close(whitened, torch.tensor([[-1.0, 1.0, 0.0]]))

@@ -103,6 +103,13 @@ sizes = st.integers(1, 30)
 seeds = st.integers(0, 2**32 - 1)
 
 
+def test_a_prompt_knows_which_pass_it_is_taken_in():
+    stream = Prompts([Prompt(index=i, messages="", token_ids=[i]) for i in range(3)], seed=0)
+    taken = stream.take(8)
+    assert [prompt.epoch for prompt in taken] == [0, 0, 0, 1, 1, 1, 2, 2]
+    assert len({(prompt.index, prompt.epoch) for prompt in taken}) == 8
+
+
 @settings(deadline=None)
 @given(size=sizes, seed=seeds, takes=st.lists(st.integers(0, 40), max_size=8))
 def test_many_takes_are_one_big_take(size, seed, takes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -196,7 +197,7 @@ def session_with(rewards_by_prompt, rounds: int, wanted: int):
         tenants=[],
         prompts=SimpleNamespace(take=take),
         engine=SimpleNamespace(generate=generate),
-        scorer=SimpleNamespace(submit=lambda groups: None, collect=lambda pending: None),
+        scorer=SimpleNamespace(submit=lambda groups, is_refill: None, collect=lambda pending: None),
         ledger=SimpleNamespace(work=lambda name: nullcontext()),
     )
 
@@ -237,4 +238,7 @@ def test_the_baseline_of_reinforce_is_the_running_mean_of_earlier_steps():
         seen.append(batch.advantages.tolist())
     # baselines: its own mean 2; 0.75 x 2 + 0.25 x 2 = 2; 2 again
     assert seen == [[[-1, -1], [1, 0]], [[2, 2], [-2, 0]], [[-2, -2], [-2, 0]]]
+    assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}
+    batch.rewards = torch.tensor([math.nan, 1.0])  # the update will be left out
+    algorithm.estimate_advantages(batch, memory)
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}

@@ -46,7 +46,9 @@ def scorer(tmp_path: Path):
         )
         options = {"timeout_s": 60.0, **options}
         functions = options.pop("functions", ["length"])
-        made.append(Scorer(RewardConfig(functions=[*functions, f"{file}:bad"], **options)))
+        step_size = options.pop("step_size", 0)
+        config = RewardConfig(functions=[*functions, f"{file}:bad"], **options)
+        made.append(Scorer(config, step_size=step_size))
         made[-1].say = said.append
         return made[-1]
 
@@ -246,6 +248,22 @@ def test_no_rollout_left_is_an_error_whatever_the_rate(scorer):
     scorer = scorer("raise ValueError('no')", max_error_rate=1.0)
     with pytest.raises(RewardError, match="4 of 4 rollouts"):
         scorer.score(step(0, 1, 2, 3, rows=4))
+
+
+def test_a_refill_may_fail_whole_within_what_the_step_allows(scorer):
+    scorer = scorer("raise ValueError('no')", step_size=40)  # a tenth of which may
+    groups = step(0, 1, 2, 3, rows=4)
+    scorer.collect(scorer.submit(groups, is_refill=True))
+    assert [len(group.failed) for group in groups] == [4]
+    with pytest.raises(RewardError, match="of 8 rollouts have no reward"):
+        scorer.collect(scorer.submit(step(*range(8), rows=8), is_refill=True))
+
+
+def test_numbers_that_training_could_not_hold_are_none(scorer):
+    scorer = scorer("return [1e39 if text == 'odd' else 1.0 for text in completions]")
+    groups = step(2)
+    scorer.score(groups)
+    assert groups[0].failed[0].errors["bad"] == "returned 1e+39 instead of a number"
 
 
 def test_a_rollout_that_no_function_scores_is_left_out(scorer):

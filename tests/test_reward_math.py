@@ -49,6 +49,19 @@ def score():
         (r"\frac{1}{2}", ["0.5", "1/2", r"$\frac{2}{4}$", r"\boxed{\frac12}"], ["0.25", r"\boxed{\frac{1}"]),
         ("$x^2 - 1$", ["$(x-1)(x+1)$"], ["$x^2$", "$(x - 1"]),
         (72, ["It is 72"], ["71"]),
+        # without delimiters, as most datasets have them
+        (r"5\sqrt{3}", [r"\boxed{5\sqrt{3}}", r"$\sqrt{75}$"], ["5", r"\boxed{3}"]),
+        (r"144\pi", [r"\boxed{144\pi}"], [r"\boxed{144}"]),
+        ("2x+1", [r"\boxed{1 + 2x}"], ["2"]),
+        ("0.5x", [r"\boxed{\frac{x}{2}}"], ["0.5"]),
+        ("1,2,3", [r"\boxed{1,2,3}"], ["1"]),
+        ("(1,2)", [r"\boxed{(1, 2)}"], ["1"]),
+        (r"3\times 10^4", ["30000"], ["3"]),
+        (r"10{,}000", ["10000", "10,000"], ["10"]),
+        ("1,234", ["1234"], ["1"]),
+        ("it follows that #### 72", ["72"], ["71"]),
+        ("3 apples", ["3"], ["4"]),
+        (r"50\%", ["50%"], ["5"]),
     ],
 )
 def test_math_knows_equal_answers(answer, right, wrong):

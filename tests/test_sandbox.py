@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -303,6 +305,32 @@ def test_the_code_reward_refuses_to_run_without_isolation(monkeypatch):
         make_code(settings)
 
 
+@needs_isolation
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be somebody else for each program")
+def test_programs_side_by_side_do_not_share_one_limit_on_processes():
+    source = (
+        "import threading, time\n"
+        "many = [threading.Thread(target=time.sleep, args=(1,)) for _ in range(20)]\n"
+        "for one in many: one.start()\n"
+        "print('started')\n"
+    )
+    sandbox = Sandbox(replace(LIMITS, seconds=5.0, memory_bytes=4 << 30))  # each thread reserves some
+    with ThreadPoolExecutor(4) as pool:
+        outcomes = list(pool.map(lambda _: sandbox.run(source), range(4)))
+    assert [outcome.output.strip() for outcome in outcomes] == ["started"] * 4
+
+
+@needs_isolation
+def test_tests_may_be_a_list_written_as_json():
+    reward = CodeReward(Sandbox(LIMITS))
+    wrong = code("def add(a, b):", "    return 3")
+    scores = reward([None] * 3, [ADD, wrong, ADD], [json.dumps(TESTS[:2])] * 2 + ['{"inputs": [1]}'])
+    assert scores[:2] == [1.0, 0.5] and isinstance(scores[2], ValueError)
+    assert reward([None], [ADD], ["[]"]) == [None]
+
+
 def test_the_last_fenced_block_is_the_code():
+    assert code_block("```python3\nx = 1\n```") == "x = 1\n"
+    assert code_block("```python\r\nx = 1\r\n```") == "x = 1\r\n"
     assert code_block("a\n```py\nx\n```\nb\n```\ny = 1\n```\n") == "y = 1\n"
     assert code_block("y = 1") == "y = 1"

@@ -667,6 +667,15 @@ def test_completions_stay_with_their_prompts(build):
     assert sent == [(p.token_ids, request_seed(1, 0, p.index, s)) for p in PROMPTS for s in (0, 1)]
 
 
+def test_a_prompt_from_two_passes_over_the_data_is_not_asked_the_same_twice(build):
+    engine = build()
+    engine.acquire(WEIGHTS[1])
+    again = [replace(prompt, epoch=1) for prompt in PROMPTS]
+    engine.generate([*PROMPTS, *again], SAMPLING)
+    seeds = [request.seed for request in engine.backend.requests]
+    assert len(set(seeds)) == 2 * 2 * len(PROMPTS)
+
+
 def test_every_request_has_a_seed_of_its_own_that_the_next_run_has_too(build):
     keys = [(s, t, p, n) for s in (0, 1) for t in range(4) for p in range(4) for n in range(4)]
     seeds = {key: request_seed(*key) for key in keys}

@@ -219,6 +219,12 @@ def test_rows_that_no_function_applies_to_do_not_count(scorer, session):
     assert math.isnan(metrics["val/addition/acc"])
 
 
+def test_a_row_that_the_judging_function_does_not_apply_to_is_not_wrong(scorer, session):
+    some = session(scorer("exact_match", "length"))
+    some.engine.generate = lambda *_: [group("7"), group("8", answer=None)]
+    assert evaluate(some)["val/addition/acc"] == 1.0
+
+
 # -- the clock ---------------------------------------------------------------------------------
 
 

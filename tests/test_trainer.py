@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlswitch import models
 from rlswitch.batching import to_batch
@@ -21,6 +22,7 @@ from rlswitch.config import Run
 from rlswitch.fingerprint import named_fingerprints, total_fingerprint
 from rlswitch.models import policy_logprobs, sequence_logprobs, token_statistics
 from rlswitch.parking import Parking, nbytes
+from rlswitch.tasks import addition
 from rlswitch.trainer import Trainer
 from rlswitch.types import ConfigError, Group, RLSwitchError, SwitchError
 from rlswitch.weights import Publisher, choose_directory, owner_tag, sweep_dead_runs
@@ -349,6 +351,32 @@ def test_gradient_checkpointing_recomputes_and_changes_nothing(build, make_group
     assert all(forwards[1][name] > forwards[0][name] for name in ("policy", "critic"))
     for plain, recomputed in zip(*outcomes, strict=True):
         torch.testing.assert_close(recomputed, plain)
+
+
+def test_gradient_checkpointing_drops_nothing_out(make_run, make_trainer, make_groups, tmp_path):
+    tokenizer = addition.build_tokenizer()
+    size = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
+    model = GPT2LMHeadModel(GPT2Config(**size, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5))
+    model.save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    outcomes = []
+    for checkpointing in (False, True, True):
+        run = make_run("ppo", trainer={"epochs": 2, "lr": 1e-3, "gradient_checkpointing": checkpointing})
+        run.model.path = str(tmp_path / "gpt2")
+        trainer = make_trainer(run)
+        outcomes.append((step(trainer, make_groups())["actor/ratio_mean"], parameters(trainer)))
+    assert outcomes[0][0] == pytest.approx(outcomes[1][0], abs=1e-6)
+    assert same(outcomes[1][1], outcomes[2][1])
+
+
+def test_as_many_minibatches_as_rollouts_lose_one_with_the_rollout(build, make_groups):
+    groups = make_groups()
+    count = sum(len(group.rollouts) for group in groups)
+    trainer = build("grpo", trainer={"lr": 1e-3, "minibatches": count})
+    groups[0].failed.append(groups[0].rollouts.pop())
+    before = parameters(trainer)
+    step(trainer, groups)
+    assert trainer.schedule.last_epoch == count - 1 and not same(parameters(trainer), before)
 
 
 def test_only_what_the_algorithm_needs_is_loaded(build):

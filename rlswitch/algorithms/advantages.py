@@ -92,6 +92,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """
     assert values.dim() == 2 and values.shape == mask.shape and mask.dtype == torch.bool
     assert values.is_floating_point()
-    chosen = values[mask]
-    centred = values - chosen.mean()
-    return centred / (chosen.var(correction=0).sqrt() + 1e-8) * mask
+    exact = values.double()  # the mean of equal values is to be that value, and not a rounding away from it
+    chosen = exact[mask]
+    centred = exact - chosen.mean()
+    return (centred / (chosen.var(correction=0).sqrt() + 1e-8) * mask).to(values.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,5 +31,6 @@ class Reinforce(Algorithm):
         scores = self.token_rewards(batch, memory).sum(-1)
         mean = scores.mean().item()
         baseline = memory.get("baseline", mean)
-        memory["baseline"] = self.baseline_decay * baseline + (1 - self.baseline_decay) * mean
+        if math.isfinite(mean):  # such a step is left out, and is to leave nothing behind
+            memory["baseline"] = self.baseline_decay * baseline + (1 - self.baseline_decay) * mean
         return (scores - baseline)[:, None] * batch.mask

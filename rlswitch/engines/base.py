@@ -175,6 +175,7 @@ class Engine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.num_samples` rollouts of every prompt, each with a seed of its own."""
+        num_samples = sampling.num_samples
         self._expect(State.READY, "generate")
         if self.weights is None:
             raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
@@ -186,7 +187,8 @@ class Engine:
                 temperature=sampling.temperature,
             )
             for prompt in prompts
-            for sample in range(sampling.num_samples)
+            # The same prompt from the next pass over the data gets further samples, not the same ones.
+            for sample in range(prompt.epoch * num_samples, (prompt.epoch + 1) * num_samples)
         ]
         completions = self._complete(requests)
         texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
@@ -194,7 +196,7 @@ class Engine:
         return [
             Group(
                 prompt=prompt,
-                rollouts=[self._rollout(prompt, i, *next(rows)) for i in range(sampling.num_samples)],
+                rollouts=[self._rollout(prompt, i, *next(rows)) for i in range(num_samples)],
             )
             for prompt in prompts
         ]

@@ -11,7 +11,7 @@ from typing import Any
 from rlswitch.rewards.functions import Completion, completion_text
 from rlswitch.rewards.sandbox import Sandbox, SandboxError
 
-BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+BLOCK = re.compile(r"```(?:python|py)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 # Tests count as passed when their line with the token arrives: an exit code of 0 proves nothing, a
 # program can have it by leaving early. The token is read, and its file gone, before the program starts.
@@ -36,9 +36,10 @@ for number, test in enumerate(tests):
 class CodeReward:
     """The share of `tests` that pass after the completion's code has run, in a sandbox.
 
-    tests, a column of the dataset: Python source, or a list of it; a test fails by raising. The code is
-    the completion's last ``` block, or all of it. A program that does not stop, or takes too much, keeps
-    what it had passed; what became of each stands under `code` in rollouts.jsonl.
+    tests, a column of the dataset: Python source, or a list of it, which may be written as JSON; a test
+    fails by raising. The code is the completion's last ``` block, or all of it. A program that does not
+    stop, or takes too much, keeps what it had passed; what became of each stands under `code` in
+    rollouts.jsonl.
     """
 
     def __init__(self, sandbox: Sandbox):
@@ -51,7 +52,7 @@ class CodeReward:
         tests: Sequence[str | Sequence[str] | None],
         log_extra: Callable[[str, list[str]], None] | None = None,
         **columns: Any,
-    ) -> list[float | SandboxError | None]:
+    ) -> list[float | Exception | None]:
         scores, remarks = [], []
         for completion, wanted in zip(completions, tests, strict=True):
             score, remark = self._score(completion_text(completion), wanted)
@@ -61,10 +62,13 @@ class CodeReward:
             log_extra("code", remarks)
         return scores
 
-    def _score(self, text: str, tests: str | Sequence[str] | None) -> tuple[float | SandboxError | None, str]:
-        if not tests:
+    def _score(self, text: str, tests: str | Sequence[str] | None) -> tuple[float | Exception | None, str]:
+        try:
+            wanted = as_list(tests or [])
+        except ValueError as error:
+            return error, str(error)
+        if not wanted:
             return None, "no tests"
-        wanted = [tests] if isinstance(tests, str) else list(tests)
         token = secrets.token_hex(16)
         try:
             outcome = self._sandbox.run(HARNESS, stdin=json.dumps([token, code_block(text), wanted]))
@@ -74,6 +78,19 @@ class CodeReward:
         passed = sum(f"{token} {number}" in reported for number in range(len(wanted)))
         remark = f"passed {passed} of {len(wanted)}"
         return passed / len(wanted), f"{remark}; {outcome.problem}" if outcome.problem else remark
+
+
+def as_list(tests: str | Sequence[str]) -> list[str]:
+    """Raises ValueError for JSON that is no list of tests: as Python source it could not fail."""
+    if not isinstance(tests, str):
+        return list(tests)
+    try:
+        decoded = json.loads(tests)
+    except ValueError:
+        return [tests]
+    if not isinstance(decoded, list) or not all(isinstance(test, str) for test in decoded):
+        raise ValueError(f"tests = {tests[:40]}: neither Python source nor a list of it")
+    return decoded
 
 
 def code_block(text: str) -> str:

@@ -17,6 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+DELIMITED = re.compile(r"\$|####|\\[(\[]|\\boxed")
+THOUSANDS = re.compile(r"(?<=\d)(\\,|\{,\}|,\\!)(?=\d{3})")
+NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(\s*\\?%)?|[+-]?\d+\s*/\s*\d+")
+COMMAND = re.compile(r"\\[A-Za-z]+")
+WORD = re.compile(r"[^\W\d_]{2,}")
+FORMULA = re.compile(r"[^\w\s.]|\d\s*[A-Za-z]|[A-Za-z]\s*\d")
+
 Completion = str | list[dict[str, str]]
 MATH_SECONDS = 5.0
 """For reading one completion and comparing it with the answer; then it has no reward."""
@@ -76,12 +83,20 @@ def _same(given: str, right: Any) -> float | TimeoutError | None:
         logging.getLogger(module).setLevel(logging.ERROR)
     try:
         with _alarm(MATH_SECONDS):
-            gold = [] if right is None else parse(str(right), parsing_timeout=None)
+            gold = [] if right is None else parse(_delimited(str(right)), parsing_timeout=None)
             if not gold:
                 return None
             return float(verify(gold, parse(given, parsing_timeout=None), timeout_seconds=None))
     except _Late:
         return TimeoutError(f"{MATH_SECONDS:g} s were not enough")
+
+
+def _delimited(answer: str) -> str:
+    """A bare formula gets delimiters: math-verify would take the first number in it for the answer."""
+    answer = THOUSANDS.sub("", answer.strip())
+    if DELIMITED.search(answer) or NUMBER.fullmatch(answer) or WORD.search(COMMAND.sub(" ", answer)):
+        return answer
+    return f"\\boxed{{{answer}}}" if FORMULA.search(answer) else answer
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import NoReturn, TypedDict
 
 NOBODY = 65534
+FIRST_USER = 2_000_000_000
 SYS_MOUNT_SETATTR = 442
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWNET = 0x4000000, 0x8000000, 0x40000000
@@ -73,9 +74,10 @@ def main() -> None:
     try:
         if spec["isolate"]:
             _enter_namespaces()
+        user = FIRST_USER + os.getpid()
         child = os.fork()
         if child == 0:
-            _be_child(spec, directory, status)
+            _be_child(spec, directory, status, user)
         if _ends_before_asked(child) and not spec["isolate"]:
             _report(status, _ended(child))
     except OSError as error:
@@ -116,7 +118,7 @@ def _descendants(root: int) -> list[int]:
     return found[1:]
 
 
-def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
+def _be_child(spec: Spec, directory: Path, status: int, user: int) -> NoReturn:
     """The program itself, or the first process of its namespaces: when that ends, the kernel ends all."""
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -129,9 +131,7 @@ def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
         if not spec["isolate"]:
             _become_program(spec, directory, status)
         if os.getuid() == 0:  # the limit on processes is none for root
-            os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
-            os.setresuid(NOBODY, NOBODY, NOBODY)
+            _become(user)
             _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user has cleared it
         program = os.fork()
         if program == 0:
@@ -142,6 +142,17 @@ def _be_child(spec: Spec, directory: Path, status: int) -> NoReturn:
     except BaseException as error:
         _report(status, {"refused": f"{type(error).__name__}: {error}"})
     os._exit(0)
+
+
+def _become(user: int) -> None:
+    """Somebody else than any other program: Linux counts processes by user."""
+    os.setgroups([])
+    try:
+        os.setresgid(user, user, user)
+    except OSError:  # a container without that many users
+        user = NOBODY
+        os.setresgid(user, user, user)
+    os.setresuid(user, user, user)
 
 
 def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:

@@ -77,6 +77,8 @@ class Pending:
     scores: Future[Scores]
     marks: dict[str, list[Mark]] = field(default_factory=dict)
     """By name, of the tenants that have been asked (tenants.py)."""
+    is_refill: bool = False
+    """Of a step that has most of its groups: these few may all fail."""
 
 
 class Scorer:
@@ -153,11 +155,11 @@ class Scorer:
         """`submit` and `collect` in one."""
         self.collect(self.submit(groups))
 
-    def submit(self, groups: Sequence[Group]) -> Pending:
+    def submit(self, groups: Sequence[Group], is_refill: bool = False) -> Pending:
         """Sends the groups to the reward functions, and returns at once."""
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         scores = self._thread.submit(self._ask, groups, rollouts)
-        return Pending(groups=groups, rollouts=rollouts, scores=scores)
+        return Pending(groups=groups, rollouts=rollouts, scores=scores, is_refill=is_refill)
 
     def collect(self, pending: Pending) -> None:
         """Fills in `rewards` and `reward`; a rollout without moves to the `failed` of its group.
@@ -169,7 +171,7 @@ class Scorer:
             scores.add(name, marks)
         if len(pending.marks) == len(self.tenants):  # else somebody may still have a number
             self._miss(scores)
-        self._refuse_too_many(pending.rollouts, scores)
+        self._refuse_too_many(pending.rollouts, scores, pending.is_refill)
         weights = dict(zip(self.names, self._weights, strict=True))
         rows = zip(pending.rollouts, scores.rewards, scores.errors, scores.extra, strict=True)
         for rollout, rewards, errors, extra in rows:
@@ -292,9 +294,10 @@ class Scorer:
     def _allowed(self, rollouts: int) -> float:
         return self._config.max_error_rate * max(rollouts, self._step_size)
 
-    def _refuse_too_many(self, rollouts: Sequence[Rollout], scores: Scores) -> None:
+    def _refuse_too_many(self, rollouts: Sequence[Rollout], scores: Scores, is_refill: bool) -> None:
         count, limit = scores.count_errors(), self._config.max_error_rate
-        if count <= self._allowed(len(rollouts)) and (count < len(rollouts) or not rollouts):
+        all_lost = count == len(rollouts) > 0 and not is_refill
+        if count <= self._allowed(len(rollouts)) and not all_lost:
             return
         lines = [
             self._line(name, why, rollout)

@@ -23,6 +23,9 @@ from typing import Any, SupportsFloat
 
 from rlswitch.rewards.resolve import Function, resolve
 
+LARGEST = 3.4e38
+"""Of float32, which rewards become in training."""
+
 
 def main(fd: int) -> None:
     """Answers until the other side hangs up."""
@@ -113,11 +116,12 @@ def _numbers(returned: Any, arguments: Mapping[str, Any], extra: Mapping[str, li
 
 
 def _float(value: Any) -> float:
-    """The number that `value` is; nan when it is none (a string is none)."""
+    """The number that `value` is; nan when it is none: a string, or what float32 would make infinite."""
     if not isinstance(value, SupportsFloat):
         return math.nan
     try:
-        return float(value)
+        number = float(value)
+        return number if abs(number) <= LARGEST else math.nan
     except Exception:  # an array of many elements, an integer beyond the range of floats
         return math.nan
 
