@@ -11,7 +11,8 @@ from rlswitch.resume import Start, step_of, whole_in
 from rlswitch.types import Group, RLSwitchError
 
 SKIPPED_IN_A_ROW = 3
-FLAT_IN_A_ROW = 10
+FLAT_IN_A_ROW, FLAT_ENDS = 10, 50
+"""Steps without a gradient: after so many it is said, after so many the run ends."""
 SKIPPED = "skipped"
 
 
@@ -32,14 +33,19 @@ class Health:
     ) -> None:
         """`skipped`: what was left out of the step's update, and why.
 
-        Raises RLSwitchError for the third such step in a row: the policy has stopped learning.
+        Raises RLSwitchError when the policy has stopped learning: for the third such step in a row, and for
+        the fiftieth without a gradient.
         """
-        self.flat_in_a_row = self.flat_in_a_row + 1 if _is_flat(metrics, groups) else 0
-        if self.flat_in_a_row == FLAT_IN_A_ROW:
-            self._say(
-                f"no group of the last {FLAT_IN_A_ROW} steps had rewards that differ: there is nothing to"
-                " learn from them; look at rollouts.jsonl: the task may be too hard, too easy, or misread"
+        self.flat_in_a_row = self.flat_in_a_row + 1 if metrics.get("actor/grad_norm") == 0.0 else 0
+        if self.flat_in_a_row in (FLAT_IN_A_ROW, FLAT_ENDS):
+            what = (
+                f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: rewards that are"
+                " compared do not differ, so there is nothing to learn; look at rollouts.jsonl: the task may"
+                " be too hard, too easy, or misread"
             )
+            if self.flat_in_a_row == FLAT_ENDS:
+                raise RLSwitchError(f"{what}; {self._last_checkpoint()}")
+            self._say(what)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
@@ -48,18 +54,14 @@ class Health:
         if self.skipped_in_a_row < SKIPPED_IN_A_ROW:
             self._say(what)
             return
-        whole = next(whole_in(self._output_dir / "checkpoints"), None)
         raise RLSwitchError(
-            f"{what}; it was so in {SKIPPED_IN_A_ROW} steps in a row;"
-            f" {f'the last good checkpoint is {whole}' if whole else 'no checkpoint was saved yet'};"
+            f"{what}; it was so in {SKIPPED_IN_A_ROW} steps in a row; {self._last_checkpoint()};"
             " lower trainer.lr, or look for extreme rewards in these files"
         )
 
-
-def _is_flat(metrics: Mapping[str, float], groups: Sequence[Group]) -> bool:
-    """Whether all rollouts that are compared had one reward: those of a group, or, one each, of the step."""
-    alone = all(len(group.rollouts) == 1 for group in groups)
-    return metrics.get("reward/std") == 0.0 if alone else metrics.get("reward/frac_zero_std") == 1.0
+    def _last_checkpoint(self) -> str:
+        whole = next(whole_in(self._output_dir / "checkpoints"), None)
+        return f"the last good checkpoint is {whole}" if whole else "no checkpoint was saved yet"
 
 
 def write_down(output_dir: Path, step: int, groups: Sequence[Group]) -> Path:

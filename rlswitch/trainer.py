@@ -227,10 +227,35 @@ class Trainer:
         if broken:
             self.skipped.append(", ".join(broken))
         else:
-            self.optimizer.step()
+            if losses["actor/grad_norm"] == 0 and not minibatch.advantages[counted].any():
+                self.policy.zero_grad(set_to_none=True)  # the optimizer's momentum would move it all the same
+            self._apply()
             self.schedule.step()
             totals.add(sums)
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _apply(self) -> None:
+        """The optimizer's step; once more where the first one finds no memory for the states that it makes.
+
+        Raises RLSwitchError when it finds none then either.
+        """
+        for tries_left in (1, 0):
+            try:
+                self.optimizer.step()
+                return
+            except RuntimeError as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                reason = str(error).splitlines()[0]
+            states = self.optimizer.state.values()
+            if not tries_left or any(state and float(state["step"]) > 0 for state in states):
+                raise RLSwitchError(
+                    f"step {self.version + 1}: the optimizer ran out of memory ({reason}), and smaller"
+                    " micro-batches would not help; set trainer.park=everything, or model.lora_rank"
+                )
+            for state in states:
+                state.clear()  # half made, maybe
+            self.device.reclaim()
 
     def _accumulate(self, batch: Batch, chosen: Tensor, minibatch: Batch) -> Sums:
         """Forward and backward of a minibatch; starts from no gradients, so it can be done again.

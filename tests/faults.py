@@ -443,9 +443,9 @@ NUMBERS = [
     ),
     Fault(
         "Rewards never differ",
-        "no group with different rewards for 10 steps",
-        "a line says that there is nothing to learn, and where to look",
-        "test_health.py::test_rewards_that_never_differ_are_told_once",
+        "steps whose gradient is 0, and nothing else",
+        "after 10 in a row a line says where to look, after 50 the run ends, exit 1",
+        "test_health.py::test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end",
     ),
     Fault(
         "Out of memory in the forward pass",
@@ -458,6 +458,24 @@ NUMBERS = [
         "raised when gradients have been summed up already",
         "the minibatch begins anew with smaller micro-batches; the update is the same",
         "test_trainer.py::test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient",
+    ),
+    Fault(
+        "Out of memory in the optimizer's step",
+        "raised when some of its states are made, and one is half made",
+        "it is made once more, with the same result; out of memory again, the run ends with a line, exit 1",
+        "test_trainer.py::test_memory_that_runs_out_for_the_optimizer_is_tried_again_once",
+    ),
+    Fault(
+        "Rewards of a minibatch are all equal when there is momentum",
+        "a step after one that learned",
+        "the policy stays as it is, the critic learns",
+        "test_trainer.py::test_equal_rewards_move_the_critic_and_not_the_policy",
+    ),
+    Fault(
+        "A rollout is lost where each is a minibatch",
+        "as many minibatches as rollouts, and one without a reward",
+        "one minibatch less",
+        "test_trainer.py::test_as_many_minibatches_as_rollouts_lose_one_with_the_rollout",
     ),
     Fault(
         "One rollout does not fit",

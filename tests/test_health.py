@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 
@@ -61,7 +60,7 @@ def test_the_end_names_the_last_good_checkpoint(health, tmp_path, make_groups, m
 def test_what_an_interrupted_run_had_counted_counts_on(tmp_path, said, make_groups):
     begun = Start(None, LoopState(skipped_in_a_row=2, flat_in_a_row=9), kept=5, given_up=[])
     health = Health(tmp_path, begun, said.append)
-    health.check(6, {"reward/frac_zero_std": 1.0}, [], make_groups())
+    health.check(6, {"actor/grad_norm": 0.0}, [], make_groups())
     assert said and health.flat_in_a_row == 10
     with pytest.raises(RLSwitchError, match="3 steps in a row"):
         Health(tmp_path, begun, said.append).check(6, {}, BROKEN, make_groups())
@@ -74,18 +73,10 @@ def test_the_rollouts_of_steps_that_a_run_goes_back_behind_are_dropped(tmp_path,
     assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_000003.jsonl"]
 
 
-def test_one_rollout_a_prompt_is_compared_with_those_of_the_step(health, said, make_groups):
-    groups = [replace(group, rollouts=group.rollouts[:1]) for group in make_groups()]
-    for step in range(12):
-        health.check(step, {"reward/frac_zero_std": 1.0, "reward/std": 0.5}, [], groups)
-    assert not said
-    for step in range(12):
-        health.check(step, {"reward/frac_zero_std": 1.0, "reward/std": 0.0}, [], groups)
-    assert len(said) == 1
-
-
-def test_rewards_that_never_differ_are_told_once(health, said, make_groups):
-    for step, share in enumerate([1.0] * 9 + [0.5] + [1.0] * 12, start=1):
-        health.check(step, {"reward/frac_zero_std": share}, [], make_groups())
+def test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end(health, said, make_groups):
+    for step, norm in enumerate([0.0] * 9 + [0.5] + [0.0] * 49, start=1):
+        health.check(step, {"actor/grad_norm": norm}, [], make_groups())
     (line,) = said
-    assert line.startswith("no group of the last 10 steps had rewards that differ")
+    assert line.startswith("the policy's gradient was 0 in each of the last 10 steps")
+    with pytest.raises(RLSwitchError, match=r"of the last 50 steps: .*; no checkpoint was saved yet"):
+        health.check(60, {"actor/grad_norm": 0.0}, [], make_groups())

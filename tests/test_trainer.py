@@ -163,6 +163,26 @@ def test_equal_rewards_leave_the_policy_as_it_is(build, make_groups):
     metrics = step(trainer, groups)
     assert metrics["actor/grad_norm"] == 0
     assert same(parameters(trainer), before)
+    step(trainer, make_groups(version=1))
+    before = parameters(trainer)
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.policy_version = 2
+    step(trainer, groups)
+    assert same(parameters(trainer), before)  # though the optimizer has momentum now
+
+
+def test_equal_rewards_move_the_critic_and_not_the_policy(build, make_groups):
+    trainer = build("ppo", trainer={"lr": 1e-3}, options={"whiten_advantages": True, "gae_lambda": 0.0})
+    step(trainer, make_groups())
+    groups = make_groups(version=1)
+    batch = trainer.prepare(groups)
+    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages = torch.zeros_like(batch.advantages)
+    parts = (trainer.policy, trainer.critic)
+    before = [[p.detach().clone() for p in part.parameters()] for part in parts]
+    trainer.update(batch)
+    assert [same(list(it.parameters()), was) for it, was in zip(parts, before, strict=True)] == [True, False]
 
 
 def test_the_first_pass_over_a_batch_has_ratio_one(build, make_groups):
@@ -238,7 +258,11 @@ def test_an_optimizer_step_that_is_not_finite_is_left_out_alone(build, make_grou
 
     next(trainer.policy.parameters()).register_hook(spoil_the_second)
     before = parameters(trainer)
-    metrics = step(trainer, make_groups())
+    groups = make_groups()
+    for group in groups:
+        for rollout in group.rollouts:
+            rollout.reward = float(rollout.sample**2)  # none is the mean: each minibatch has a lesson
+    metrics = step(trainer, groups)
     (reason,) = trainer.skipped
     assert "actor/grad_norm = " in reason and metrics["actor/skipped_updates"] == 1
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {2}
@@ -307,6 +331,31 @@ def test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient(build, make
     assert trainer.micro_batch_tokens == 13 and len(calls) > 3
     for a, b in zip(parameters(trainer), parameters(roomy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_memory_that_runs_out_for_the_optimizer_is_tried_again_once(build, make_groups, monkeypatch, times):
+    trainer, roomy = (build("ppo", trainer={"lr": 1e-3, "minibatches": 2}) for _ in range(2))
+    step(roomy, make_groups())
+    calls, zeros_like = [], torch.zeros_like
+
+    def run_out(tensor: torch.Tensor, **options) -> torch.Tensor:
+        if sys._getframe(1).f_code.co_filename.endswith("adam.py"):
+            calls.append(1)
+        if calls and len(calls) % 5 == 0 and len(calls) <= 5 * times:  # some states are made, one half
+            raise torch.OutOfMemoryError(NO_MEMORY)
+        return zeros_like(tensor, **options)
+
+    monkeypatch.setattr(torch, "zeros_like", run_out)
+    before = parameters(trainer)
+    if times == 1:
+        step(trainer, make_groups())
+        assert same(parameters(trainer), parameters(roomy))
+    else:
+        with pytest.raises(RLSwitchError, match=r"step 1: the optimizer ran out of memory \(CUDA out"):
+            step(trainer, make_groups())
+        assert same(parameters(trainer), before)
+    assert len(calls) > 5
 
 
 def test_a_rollout_that_does_not_fit_alone_ends_the_run_and_says_what_to_set(build, make_groups):
