@@ -9,6 +9,7 @@ of one shape exchanged: that is the canary's part of the proof.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -60,14 +61,26 @@ def total_fingerprint(fingerprints: Iterable[int]) -> int:
     return sum(fingerprints) & MASK
 
 
+def checkpoint_elements(path: Path) -> int:
+    """How many numbers the checkpoint in `path` holds; of its files the headers are read."""
+    count = 0
+    for file in checkpoint_files(path):
+        with safe_open(file, framework="pt") as handle:
+            count += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
+    return count
+
+
 def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of the checkpoint in `path`, one at a time; of the files that its index names."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(path.glob("*.safetensors"))
-    for file in files:
+    """Name and tensor of the checkpoint in `path`, one at a time."""
+    for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
             for name in handle.offset_keys():
                 yield name, handle.get_tensor(name)
+
+
+def checkpoint_files(path: Path) -> list[Path]:
+    """Those that its index names, or, without one, all."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(path.glob("*.safetensors"))

@@ -57,7 +57,8 @@ def freeze(
     revival: Revival | None = None,
 ) -> Engine:
     """An engine that serves the checkpoint in `model_path` for good; its backend has just been started."""
-    device, exact = ledger.device, engine_dtype(run.model.dtype, ledger.device) == "float32"
+    device = ledger.device
+    exact = engine_dtype(run.model.dtype, device) == "float32" and device.kind == "cpu"
     length = min(run.max_model_len - 1, max(backend.block_size + 2, 32))
     sequences = canary_sequences([], vocabulary=len(tokenizer), length=length)
     return Engine(

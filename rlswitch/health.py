@@ -39,9 +39,9 @@ class Health:
         self.flat_in_a_row = self.flat_in_a_row + 1 if metrics.get("actor/grad_norm") == 0.0 else 0
         if self.flat_in_a_row in (FLAT_IN_A_ROW, FLAT_ENDS):
             what = (
-                f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: rewards that are"
-                " compared do not differ, so there is nothing to learn; look at rollouts.jsonl: the task may"
-                " be too hard, too easy, or misread"
+                f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: rewards that"
+                " are compared do not differ, so there is nothing to learn; look at rollouts.jsonl: the"
+                " task may be too hard, too easy, or misread"
             )
             if self.flat_in_a_row == FLAT_ENDS:
                 raise RLSwitchError(f"{what}; {self._last_checkpoint()}")

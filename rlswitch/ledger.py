@@ -47,10 +47,10 @@ class Ledger:
     Example: `with ledger.phase("reload") as phase: ...; phase.bytes = weights.nbytes`
     """
 
-    def __init__(self, device: Device, output_dir: Path, kept: int = 0):
-        """Records up to the step `kept` stay."""
+    def __init__(self, device: Device, output_dir: Path, kept: int = 0, step: int = 0):
+        """Records up to the step `kept` stay; the next ones are of `step`."""
         self.device = device
-        self.step = 0
+        self.step = step
         self.hand_over = ("", "")
         self.on_phase: Callable[[str], None] = lambda name: None
         trim(output_dir / SWITCH, kept if kept > 0 else -1)

@@ -198,3 +198,17 @@ def _unfit_attention(config: ModelConfig, reason: str) -> ConfigError:
     return ConfigError(
         f"model.attn_implementation = {config.attn_implementation}: {reason}; install it, or set null"
     )
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Activations are computed again instead of kept; in training mode, so it may not have any dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):  # for torch.nn.functional.dropout, and layerdrop
+                setattr(module, name, 0.0)
+    base = lora.base_of(model)
+    base.gradient_checkpointing_enable()
+    if base is not model:
+        base.enable_input_require_grads()  # frozen embeddings would cut the adapters' gradients off

@@ -37,6 +37,8 @@ class Parking:
 
     def park(self) -> int:
         """Moves the chosen tensors to pinned host memory in place; returns the bytes moved."""
+        if self.parked:  # the hand-over before was refused half-way
+            return 0
         self.parked = [t for t in self._chosen() if t.device.type == "cuda"]
         for tensor in self.parked:
             buffer = self.pinned.get(id(tensor))

@@ -31,7 +31,7 @@ class Tolerance:
 
     def admit(self, gap: float) -> bool:
         if self.limit is None and gap <= LEARNED_CEILING:
-            self.limit = max(4 * gap, LEARNED_FLOOR)
+            self.limit = min(max(4 * gap, LEARNED_FLOOR), LEARNED_CEILING)
         return self.limit is not None and gap <= self.limit
 
 
@@ -54,7 +54,7 @@ def check_fingerprint(weights: PolicyWeights, reports: Sequence[dict[str, Any]])
 
 
 def check_prefix_cache(weights: PolicyWeights, cached_tokens: int) -> None:
-    """The canary's prompts are known from older versions: none of their tokens may be cached now."""
+    """Of the prompts that older versions were asked, the canary's and the newest, no token may be cached."""
     if cached_tokens:
         raise ProofError(
             f"{_push(weights)}: prefix cache: {cached_tokens} tokens would be answered from keys and values"
@@ -70,7 +70,7 @@ def check_canary(weights: PolicyWeights, logprobs: Sequence[Sequence[float]], to
     worst, where = 0.0, ""
     for i, rows in enumerate(zip(trainer, logprobs, strict=True)):
         for t, (ours, theirs) in enumerate(zip(*rows, strict=True), start=1):
-            gap = abs(ours - theirs) if math.isfinite(theirs) else math.inf
+            gap = abs(ours - theirs) if math.isfinite(ours) and math.isfinite(theirs) else math.inf
             if gap > worst:
                 worst, where = gap, f"sequence {i}, token {t}: {theirs:.5f}, trainer {ours:.5f}"
     if not tolerance.admit(worst):

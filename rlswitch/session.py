@@ -23,6 +23,7 @@ from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.local import refuse_missing_features
 from rlswitch.engines.start import start_backend
+from rlswitch.fingerprint import checkpoint_elements
 from rlswitch.health import Health
 from rlswitch.inputs import Inputs
 from rlswitch.ledger import Ledger
@@ -188,22 +189,22 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
     output_dir = Path(run.output_dir)
     models = look_at_models(run, inputs, print)
     run.switch.level = level_of(run)
-    device, nbytes = Device.detect(), checkpoint_bytes(models.path)
+    device = Device.detect()
+    itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
+    nbytes = itemsize * checkpoint_elements(Path(models.path))
     by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
     stack.enter_context(only_run_in(output_dir, print))
-    begin = choose_start(run, device, output_dir, pushes=2 * nbytes if by_disk else 0)
+    begin = choose_start(run, itemsize, output_dir, pushes=2 * nbytes if by_disk else 0)
     state = begin.state
     inputs.prompts.seek(state.cursor)
-
     monitor = stack.enter_context(Monitor(run, output_dir, begin.kept, state.wandb_id))
-    ledger = Ledger(device, output_dir, begin.kept)
-    ledger.step = state.step
+    ledger = Ledger(device, output_dir, begin.kept, state.step)
     say = inputs.scorer.say = monitor.say
     ledger.on_phase = monitor.phase
     publisher = Publisher(run.switch.transport, nbytes, output_dir)
     stack.callback(publisher.close)
     monitor.phase("engine start")
-    engine = start_engine(run, models, ledger, output_dir / "engine.log", publisher.root, say)
+    engine = start_engine(run, models, ledger, output_dir, publisher.root, say)
     stack.callback(engine.close)
     taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
     switch = Switch(ledger, holder=engine)
@@ -250,15 +251,14 @@ def freeze_garbage() -> None:
     gc.freeze()
 
 
-def choose_start(run: Run, device: Device, output_dir: Path, pushes: int) -> Start:
+def choose_start(run: Run, itemsize: int, output_dir: Path, pushes: int) -> Start:
     """Where the run goes on from; what it gives up for that is removed.
 
     Raises ConfigError, also where the disk has no room for what it will save.
 
-    `pushes`: bytes that published versions take there.
+    `itemsize`: of the engine's dtype. `pushes`: bytes that published versions take there.
     """
     start = resume.choose(run, output_dir, print)
-    itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
     kept = len(resume.steps_in(output_dir / "checkpoints"))
     refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
@@ -286,12 +286,13 @@ def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Mode
 
 
 def start_engine(
-    run: Run, models: Models, ledger: Ledger, log_path: Path, scratch: Path, say: Callable[[str], None]
+    run: Run, models: Models, ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]
 ) -> Engine:
     """vLLM with the run's model, awake and not yet proven."""
     device = ledger.device
-    start = partial(start_backend, run, models.path, models.tokenizer, device, log_path, scratch)
-    exact = engine_dtype(run.model.dtype, device) == "float32"
+    where = (device, output_dir / "engine.log", scratch)
+    start = partial(start_backend, run, models.path, models.tokenizer, *where)
+    exact = engine_dtype(run.model.dtype, device) == "float32" and device.kind == "cpu"
     return Engine(
         "rollout engine",
         start(),
@@ -347,7 +348,3 @@ def build_trainer(
         canary,
         say,
     )
-
-
-def checkpoint_bytes(model_path: str) -> int:
-    return sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))

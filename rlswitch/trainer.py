@@ -16,7 +16,6 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlswitch import lora
 from rlswitch.algorithms.base import Memory
 from rlswitch.algorithms.losses import token_weights, value_loss
 from rlswitch.algorithms.mismatch import mismatch_metrics
@@ -26,6 +25,7 @@ from rlswitch.device import Device
 from rlswitch.engines.base import request_seed
 from rlswitch.ledger import Ledger
 from rlswitch.models import (
+    checkpoint_gradients,
     load_causal,
     load_critic,
     load_policy,
@@ -383,20 +383,6 @@ class Trainer:
         yield from self._trained_parts()
         if self.reference is not None:
             yield from self.reference.parts
-
-
-def checkpoint_gradients(model: nn.Module) -> None:
-    """Activations are computed again instead of kept; in training mode, so it may not have any dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in list(vars(module).items()):
-            if "drop" in name and isinstance(value, float):  # for torch.nn.functional.dropout, and layerdrop
-                setattr(module, name, 0.0)
-    base = lora.base_of(model)
-    base.gradient_checkpointing_enable()
-    if base is not model:
-        base.enable_input_require_grads()  # frozen embeddings would cut the adapters' gradients off
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

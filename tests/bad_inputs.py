@@ -797,6 +797,13 @@ REWARDS = [
         "reward.functions = nope: no such built-in function; ...",
     ),
     bad(
+        "held-out rows without a column that a function asks for",
+        "data.eval_path=others.jsonl reward.functions=exact_match",
+        "reward.functions = exact_match: cannot be called (...'answer'); it gets prompts, completions,"
+        " completion_ids; let it take the unnamed as **columns",
+        files={"others.jsonl": '{"prompt": "1+1="}\n{"prompt": "2+2="}\n'},
+    ),
+    bad(
         "a module that is not there",
         "reward.functions=no_such_module.sub:f",
         "reward.functions = no_such_module.sub:f: cannot import 'no_such_module.sub' (ModuleNotFoundError: No"
@@ -1066,6 +1073,11 @@ def old_vllm(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("rlswitch.engines.local.can_release_kv_cache", lambda: False)
 
 
+def launched_twice(patch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` or `torchrun` with two processes"""
+    patch.setenv("WORLD_SIZE", "2")
+
+
 def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
     """one GPU without bfloat16"""
     patch.setattr("torch.cuda.is_available", lambda: True)
@@ -1115,6 +1127,13 @@ MACHINE = [
         "",
         "vLLM is not installed: nothing could generate; run `make train`, ...",
         machine=no_vllm,
+    ),
+    bad(
+        "several processes for one run",
+        "",
+        "WORLD_SIZE = 2: a run trains in one process, 2 of them would write the same files; start it with"
+        " `python train.py`",
+        machine=launched_twice,
     ),
     bad(
         "a level that this vLLM does not have",

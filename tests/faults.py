@@ -316,10 +316,34 @@ PROCESSES = [
         "engine/test_train.py::test_a_signal_stops_the_run_after_a_step_with_a_checkpoint",
     ),
     Fault(
+        "The scheduler takes the machine while the run is built",
+        "SIGTERM before the first step",
+        "what there is is taken down, exit 75",
+        "test_signals.py::test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is",
+    ),
+    Fault(
+        "The scheduler asks twice",
+        "another SIGTERM while the run is taken down",
+        "it is taken down in order, exit 75",
+        "test_signals.py::test_further_stop_signals_do_not_disturb_the_end_of_a_run",
+    ),
+    Fault(
         "A sweep is stopped",
-        "SIGTERM to the sweep",
+        "SIGTERM and SIGUSR1 to the sweep",
         "its job stops with a checkpoint, no further one starts, exit 75",
         "test_config.py::test_a_signal_reaches_the_job_and_ends_the_sweep",
+    ),
+    Fault(
+        "The terminal of a sweep is closed",
+        "SIGHUP to the sweep and its job, which were started by nohup",
+        "all jobs run to their ends",
+        "test_config.py::test_a_sweep_under_nohup_outlives_its_terminal",
+    ),
+    Fault(
+        "A job of a sweep is refused its directory",
+        "another grid in the directory of a finished sweep",
+        "exit 2 for the job; the table shows nothing of the run that is there",
+        "test_config.py::test_a_job_that_was_refused_shows_nothing_of_the_run_whose_directory_it_was_given",
     ),
     Fault(
         "A job of a sweep fails",
@@ -377,6 +401,30 @@ LOST = [
         "SIGSTOP to vLLM's worker",
         "after `engine.request_timeout_s` it is ended and replaced",
         "engine/test_lost.py::test_a_silent_engine_counts_as_lost",
+    ),
+    Fault(
+        "The engine hangs while it starts",
+        "its worker never gets its model loaded, in process and over HTTP",
+        "after `engine.start_timeout_s` it is given up; neither worker nor engine core is left",
+        "engine/test_lost.py::test_an_engine_that_hangs_while_it_starts_is_given_up",
+    ),
+    Fault(
+        "More tokens than vLLM takes at once",
+        "a step of 6,000 prompt tokens on a CPU, where a prompt in two parts would kill vLLM",
+        "prompts are not taken apart; nothing is lost",
+        "engine/test_lost.py::test_a_step_may_have_more_tokens_than_vllm_takes_at_once",
+    ),
+    Fault(
+        "A first push is proven, and the engine then lost",
+        "switch.verify=first",
+        "the next engine proves its first push too",
+        "test_switch.py::test_an_engine_that_was_started_again_proves_its_first_push_again",
+    ),
+    Fault(
+        "A server that is not ours is started again",
+        "another one answers at the same address",
+        "what it says is not taken; it is pushed to, proven and asked anew",
+        "engine/test_server_engine.py::test_what_a_server_says_that_was_started_again_meanwhile_is_not_taken",
     ),
     Fault(
         "The engine does not start again",
@@ -514,6 +562,30 @@ FILES = [
         for damage in ("truncated", "flipped", "missing")
     ),
     Fault(
+        "A finished run is started again with other settings",
+        "another seed, another model",
+        "exit 2, naming what changed, as for an unfinished one",
+        "test_resume.py::test_a_finished_run_is_said_to_be_complete_only_as_the_run_that_it_was",
+    ),
+    Fault(
+        "A run goes back to an earlier checkpoint and is killed before its next",
+        "the removal of the later ones broken off after the first",
+        "what is left is the run cut back: nothing later is ever gone on from",
+        "test_resume.py::test_giving_up_that_is_broken_off_leaves_the_run_cut_back",
+    ),
+    Fault(
+        "A branch of one run in the directory of another",
+        "resume=PATH of run A, output_dir of run B, which has checkpoints",
+        "exit 2: they would be lost",
+        "test_resume.py::test_a_branch_of_another_run_is_a_run_of_its_own",
+    ),
+    Fault(
+        "The clock is set while a run has its weights in shared memory",
+        "its owner seems to be born at another time",
+        "another run's start leaves them alone, for they are locked",
+        "test_trainer.py::test_a_run_that_seems_dead_from_here_keeps_its_weights_while_it_lives",
+    ),
+    Fault(
         "A bit rots",
         "any bit of any byte of a checkpoint",
         "it is found",
@@ -606,6 +678,24 @@ REWARDS = [
         "more than reward.max_error_rate",
         "RewardError; the rollouts are as they were",
         "test_reward_failures.py::test_more_errors_than_allowed_stop_the_run_and_change_nothing",
+    ),
+    Fault(
+        "Every row of a refill fails",
+        "dynamic sampling asks for one group more, of which no rollout has a reward",
+        "the step goes on, within reward.max_error_rate",
+        "test_reward_failures.py::test_a_refill_may_fail_whole_within_what_the_step_allows",
+    ),
+    Fault(
+        "A reward is beyond float32",
+        "1e39",
+        "its row has no reward and says what came back",
+        "test_reward_failures.py::test_numbers_that_training_could_not_hold_are_none",
+    ),
+    Fault(
+        "Programs side by side start many threads",
+        "four at once, as root",
+        "each has a limit of its own",
+        "test_sandbox.py::test_programs_side_by_side_do_not_share_one_limit_on_processes",
     ),
     Fault(
         "Every row fails",

@@ -6,9 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from rlswitch import fingerprint
-from rlswitch.fingerprint import named_fingerprints, tensor_fingerprint, total_fingerprint
+from rlswitch.fingerprint import (
+    checkpoint_elements,
+    named_fingerprints,
+    tensor_fingerprint,
+    total_fingerprint,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]
 
@@ -128,3 +134,9 @@ def test_two_tensors_exchanged_are_the_blind_spot_that_the_canary_covers():
     exchanged = named_fingerprints([("a", b), ("b", a)])
     assert total_fingerprint(straight.values()) == total_fingerprint(exchanged.values())
     assert straight != exchanged
+
+
+def test_a_checkpoints_elements_are_counted_from_its_headers(tmp_path):
+    save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5, dtype=torch.bfloat16)}, tmp_path / "x.safetensors")
+    save_file({"c": torch.zeros(())}, tmp_path / "y.safetensors")
+    assert checkpoint_elements(tmp_path) == 3 * 4 + 5 + 1

@@ -253,7 +253,7 @@ def test_auto_makes_room_for_the_judge_too(scored_run) -> None:
 
 
 def test_a_judge_that_cannot_start_beside_a_sleeping_engine_is_named(scored_run) -> None:
-    run = scored_run(switch={"level": "0"}, engine={"gpu_memory_utilization": 0.65, "kv_cache_gib": 1.0})
+    run = scored_run(switch={"level": "0"}, engine={"gpu_memory_utilization": 0.65})
     facts = replace(GPU, total_bytes=20 * GIB, free_bytes=16 * GIB)
     names = [shortfall.what for shortfall in predict(run, ROUND, facts, Scoring.read(run)).shortfalls]
     assert "the judge's vLLM at its start" in names

@@ -180,6 +180,13 @@ def test_a_canary_that_is_not_finite_on_both_sides_is_refused(weights: PolicyWei
     refusal(check_canary, weights, weights.canary.logprobs, Tolerance(1.0))
 
 
+def test_a_canary_that_is_no_number_for_the_trainer_proves_nothing(weights: PolicyWeights):
+    answer = [list(row) for row in weights.canary.logprobs]
+    weights.canary.logprobs[1][0] = math.nan
+    for told in (answer, weights.canary.logprobs):
+        assert "sequence 1, token 1" in refusal(check_canary, weights, told, Tolerance(None))
+
+
 def test_a_fixed_tolerance_stays_as_it_is(weights: PolicyWeights):
     tolerance = Tolerance(1e-4)
     check_canary(weights, moved(weights, 9e-5), tolerance)
@@ -191,7 +198,7 @@ def test_a_learned_tolerance_allows_four_times_the_first_gap(first: float):
     tolerance = Tolerance(None)
     assert tolerance.admit(first)
     learned = tolerance.limit
-    assert learned == max(4 * first, LEARNED_FLOOR)
+    assert learned == min(max(4 * first, LEARNED_FLOOR), LEARNED_CEILING)
     assert tolerance.admit(learned)
     assert not tolerance.admit(learned * 1.01)
     assert tolerance.limit == learned

@@ -192,7 +192,7 @@ def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(
     from rlswitch.engines.launch import environment
 
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    made = environment(make_run(), Device("cpu"), tmp_path)
+    made = environment(make_run(), Device("cpu"), tmp_path, "/s")
     assert made["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
@@ -202,7 +202,7 @@ def test_a_users_own_environment_wins_over_what_is_usual(make_run, monkeypatch, 
 
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.delenv(name, raising=False)
-    cpu, gpu = (environment(make_run(), Device(kind), tmp_path) for kind in ("cpu", "cuda"))
+    cpu, gpu = (environment(make_run(), Device(kind), tmp_path, "/s") for kind in ("cpu", "cuda"))
     assert name in cpu and name not in gpu
     monkeypatch.setenv(name, "1024")
-    assert environment(make_run(), Device("cpu"), tmp_path)[name] == "1024"
+    assert environment(make_run(), Device("cpu"), tmp_path, "/s")[name] == "1024"

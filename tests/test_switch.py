@@ -143,6 +143,7 @@ class FakeBackend(Backend):
     loaded: PolicyWeights | None = None
     shelf: dict[Path, PolicyWeights] = field(default_factory=dict)
     requests: list[Request] = field(default_factory=list)
+    counted: list[Sequence[list[int]]] = field(default_factory=list)
 
     def _do(self, verb: str) -> None:
         self.log.append(verb)
@@ -193,6 +194,7 @@ class FakeBackend(Backend):
 
     def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
         self._do("count cached")
+        self.counted.append(sequences)
         return self.cached
 
     def close(self) -> None:
@@ -582,6 +584,16 @@ def test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven(mortal, verb: st
     assert said == [f"rollout engine is lost and will be started again: vLLM has died ({verb})"]
 
 
+def test_an_engine_that_was_started_again_proves_its_first_push_again(mortal):
+    engine, _, _ = mortal(["generate"], verify="first")
+    for version in (1, 2):
+        engine.acquire(WEIGHTS[version])
+    assert not engine.proven
+    engine.generate(PROMPTS, SAMPLING)
+    assert (engine.restarts, engine.version, engine.proven) == (1, 2, True)
+    assert engine.backend.log == ["start", "sleep 2", *PUSH, "generate"]
+
+
 def test_only_what_was_not_finished_is_asked_again_with_the_same_seeds(mortal, ledger, tmp_path):
     engine, backends, _ = mortal(["generate"])
     engine.acquire(WEIGHTS[3])
@@ -718,7 +730,9 @@ def test_the_switch_alternates_engine_and_trainer(build, ledger, log, tmp_path):
         assert engine.generate(PROMPTS, SAMPLING)[0].rollouts[0].policy_version == version
         switch.give_to(trainer)
     assert log == ["trainer releases", "trainer acquires nothing"] * 2
-    assert engine.backend.log == [*PUSH, "generate", "sleep 2"] * 2
+    # The prompt that was asked last is asked for in the second proof, and forgotten again.
+    assert engine.backend.log == [*PUSH, "generate", "sleep 2", *PUSH, "reset", "generate", "sleep 2"]
+    assert engine.backend.counted[-1][-1] == max((it.token_ids for it in PROMPTS), key=len)
     rows = [json.loads(line) for line in (tmp_path / "switch.jsonl").open()][1:]
     assert {(row["from"], row["to"]) for row in rows} == {
         ("trainer", "rollout engine"),

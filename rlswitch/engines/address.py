@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from rlswitch.types import ConfigError
 
+MAX_SOCKET_PATH = 107  # bytes, of the kernel's sockaddr_un
 UNPROTECTED = (
     "vLLM's control endpoints have no authentication (--api-key does not cover them): whoever reaches"
     " them can replace the weights, read the prompts and run methods of the workers"

@@ -32,6 +32,8 @@ from rlswitch.types import (
     SwitchError,
 )
 
+NEWEST = 16
+
 
 class State(StrEnum):
     ASLEEP = "asleep"
@@ -94,6 +96,8 @@ class Engine:
         self.canary_gap = 0.0
         """Largest |difference| of a canary log-probability at the last proof."""
         self._pushes = 0
+        self._newest: list[int] = []
+        """The longest of the last prompts: what a prefix cache that was not reset would know best."""
         self._lost_in_a_row = 0
         self._unreleased: str | None = None
 
@@ -191,6 +195,7 @@ class Engine:
             for sample in range(prompt.epoch * num_samples, (prompt.epoch + 1) * num_samples)
         ]
         completions = self._complete(requests)
+        self._newest = max((it.token_ids for it in requests[-NEWEST:]), key=len, default=[])
         texts = self.tokenizer.batch_decode([c.token_ids for c in completions], skip_special_tokens=True)
         rows = iter(zip(completions, texts, strict=True))
         return [
@@ -304,6 +309,7 @@ class Engine:
         with self.ledger.phase("restart"):
             self.backend = self.revival.start()
         self.restarts += 1
+        self._pushes, self._newest = 0, []
         self.state = State.READY
 
     def _rollout(self, prompt: Prompt, sample: int, completion: Completion, text: str) -> Rollout:
@@ -331,8 +337,11 @@ class Engine:
 
     def _ask_canary(self, weights: PolicyWeights) -> None:
         sequences = weights.canary.sequences
-        proof.check_prefix_cache(weights, self.backend.count_cached_tokens(sequences))
+        asked_before = [*sequences, self._newest] if self._newest else sequences
+        proof.check_prefix_cache(weights, self.backend.count_cached_tokens(asked_before))
         self.canary_gap = proof.check_canary(weights, self.backend.score(sequences), self.tolerance)
+        if self._newest:
+            self.backend.reset_prefix_cache()  # a run that was resumed has not asked it
 
     def _must_prove(self) -> bool:
         return self.verify == "every" or (self.verify == "first" and self._pushes <= 1)

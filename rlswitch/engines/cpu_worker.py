@@ -8,6 +8,7 @@ level 1 frees the KV cache (the weights already are in host memory), level 2 the
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -29,6 +30,7 @@ class SleepingCPUWorker(CPUWorker):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         watch_owner()
+        self.token = secrets.token_hex(8)
         self.received: dict[str, int] = {}
         self.kv_sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self.parameter_forms: dict[str, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
@@ -57,7 +59,7 @@ class SleepingCPUWorker(CPUWorker):
 
     def fingerprint(self) -> dict[str, Any]:
         packed = any(layer.weight.numel() == 0 for layer in self._packed_linears())
-        live = None if packed else live_fingerprint(self.get_model())
+        live = None if packed else live_fingerprint(self.get_model(), self.model_config.dtype)
         return {"received": self.received, "live": live}
 
     def facts(self) -> dict[str, Any]:
@@ -65,7 +67,12 @@ class SleepingCPUWorker(CPUWorker):
 
     def memory(self) -> dict[str, Any]:
         sizes = [storage.nbytes() for storage in self._kv_storages().values()]
-        return {"pid": os.getpid(), "family": own_family(), "kv_bytes": sum(sizes)}
+        return {
+            "pid": os.getpid(),
+            "token": self.token,
+            "family": own_family(),
+            "kv_bytes": sum(sizes),
+        }
 
     def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
         return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}

@@ -6,11 +6,13 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlswitch.device import Device
 from rlswitch.engines.backend import Backend, warm_up
-from rlswitch.types import SwitchError
+from rlswitch.fingerprint import checkpoint_elements
+from rlswitch.types import EngineError
 
 
 class VLLMBackend(Backend):
@@ -31,7 +33,8 @@ class VLLMBackend(Backend):
         self.stop_token_ids = stop_tokens(model_path, tokenizer)
         self.workers = self.collective_rpc("memory")
         self.facts = self.collective_rpc("facts")[0]
-        self.weight_bytes = sum(f.stat().st_size for f in Path(model_path).glob("*.safetensors"))
+        itemsize = getattr(torch, self.facts["dtype"]).itemsize
+        self.weight_bytes = 0 if elsewhere else itemsize * checkpoint_elements(Path(model_path))
         self.asleep: set[str] = set()
         self.paused = False
         if warm:
@@ -98,7 +101,7 @@ class VLLMBackend(Backend):
             self._wake_up("scheduling")
             self.paused = False
         if tag == "kv_cache" and self._is_sleeping():
-            raise SwitchError("vLLM says it is still asleep after every tag was woken: generate would hang")
+            raise EngineError("vLLM says it is still asleep after every tag was woken: generate would hang")
 
     def reload(self, path: Path) -> None:
         self.collective_rpc("reload_weights", weights_path=str(path))

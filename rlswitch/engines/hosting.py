@@ -16,17 +16,15 @@ from pathlib import Path
 
 from rlswitch.config import Run, ServerEngineConfig
 from rlswitch.device import Device
-from rlswitch.engines.address import Address, free_port, parse_listen, parse_url
+from rlswitch.engines.address import MAX_SOCKET_PATH, Address, free_port, parse_listen, parse_url
 from rlswitch.engines.client import Client
 from rlswitch.engines.launch import engine_dtype, environment, server_flags, starts_warm
 from rlswitch.engines.logs import last_error, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, SOCKET_DIRECTORY, Family
+from rlswitch.engines.processes import SHUTDOWN_SECONDS, Family
 from rlswitch.engines.serve import serve
 from rlswitch.engines.watch import at_start, at_work
 from rlswitch.forkserver import start_process
 from rlswitch.types import ConfigError, EngineError, EngineLost
-
-MAX_SOCKET_PATH = 107  # bytes, of the kernel's sockaddr_un
 
 
 def server_config(run: Run) -> ServerEngineConfig:
@@ -43,13 +41,13 @@ def launched(
     # mkdtemp makes the directory 0700: nobody else reaches a socket in it.
     with tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True) as directory:
         address = choose_address(config, directory)
-        variables = environment(run, device, publish_root)
+        variables = environment(run, device, publish_root, directory)
         flags = [*server_flags(run, model_path, device), *address_flags(address)]
         with open(log_path, "ab") as log:
             process = start_process(
                 serve,
                 [flags],
-                environment=variables | {"VLLM_SERVER_DEV_MODE": "1", SOCKET_DIRECTORY: directory},
+                environment=variables | {"VLLM_SERVER_DEV_MODE": "1"},
                 outputs=(log.fileno(), log.fileno()),
                 warm=starts_warm(run, device),
             )
@@ -72,6 +70,7 @@ def attached(config: ServerEngineConfig, model_path: str) -> Iterator[Client]:
     assert config.url is not None
     address = parse_url(config.url)
     with claimed(address), closing(Client(address, at_work(config))) as client:
+        wait_until_back(client, config.start_timeout_s)
         # The run before may have left it asleep, half awake, without weights or with its own.
         wake_all(client)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
@@ -139,6 +138,13 @@ def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log
             time.sleep(0.2)
             continue
         raise EngineLost(f"vLLM's server did not start: {cause}; its log: {log_path}\n{tail(log_path)}")
+
+
+def wait_until_back(client: Client, timeout_s: float) -> None:
+    """Of a server that somebody else starts again; it was there when the run began."""
+    deadline = time.monotonic() + timeout_s
+    while client.status("/health") != 200 and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def end_politely(process: BaseProcess) -> None:

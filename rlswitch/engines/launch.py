@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
 from rlswitch.config import Run
 from rlswitch.device import Device
-from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT
+from rlswitch.engines.address import MAX_SOCKET_PATH
+from rlswitch.engines.processes import OWNER_PID, PUBLISH_ROOT, SOCKET_DIRECTORY
 
 CPU_KV_CACHE_GIB = 0.25
+RPC_PATH = "VLLM_RPC_BASE_PATH"
 THREADS_BIND, UNBOUND = "VLLM_CPU_OMP_THREADS_BIND", "nobind"
 
 
@@ -43,10 +46,14 @@ def llm_arguments(run: Run, model_path: str, device: Device) -> dict[str, Any]:
         kv_cache_gib = kv_cache_gib or CPU_KV_CACHE_GIB
         arguments |= {
             "enforce_eager": True,
+            # A prompt in two parts would make vLLM set back its seed, which torch cannot on a CPU: it dies.
+            "enable_chunked_prefill": False,
             "worker_cls": "rlswitch.engines.cpu_worker.SleepingCPUWorker",
         }
     if kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        if device.kind == "cuda":  # all that it would mean: with less free memory vLLM does not start
+            arguments["gpu_memory_utilization"] = 0.01
     return arguments | dict(config.vllm)
 
 
@@ -66,8 +73,11 @@ def starts_warm(run: Run, device: Device) -> bool:
     return run.engine.fork_server and not bound
 
 
-def environment(run: Run, device: Device, publish_root: Path) -> dict[str, str]:
-    """The environment of vLLM's processes; a user's own setting wins, the proof's needs do not."""
+def environment(run: Run, device: Device, publish_root: Path, sockets: str) -> dict[str, str]:
+    """The environment of vLLM's processes; a user's own setting wins, the proof's needs do not.
+
+    `publish_root` and `sockets`, two directories, are removed should the run be killed.
+    """
     usual = {
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_HOST_IP": "127.0.0.1",  # its control sockets never leave the machine
@@ -78,6 +88,8 @@ def environment(run: Run, device: Device, publish_root: Path) -> dict[str, str]:
         # Every batch has another shape, and by default oneDNN keeps what it made for 1,024 of them: a worker
         # with a small model grew by 130 MiB in 180 steps, and was no faster for it.
         usual["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    if len(f"{sockets}/{uuid.UUID(int=0)}".encode()) <= MAX_SOCKET_PATH:
+        usual[RPC_PATH] = sockets  # where its processes meet; by default, and for ever, in /tmp
     root = str(Path(__file__).resolve().parents[2])
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     needed = {
@@ -87,6 +99,7 @@ def environment(run: Run, device: Device, publish_root: Path) -> dict[str, str]:
         "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(run.engine.start_timeout_s)),
         OWNER_PID: str(os.getpid()),
         PUBLISH_ROOT: str(publish_root),
+        SOCKET_DIRECTORY: sockets,
         # The engine's processes import the worker from here.
         "PYTHONPATH": os.pathsep.join([root, *(path for path in paths if path not in ("", root))]),
     }

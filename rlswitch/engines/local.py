@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from rlswitch.config import Run
 from rlswitch.device import Device
 from rlswitch.engines.backend import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
-from rlswitch.engines.launch import engine_dtype, environment, llm_arguments, starts_warm
+from rlswitch.engines.launch import RPC_PATH, engine_dtype, environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail
 from rlswitch.engines.processes import Family
 from rlswitch.engines.watch import at_start, at_work, guard, has_ended
@@ -41,14 +43,23 @@ class LocalBackend(VLLMBackend):
         self.log_path = log_path
         self.patience = at_start(run.engine)
         self.family = Family()
-        os.environ.update(environment(run, device, publish_root))
+        self.sockets = tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True)
+        os.environ.update(environment(run, device, publish_root, self.sockets.name))
+        before = multiprocessing.active_children()
         try:
             with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
                 from vllm import LLM
 
-                self.llm = LLM(**llm_arguments(run, model_path, device))
+                with guard([], self.patience):  # vLLM waits for its engine core without a limit
+                    self.llm = LLM(**llm_arguments(run, model_path, device))
         except Exception as error:
+            for process in set(multiprocessing.active_children()) - set(before):
+                process.kill()
+            self.sockets.cleanup()
             raise EngineLost(self._report("vLLM did not start", error)) from error
+        finally:
+            if os.environ.get(RPC_PATH) == self.sockets.name:
+                del os.environ[RPC_PATH]  # the next engine has a directory of its own
         log_to_file(log_path)
         try:
             workers = self.collective_rpc("memory")
@@ -113,6 +124,7 @@ class LocalBackend(VLLMBackend):
     def close(self) -> None:
         # Asked to end, vLLM's processes take seconds to say good-bye to nobody.
         self.family.end(ask=lambda: self.llm.llm_engine.engine_core.shutdown(timeout=0))
+        self.sockets.cleanup()
 
     def _sleep(self, level: int) -> None:
         with self._call("sleep"):

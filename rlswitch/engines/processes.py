@@ -17,6 +17,7 @@ import psutil
 from rlswitch.forkserver import socket_directory
 
 OWNER_PID = "RLSWITCH_OWNER_PID"
+SERVER_PID = "RLSWITCH_SERVER_PID"
 PUBLISH_ROOT = "RLSWITCH_PUBLISH_ROOT"
 SOCKET_DIRECTORY = "RLSWITCH_SOCKET_DIRECTORY"
 
@@ -82,31 +83,42 @@ class Family:
 
 
 def watch_owner() -> None:
-    """Ends this process, and the engine core above it, as soon as the process that owns us is gone.
+    """Ends this process, and the engine core above it, as soon as one is gone that they work for: the run
+    that owns them, the server between, or the core.
 
     vLLM's engine core does not notice the death of its parent (vllm#55510): after a kill -9 of the
     run it would keep the device for ever. A pidfd cannot be fooled by a reused pid.
     """
     owner = int(os.environ.get(OWNER_PID, "0"))
     if owner:
-        directories = [os.environ.get(PUBLISH_ROOT), os.environ.get(SOCKET_DIRECTORY)]
+        directories = [os.environ.get(name) for name in (PUBLISH_ROOT, SOCKET_DIRECTORY)]
         parent = psutil.Process().parent()
         if parent is not None and parent.ppid() == owner:  # a job's fork server is the sweep's: it lives on
             directories.append(socket_directory())
-        args = (owner, [directory for directory in directories if directory])
+        masters = {owner, int(os.environ.get(SERVER_PID, "0")), *own_family()} - {0, os.getpid()}
+        args = (owner, masters, [directory for directory in directories if directory])
         threading.Thread(target=_end_with, args=args, daemon=True).start()
 
 
-def _end_with(owner: int, directories: Sequence[str]) -> None:
-    with suppress(ProcessLookupError):  # already gone
+def _end_with(owner: int, masters: Iterable[int], directories: Sequence[str]) -> None:
+    with suppress(ProcessLookupError):  # one is gone already
         poller = select.poll()
-        poller.register(os.pidfd_open(owner), select.POLLIN)
+        for master in masters:
+            poller.register(os.pidfd_open(master), select.POLLIN)
         poller.poll()
     doomed = own_family()[::-1]
     for file in shared_memory_of(doomed):
         file.unlink(missing_ok=True)
-    for directory in directories:
-        shutil.rmtree(directory, ignore_errors=True)
+    if _is_gone(owner):
+        for directory in directories:
+            shutil.rmtree(directory, ignore_errors=True)
     for pid in doomed:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True

@@ -6,15 +6,17 @@ looks for the metadata of a package called vllm.
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from collections.abc import Sequence
 
-from rlswitch.engines.processes import watch_owner
+from rlswitch.engines.processes import SERVER_PID, watch_owner
 
 
 def serve(flags: Sequence[str]) -> None:
     sys.argv[1:] = flags
+    os.environ[SERVER_PID] = str(os.getpid())  # its engine core ends with it
     watch_owner()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 

@@ -83,6 +83,9 @@ class ServerBackend(VLLMBackend):
             )
 
         self._complete(bodies, take)
+        if not self.family.vital and self.collective_rpc("memory")[0]["token"] != self.workers[0]["token"]:
+            into.clear()
+            raise EngineLost(f"{self.client.address} answers, and is not the server that was pushed to")
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
         replies = self._complete(

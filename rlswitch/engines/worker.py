@@ -6,6 +6,7 @@ vLLM calls these methods through `collective_rpc`, by name.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ class ProvenWorker(Worker):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         watch_owner()
+        self.token = secrets.token_hex(8)
         self.received: dict[str, int] = {}
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +42,7 @@ class ProvenWorker(Worker):
     def fingerprint(self) -> dict[str, Any]:
         sharded = self.parallel_config.tensor_parallel_size > 1
         requantised = self.model_config.quantization is not None  # other bytes than were published
-        live = None if sharded or requantised else live_fingerprint(self.get_model())
+        live = None if sharded or requantised else live_fingerprint(self.get_model(), self.model_config.dtype)
         return {"received": self.received, "live": live}
 
     def facts(self) -> dict[str, Any]:
@@ -50,6 +52,7 @@ class ProvenWorker(Worker):
         storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
         return {
             "pid": os.getpid(),
+            "token": self.token,
             "family": own_family(),
             "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
@@ -86,6 +89,6 @@ def recording(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[
         del model.load_weights  # uncovers the class's own method
 
 
-def live_fingerprint(model: nn.Module) -> int:
-    """Hash of the parameters that the kernels read; shared storage counts once."""
-    return total_fingerprint(named_fingerprints(model.named_parameters()).values())
+def live_fingerprint(model: nn.Module, dtype: torch.dtype) -> int:
+    """Hash of the parameters that the kernels read, in the engine's dtype; shared storage counts once."""
+    return total_fingerprint(named_fingerprints(model.named_parameters(), dtype).values())

@@ -87,9 +87,11 @@ def directory() -> Iterator[Path]:
 
 
 def sockets(directory: Path) -> list[str]:
-    """Directories of a launched server's socket, and of a fork server's."""
+    """Sockets, and directories of an engine's and of a fork server's."""
     return sorted(
-        path.name.split("-")[0] for path in directory.iterdir() if path.is_dir() and "-" in path.name
+        path.name.split("-")[0]
+        for path in directory.iterdir()
+        if path.is_socket() or (path.is_dir() and "-" in path.name)
     )
 
 
@@ -97,7 +99,7 @@ def sockets(directory: Path) -> list[str]:
 def test_a_killed_owner_takes_its_engine_along(directory: Path, engine: str, warm: bool) -> None:
     with started_owner(directory, engine, 600, warm=warm) as (owner, processes, files, end):
         assert len(processes) >= 2 and not gone(processes) and len(left(files)) == len(files)
-        assert sockets(directory) == (["rlswitch"] if engine == "server" else ["pymp"])
+        assert sockets(directory) == (["rlswitch"] if engine == "server" else ["pymp", "rlswitch"])
         owner.send_signal(signal.SIGKILL)
         end(30)
         assert wait_until(lambda: gone(processes)), processes

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import psutil
 import pytest
 from bench import Bench, open_bench
+from worker import HUNG
 
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival, State
@@ -117,6 +120,37 @@ def test_a_silent_engine_counts_as_lost(mortal: Mortal) -> None:
     assert turn(engine, weights) == expected
     assert not victim.is_running()
     assert "silent for engine.request_timeout_s = 5" in mortal.said[0]
+
+
+def test_a_step_may_have_more_tokens_than_vllm_takes_at_once(mortal: Mortal) -> None:
+    """On a CPU a prompt that is done in two parts kills vLLM (0.32) when it has a seed."""
+    engine, weights = mortal.engine, mortal.bench.publish()
+    engine.acquire(weights)
+    restarts = engine.restarts
+    long = [
+        Prompt(index=i, messages="", token_ids=[13, *(1 + (i * j) % 9 for j in range(60 + i % 8))])
+        for i in range(100)
+    ]
+    groups = engine.generate(long, replace(SAMPLING, num_samples=1, max_new_tokens=4))
+    assert sum(len(it.token_ids) for it in long) > 4096 and len(groups) == 100
+    assert engine.restarts == restarts
+    engine.release()
+
+
+@pytest.mark.parametrize("engine", ["local", "server"])
+def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch, engine: str) -> None:
+    monkeypatch.setenv(HUNG, str(tmp_path / "pids"))
+    with (
+        pytest.raises(EngineError, match=r"did not start: .*engine.start_timeout_s = 12"),
+        open_bench(tmp_path, engine, start_timeout_s=12.0),
+    ):
+        pytest.fail("it has started")
+    processes = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert len(processes) == 2
+    deadline = time.monotonic() + 30
+    while (left := [pid for pid in processes if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left
 
 
 def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Mortal) -> None:

@@ -9,9 +9,10 @@ import pytest
 from bench import Bench, open_bench
 
 from rlswitch.config import Run
+from rlswitch.engines.base import Revival
 from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.server import ServerBackend
-from rlswitch.types import ConfigError, EngineError, Prompt, Sampling
+from rlswitch.types import ConfigError, EngineError, EngineLost, Prompt, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("bench", ["server"], indirect=True)]
 
@@ -53,6 +54,30 @@ def test_an_attached_server_serves_one_run_after_the_other_and_lives_on(bench: B
         engine.close()
         bench.versions = attached.versions
     assert all(process.is_running() for process in bench.backend.family.processes)
+
+
+def test_what_a_server_says_that_was_started_again_meanwhile_is_not_taken(bench: Bench, tmp_path) -> None:
+    attached = attach(bench, tmp_path)
+    attached.backend.sleep("2")
+    engine = attached.engine()
+    engine.acquire(attached.publish())
+    expected = [it.token_ids for group in engine.generate(PROMPTS, SAMPLING) for it in group.rollouts]
+    attached.rpc("restart")
+    with pytest.raises(EngineLost, match="is not the server that was pushed to"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.close()
+    said: list[str] = []
+    engine = attach(bench, tmp_path).engine()
+    engine.backend.sleep("2")
+    engine.revival = Revival(start=lambda: attach(bench, tmp_path).backend, limit=1, say=said.append)
+    engine.acquire(attached.publish(noise=0.0))
+    engine.backend.collective_rpc("restart")
+    groups = engine.generate(PROMPTS, SAMPLING)
+    assert [it.token_ids for group in groups for it in group.rollouts] == expected
+    assert (engine.restarts, len(said)) == (1, 1)
+    engine.release()
+    engine.close()
+    bench.versions = attached.versions
 
 
 def test_a_server_is_asked_for_all_that_a_run_needs(bench: Bench) -> None:

@@ -2,10 +2,16 @@
 
 import os
 import signal
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rlswitch.engines.cpu_worker import SleepingCPUWorker
+from rlswitch.engines.processes import own_family
+
+HUNG = "RLSWITCH_TEST_HUNG"
+"""In the environment: a worker writes its engine's pids there and never gets further."""
 
 
 class SaboteurWorker(SleepingCPUWorker):
@@ -13,8 +19,18 @@ class SaboteurWorker(SleepingCPUWorker):
 
     keep_stale_head = False
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if hung := os.environ.get(HUNG):
+            Path(hung).write_text(" ".join(map(str, own_family())))
+            time.sleep(1000)
+        super().load_model(*args, **kwargs)
+
     def sabotage(self, keep_stale_head: bool) -> None:
         self.keep_stale_head = keep_stale_head
+
+    def restart(self) -> None:
+        """As if another server had taken its place."""
+        self.token += ", and another"
 
     def doom(self, call: str, calls: int, number: int) -> None:
         """After `calls` more of `call` the process gets the signal `number` at the end of the next one."""
