@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,10 +67,16 @@ def run_hydra(task: Callable[[Any], Any], words: list[str], arguments: Arguments
 
 
 def refuse_broken_environment() -> None:
-    """Raises ConfigError where importing torch, transformers or vLLM is known to fail."""
+    """Raises ConfigError where importing torch or vLLM is known to fail, or where we are one of many."""
     from rlswitch.environment import check_environment
 
-    if wrong := check_environment():
+    wrong = check_environment()
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # accelerate launch, torchrun
+        wrong.append(
+            f"WORLD_SIZE = {processes}: a run trains in one process, {processes} of them would write the same"
+            " files; start it with `python train.py`"
+        )
+    if wrong:
         raise ConfigError(*wrong)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 
@@ -41,11 +40,6 @@ NEEDED_BY_PROOF = (
 
 def problems(run: Run) -> Iterator[str]:
     """All of them: single settings first, then what does not go together."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # accelerate launch, torchrun
-        yield (
-            f"WORLD_SIZE = {processes}: a run trains in one process, {processes} of them would write the same"
-            " files; start it with `python train.py`"
-        )
     yield from field_problems(run)
     yield from run.algorithm.shared_problems(run)
     yield from run.algorithm.problems(run)

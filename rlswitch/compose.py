@@ -32,6 +32,7 @@ from rlswitch.checks import problems
 from rlswitch.config import MANDATORY, OPTIONS, Run, register, settings_of
 from rlswitch.options import TYPES, Leaf, did_you_mean, field_problems, leaves_of, nearest_key
 from rlswitch.types import ConfigError
+from rlswitch.wording import first_line
 
 GROUPS = ("recipe", *OPTIONS)
 SHORT_FORMS = {"model": "model.path", "data": "data.path"}
@@ -384,7 +385,7 @@ def _why_unresolved(error: OmegaConfBaseException, leaf: Leaf) -> str:
         return f"environment variable {name} is not set; set it, or use ${{oc.env:{name},DEFAULT}}"
     if isinstance(error, InterpolationValidationError):
         return f"must be {TYPES[leaf.annotation]}"
-    return f"cannot be resolved: {str(error).splitlines()[0]}"
+    return f"cannot be resolved: {first_line(error)}"
 
 
 def _one_line(error: Exception) -> str:

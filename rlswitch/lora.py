@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from rlswitch.config import ModelConfig
 from rlswitch.types import ConfigError
+from rlswitch.wording import first_line
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -48,7 +49,7 @@ def add_adapters(model: Any, config: ModelConfig, path: str, *, causal: bool) ->
             adapted = get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(
-            f"model.lora_targets = {config.lora_targets}: {str(error).splitlines()[0]};"
+            f"model.lora_targets = {config.lora_targets}: {first_line(error)};"
             " name linear layers of the model, as q_proj, or [] for all of them"
         ) from error
     _refuse_what_cannot_be_merged(adapted, config)
@@ -115,7 +116,7 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
             result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
             wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if LORA in key)]
     except (OSError, RuntimeError) as error:
-        wrong = [str(error).splitlines()[0]]
+        wrong = [first_line(error)]
     if wrong:
         raise ConfigError(
             f"resume = {directory.parent}: its adapter does not fit model.lora_rank, model.lora_alpha and"

@@ -12,8 +12,9 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 from rlswitch import lora
 from rlswitch.batching import completion_tokens, lay_out
 from rlswitch.config import ModelConfig, Run
-from rlswitch.pretrained import first_line, read_config, refuse_longer_than_context, unreadable
+from rlswitch.pretrained import read_config, refuse_longer_than_context, unreadable
 from rlswitch.types import Batch, ConfigError
+from rlswitch.wording import first_line
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
 
@@ -185,9 +186,9 @@ def _load(auto_class: Any, config: ModelConfig, path: str, dtype: torch.dtype) -
             use_safetensors=True,  # a pickle could run code while it loads
         )
     except ImportError as error:  # flash_attention_2 without its package
-        raise _unfit_attention(config, str(error).strip().splitlines()[0]) from error
+        raise _unfit_attention(config, first_line(error)) from error
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"model.path = {path}: cannot be loaded: {reason}; set a directory or hub id with"
             " config.json and *.safetensors"

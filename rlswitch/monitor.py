@@ -66,6 +66,7 @@ class Monitor:
             raise ConfigError(*problems)
         self.output_dir = output_dir
         self._began = time.monotonic()
+        self._given_wandb_id = wandb_id
         self._wandb_id = wandb_id or f"{secrets.randbits(40):08x}"
         self._uses_wandb = "wandb" in run.logger
         self._non_finite: set[str] = set()
@@ -88,7 +89,7 @@ class Monitor:
     @property
     def wandb_id(self) -> str | None:
         """What a checkpoint keeps so that a resumed run goes on in the same W&B run."""
-        return self._wandb_id if self._uses_wandb else None
+        return self._wandb_id if self._uses_wandb else self._given_wandb_id
 
     def __enter__(self) -> Monitor:
         return self

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlswitch.sources import HUB_ID, reason
 from rlswitch.tasks import MODELS, refuse_unknown_task
 from rlswitch.types import ConfigError
+from rlswitch.wording import first_line
 
 if TYPE_CHECKING:  # it takes seconds to import
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -153,7 +154,3 @@ def unreadable(model: ModelConfig, key: str, error: Exception) -> ConfigError:
             else "it would not be run, model.trust_remote_code is for model.path alone; set another model"
         )
     return ConfigError(f"{key} = {model.path}: {what}")
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -26,6 +26,7 @@ from rlswitch.rewards.tenants import Candidate, ask_in_turn
 from rlswitch.session import Models, look_at_models, start_tenant
 from rlswitch.switch import Switch
 from rlswitch.types import EngineError, Group, Prompt, Rollout
+from rlswitch.wording import first_line
 
 ANSWER_COLUMNS = ("answer", "solution", "completion")
 GOLD, SAMPLED, SAMPLES = 64, 4, 2
@@ -43,7 +44,7 @@ def show(run: Run, inputs: Inputs) -> None:
     try:
         scored["the model's"] = sample(run, models, prompts[:SAMPLED])
     except EngineError as error:
-        console.print(f"no samples of the model: {str(error).splitlines()[0]}")
+        console.print(f"no samples of the model: {first_line(error)}")
     score(inputs.scorer, models.candidates, scored.values())
     for part in render(scored, inputs.scorer):
         console.print(part)

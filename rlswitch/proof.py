@@ -14,6 +14,7 @@ from typing import Any
 
 from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.types import PolicyWeights, ProofError
+from rlswitch.wording import first_line
 
 LEARNED_FLOOR = 0.02
 LEARNED_CEILING = 0.5
@@ -85,7 +86,7 @@ def check_canary(weights: PolicyWeights, logprobs: Sequence[Sequence[float]], to
 
 def reload_failed(weights: PolicyWeights, error: Exception) -> ProofError:
     """The engine could not load what was published: half of it may be in place."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = first_line(error)
     return ProofError(f"{_push(weights)}: reload: the engine refused it ({reason}); {_files(weights)}")
 
 

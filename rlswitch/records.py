@@ -47,6 +47,10 @@ class LineFile:
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a file in order; a torn or foreign line, or a missing file, gives none."""
+    return (record for _, record in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     if not path.is_file():
         return
     with path.open("rb") as lines:
@@ -56,21 +60,18 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
             except ValueError:
                 continue
             if isinstance(record, dict) and isinstance(record.get("step"), int):
-                yield record
+                yield line, record
 
 
 def trim(path: Path, last_step: int) -> None:
     """Drops records after `last_step` and torn lines; the file is replaced in one stroke."""
     draft = path.with_name(path.name + ".tmp")
-    draft.unlink(missing_ok=True)
-    kept = LineFile(draft)
-    try:
-        for record in read(path):
+    with draft.open("wb") as kept:
+        for line, record in _lines(path):
             if record["step"] <= last_step:
-                kept.append([record])
-        kept.sync()
-    finally:
-        kept.close()
+                kept.write(line.rstrip(b"\n") + b"\n")
+        kept.flush()
+        os.fsync(kept.fileno())
     os.replace(draft, path)
 
 

@@ -29,8 +29,7 @@ from rlswitch.device import Device
 from rlswitch.engines.address import parse_url
 from rlswitch.engines.base import Engine
 from rlswitch.engines.client import Client
-from rlswitch.engines.hosting import refuse_unfit_server
-from rlswitch.engines.local import refuse_missing_features
+from rlswitch.engines.start import refuse_unfit_engine
 from rlswitch.engines.watch import at_work
 from rlswitch.frozen import start_frozen
 from rlswitch.ledger import Ledger
@@ -125,10 +124,7 @@ def frozen_run(
     run.data.max_prompt_tokens = run.rollout.max_new_tokens = 1  # of a training run: not asked here
     if found := list(problems(run)):
         raise ConfigError(*found)
-    if isinstance(engine, ServerEngineConfig) and engine.url:
-        refuse_unfit_server(run, resolve_model(run.model, print))
-    else:
-        refuse_missing_features(run)
+    refuse_unfit_engine(run, resolve_model(run.model, print))
     return run
 
 

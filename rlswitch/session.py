@@ -15,14 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rlswitch import checkpoint, proof, resume
-from rlswitch.config import Run, ServerEngineConfig
+from rlswitch.config import Run
 from rlswitch.data import Prompts
 from rlswitch.device import Device, resident_bytes
 from rlswitch.engines.base import Engine, Revival
-from rlswitch.engines.hosting import refuse_unfit_server
 from rlswitch.engines.launch import engine_dtype
-from rlswitch.engines.local import refuse_missing_features
-from rlswitch.engines.start import start_backend
+from rlswitch.engines.start import refuse_unfit_engine, start_backend
 from rlswitch.fingerprint import checkpoint_elements
 from rlswitch.health import Health
 from rlswitch.inputs import Inputs
@@ -278,10 +276,7 @@ def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Mode
             candidates.append(find_judge(run, [*inputs.first, *inputs.held_out], say))
         else:
             candidates.append(find_reward_model(run, tokenizer, say))
-    if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
-        refuse_unfit_server(run, path)
-    else:
-        refuse_missing_features(run)
+    refuse_unfit_engine(run, path)
     return Models(path=path, tokenizer=tokenizer, candidates=candidates)
 
 

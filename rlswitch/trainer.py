@@ -39,6 +39,7 @@ from rlswitch.schedule import build_schedule
 from rlswitch.totals import Sums, Totals
 from rlswitch.types import Batch, Canary, Group, PolicyWeights, RLSwitchError, SwitchError
 from rlswitch.weights import Publisher
+from rlswitch.wording import first_line
 
 T = TypeVar("T")
 
@@ -246,7 +247,7 @@ class Trainer:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             states = self.optimizer.state.values()
             if not tries_left or any(state and float(state["step"]) > 0 for state in states):
                 raise RLSwitchError(
@@ -321,7 +322,7 @@ class Trainer:
             except RuntimeError as error:
                 if not should_reduce_batch_size(error):
                     raise
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             # Out of the handler: the exception's frames held the tensors of what did not fit.
             self.optimizer.zero_grad(set_to_none=True)
             self.device.reclaim()

@@ -378,6 +378,13 @@ def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypa
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_session_without_wandb_keeps_the_run_for_the_next_one_with_it(tmp_path):
+    with Monitor(make_run(logger=[]), tmp_path, wandb_id="abc", console=plain()) as monitor:
+        assert monitor.wandb_id == "abc"
+    with Monitor(make_run(logger=[]), tmp_path, console=plain()) as monitor:
+        assert monitor.wandb_id is None
+
+
 def wandb_steps(path: Path) -> set[int]:
     """The steps in a file of W&B's, which has no public reader: `_step` and its value as JSON."""
     found = re.findall(rb"\x12\x05_step\x82\x01(.)(\d+)", path.read_bytes())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -57,7 +57,8 @@ def fake() -> Iterator[Callable]:
                 self.send_header("Content-Length", str(len(text)))
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
-                self.wfile.write(text.encode())
+                with suppress(BrokenPipeError):  # a client may have given up
+                    self.wfile.write(text.encode())
 
             do_GET = do_POST
 

@@ -25,6 +25,7 @@ from rlswitch.pretrained import load_tokenizer, resolve_model
 from rlswitch.serving import frozen_run
 from rlswitch.switch import Switch
 from rlswitch.types import RLSwitchError
+from rlswitch.wording import first_line
 
 BASE = "base"
 WAKE = ("wake_weights", "reload", "wake_kv_cache", "reset_prefix_cache")
@@ -242,5 +243,5 @@ class Experiment:
         try:
             yield
         except RLSwitchError as error:
-            self.result.missing[what] = str(error).splitlines()[0]
+            self.result.missing[what] = first_line(error)
             self.say(f"{what}: {self.result.missing[what]}")

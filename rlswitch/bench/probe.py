@@ -26,6 +26,7 @@ from rlswitch.provenance import versions
 from rlswitch.switch import Switch
 from rlswitch.types import RLSwitchError
 from rlswitch.weights import choose_directory
+from rlswitch.wording import first_line
 
 SLACK = 16 * 2**20
 """Bytes by which an engine may be larger asleep in the last cycle than in the first."""
@@ -105,7 +106,7 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
             if answer(engine, settings) != before:
                 return Verdict(level=level, transport=transport, works=False, why="the answer changed")
     except RLSwitchError as error:
-        return Verdict(level=level, transport=transport, works=False, why=str(error).splitlines()[0])
+        return Verdict(level=level, transport=transport, works=False, why=first_line(error))
     finally:
         engine.own, engine.level = own, "2"
     growth = asleep[-1] - asleep[0]

@@ -31,6 +31,7 @@ from rlswitch.types import (
     Sampling,
     SwitchError,
 )
+from rlswitch.wording import first_line
 
 NEWEST = 16
 
@@ -301,8 +302,7 @@ class Engine:
                 f"{self.name} was lost {self._lost_in_a_row} times in a row, engine.max_restarts ="
                 f" {self.revival.limit}; the last time: {error}"
             ) from error
-        first_line = str(error).splitlines()[0]
-        self.revival.say(f"{self.name} is lost and will be started again: {first_line}")
+        self.revival.say(f"{self.name} is lost and will be started again: {first_line(error)}")
 
     def _start_again(self) -> None:
         assert self.revival is not None

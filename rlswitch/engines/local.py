@@ -23,6 +23,7 @@ from rlswitch.engines.processes import Family
 from rlswitch.engines.watch import at_start, at_work, guard, has_ended
 from rlswitch.forkserver import serving_vllm
 from rlswitch.types import ConfigError, EngineError, EngineLost
+from rlswitch.wording import first_line
 
 NO_KV_LEVEL = "this vLLM cannot release the KV cache alone (0.31 and later can)"
 
@@ -180,7 +181,7 @@ class LocalBackend(VLLMBackend):
             raise kind(self._report(f"vLLM failed ({what})", error)) from error
 
     def _report(self, what: str, error: Exception | None = None) -> str:
-        cause = f": {_first_line(error)}" if error else ""
+        cause = f": {first_line(error)}" if error else ""
         return f"{what}{cause}; its log: {self.log_path}\n{tail(self.log_path)}"
 
 
@@ -223,7 +224,3 @@ def _sampled_logprobs(output: Any) -> list[float]:
 def _number(request_id: str) -> int:
     """vLLM numbers its requests, and may add a dash and letters to make a name of its own of it."""
     return int(request_id.split("-")[0])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

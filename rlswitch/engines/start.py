@@ -6,11 +6,26 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.config import Run, ServerEngineConfig
+from rlswitch.config import EngineConfig, Run, ServerEngineConfig
 from rlswitch.device import Device
 from rlswitch.engines.backend import Backend
-from rlswitch.engines.local import LocalBackend
+from rlswitch.engines.hosting import refuse_unfit_server
+from rlswitch.engines.local import LocalBackend, refuse_missing_features
 from rlswitch.engines.server import ServerBackend
+
+BACKENDS: dict[type[EngineConfig], type[LocalBackend] | type[ServerBackend]] = {
+    EngineConfig: LocalBackend,
+    ServerEngineConfig: ServerBackend,
+}
+"""By the settings that ask for it: OPTIONS of config.py has their names."""
+
+
+def refuse_unfit_engine(run: Run, model_path: str) -> None:
+    """Raises ConfigError for what the server at engine.url, or this vLLM and this GPU, cannot do."""
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.url:
+        refuse_unfit_server(run, model_path)
+    else:
+        refuse_missing_features(run)
 
 
 def start_backend(
@@ -23,5 +38,4 @@ def start_backend(
     warm: bool = True,
 ) -> Backend:
     """vLLM on `model_path`, awake. `scratch` is removed should this process be killed."""
-    kind = ServerBackend if isinstance(run.engine, ServerEngineConfig) else LocalBackend
-    return kind(run, model_path, tokenizer, device, log_path, scratch, warm)
+    return BACKENDS[type(run.engine)](run, model_path, tokenizer, device, log_path, scratch, warm)

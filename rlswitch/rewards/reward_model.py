@@ -34,7 +34,7 @@ from rlswitch.rewards.fit import fit_reward_model, unusable
 from rlswitch.rewards.scorer import Mark
 from rlswitch.rewards.tenants import Candidate, RewardTenant
 from rlswitch.types import PolicyWeights, Prompt, ProofError, Rollout
-from rlswitch.wording import prompt_text
+from rlswitch.wording import first_line, prompt_text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +73,7 @@ class Classifier:
                 self.path, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
-            raise unusable(self.path, f"cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+            raise unusable(self.path, f"cannot be loaded: {first_line(error)}") from error
         if missing := sorted(found["missing_keys"]):
             raise unusable(self.path, f"has no {', '.join(missing[:3])}: its scores would be made up")
         model.config.get_text_config().use_cache = False

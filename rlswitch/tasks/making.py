@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LR, WARMUP = 2e-3, 20
+STALE_SECONDS = 24 * 3600.0
+"""A draft that old is of somebody who was killed."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch")
@@ -63,6 +66,9 @@ def cached(
         return path
     say(f"making builtin:{name} (about a minute, then cached in {path.parent})")
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{name}-*"):
+        if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(stale, ignore_errors=True)
     draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
     try:
         for part in make():
