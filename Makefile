@@ -23,7 +23,7 @@ test: setup-test
 
 # What must be green before a commit: what is quick.
 check: lint
-	@$(PYTEST) -q -m "not engine and not processes and not slow"
+	@$(PYTEST) -n $$(nproc) -q -m "not engine and not processes and not slow"
 
 lint: setup-test
 	@$(PY) -m ruff format --check .

@@ -178,6 +178,7 @@ def test_settings_and_files_are_checked_without_torch(words, loaded):
     assert done.stdout == f"2 {loaded}\n" and "Traceback" not in done.stderr
 
 
+@pytest.mark.processes
 def test_hydra_answers_its_questions(empty_directory):
     help_text = in_process_of_its_own("--help")
     assert help_text.returncode == 0, help_text.stderr
@@ -221,6 +222,7 @@ def swept(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.processes
 def test_a_sweep_runs_each_job_in_a_process_and_outlives_a_failure(swept, tmp_path, capfd):
     root = tmp_path / "sweep root"
     assert swept(JOB, "recipe=ppo,grpo", "seed=1,2", "num_steps=2", f"output_dir={root}") == 1
@@ -236,6 +238,7 @@ def test_a_sweep_runs_each_job_in_a_process_and_outlives_a_failure(swept, tmp_pa
     assert "recipe=grpo seed=2" in table and "not proven" in table and "0.750" in table
 
 
+@pytest.mark.processes
 def test_a_sweep_that_succeeds_leaves_one_directory(swept, empty_directory, capfd):
     assert swept(JOB, "recipe=ppo", "seed=1,3", "logger=wandb,tensorboard") == 0
     assert "seed=3 logger=[tensorboard]" in capfd.readouterr().out
@@ -247,6 +250,7 @@ def test_a_sweep_that_succeeds_leaves_one_directory(swept, empty_directory, capf
     assert sorted(path.name for path in (root / "0").iterdir()) == ["metrics.jsonl", "pid"]
 
 
+@pytest.mark.processes
 def test_a_job_that_was_refused_shows_nothing_of_the_run_whose_directory_it_was_given(swept, tmp_path, capfd):
     root = tmp_path / "sweep"
     assert swept(JOB, "recipe=ppo", "seed=1,3", f"output_dir={root}") == 0
@@ -270,6 +274,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_reaches_the_job_and_ends_the_sweep(swept, tmp_path, capfd, number: int):
     root = tmp_path / "sweep"
@@ -288,6 +293,7 @@ def test_a_signal_reaches_the_job_and_ends_the_sweep(swept, tmp_path, capfd, num
     assert f"output_dir={root}" in capfd.readouterr().err
 
 
+@pytest.mark.processes
 def test_a_sweep_under_nohup_outlives_its_terminal(swept, tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -65,7 +65,14 @@ def listing(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}  # Python's own
 
 
-@pytest.mark.parametrize("given", BAD_INPUTS, ids=lambda given: given.about)
+@pytest.mark.parametrize(
+    "given",
+    [
+        # The others start reward workers, lay models out, read them.
+        pytest.param(given, id=given.about, marks=[] if given in LIGHT else pytest.mark.processes)
+        for given in BAD_INPUTS
+    ],
+)
 def test_a_bad_input_is_answered_in_its_line(
     given: BadInput, here, tmp_path, tiny_model, monkeypatch, capsys
 ) -> None:

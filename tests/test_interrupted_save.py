@@ -20,7 +20,10 @@ from rlswitch.durable import MANIFEST, find_fault
 from rlswitch.resume import LoopState
 from rlswitch.types import SaveError
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 
 OLD, NEW = {"step": 1, "cursor": 1}, {"step": 2, "cursor": 2}
 AGAIN = {"step": 1, "cursor": 2}

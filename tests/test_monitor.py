@@ -359,6 +359,7 @@ def test_the_trackers_are_those_of_accelerate():
     assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
 
 
+@pytest.mark.processes
 def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypatch, capfd):
     pytest.importorskip("wandb")
     for name in ("WANDB_API_KEY", "WANDB_MODE"):

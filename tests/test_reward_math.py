@@ -12,6 +12,8 @@ from rlswitch.rewards import functions
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group
 
+pytestmark = pytest.mark.slow
+
 needs_trl = pytest.mark.skipif(
     importlib.util.find_spec("trl") is None, reason="trl is not installed: requirements/test.txt has it"
 )

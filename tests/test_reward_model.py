@@ -25,6 +25,8 @@ from rlswitch.rewards.reward_model import Classifier, RewardModel, find_classifi
 from rlswitch.tasks.addition import build_tokenizer
 from rlswitch.types import ConfigError, Prompt, ProofError, Rollout
 
+pytestmark = pytest.mark.slow
+
 PAD, EOS = 12, 14
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}+{% endfor %}"
 COMPLETIONS = ["046", "1", "12345678", "046", "999"]

@@ -12,6 +12,8 @@ import pytest
 from bad_inputs import BAD_INPUTS, BASE, ROWS
 from test_faults import lay, lay_model
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).resolve().parents[1]
 APART = [
     "prompts that are too long",
