@@ -23,6 +23,7 @@ from rlswitch.config import Run, register
 from rlswitch.forkserver import prepare
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.resume import finished
+from rlswitch.signals import preemptible
 from rlswitch.sweep import sweep
 from rlswitch.torchless import Torchless
 from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
@@ -71,7 +72,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def train_once(arguments: Arguments) -> int:
-    with closing(Torchless()) as torchless:  # it imports while we look at the settings
+    with preemptible(), closing(Torchless()) as torchless:  # it imports while we look at the settings
         run = compose_run(arguments.overrides, arguments.source)
         run.output_dir = run.output_dir or default_output_dir(run, arguments)
         refuse_broken_environment()

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import multiprocessing.util
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,10 +31,14 @@ from typing import Any
 import psutil
 
 from rlswitch.engines.logs import redirected_output
+from rlswitch.leave import INTERRUPTED
 
 SUPPORTED = (3, 11, 1) <= sys.version_info < (3, 14)
 """Before, any user of the machine could have the server run things (CVE-2022-42919); later ones give it a key
 that its children do not inherit."""
+
+DIRECTORY = "RLSWITCH_FORK_SERVER_DIRECTORY"
+"""Where it listens: it removes that when it ends, for its owner may have been killed."""
 
 _get_context = multiprocessing.get_context
 
@@ -45,11 +51,13 @@ def prepare() -> None:
     forkserver.set_forkserver_preload([f"{__package__}.preload"])
     root, before = str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
+    os.environ[DIRECTORY] = multiprocessing.util.get_temp_dir()
     try:
         with redirected_output(Path(os.devnull)):  # what the imports have to say is said again here
             forkserver.ensure_running()
         atexit.register(_end_server, os.getpid())
     finally:
+        del os.environ[DIRECTORY]
         if before is None:
             del os.environ["PYTHONPATH"]
         else:
@@ -61,8 +69,14 @@ def _end_server(owner: int) -> None:
     server: Any = forkserver._forkserver
     pid, server._forkserver_pid = server._forkserver_pid, None
     if pid is not None and os.getpid() == owner:
+        signal.signal(signal.SIGINT, _leave_nothing)  # killed, it removes no directory
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
+
+
+def _leave_nothing(*_: object) -> None:
+    shutil.rmtree(multiprocessing.util.get_temp_dir(), ignore_errors=True)
+    os._exit(INTERRUPTED)
 
 
 def socket_directory() -> str | None:

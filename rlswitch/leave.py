@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
 from typing import NoReturn
 
+POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""A scheduler's, and the end of the terminal."""
 DONE, FAILED, WRONG_CONFIG, NOT_PROVEN, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
 
@@ -17,6 +20,9 @@ def leave(code: int) -> NoReturn:
     is unloaded, and the process ends with SIGABRT ("terminate called without an active exception")
     instead of `code`: seen once in about thirty runs, after a push that could not be proven.
     """
+    for number in POLITE:
+        signal.signal(number, signal.SIG_IGN)  # we are leaving
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # somebody cannot wait
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,10 +1,13 @@
 """Imported by the fork server, and by nothing else: importing it is what makes the server warm."""
 
+import atexit
 import gc
 import importlib
+import os
+import shutil
 from contextlib import suppress
 
-from rlswitch.forkserver import leave_group
+from rlswitch.forkserver import DIRECTORY, leave_group
 
 MODULES = (
     "vllm.entrypoints.llm",
@@ -19,7 +22,15 @@ MODULES = (
 )
 """Without one of them a child imports it itself."""
 
+
+def remove(directory: str, owner: int) -> None:
+    if os.getpid() == owner:  # and none of those that were forked from it
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 leave_group()
+if DIRECTORY in os.environ:
+    atexit.register(remove, os.environ[DIRECTORY], os.getpid())
 for name in MODULES:
     with suppress(Exception):  # a device that it is not for, a vLLM that has it elsewhere
         importlib.import_module(name)

@@ -10,12 +10,14 @@ from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from rlswitch.leave import INTERRUPTED
-
-POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""A scheduler's, and the end of the terminal."""
+from rlswitch.leave import INTERRUPTED, POLITE
+from rlswitch.types import Preempted
 
 Handler = Callable[[int, FrameType | None], object]
+
+
+_raised: list[BaseException] = []
+"""By handlers of ours."""
 
 
 class Abandoned(BaseException):
@@ -50,7 +52,33 @@ class StopSignals:
         self.names.append(signal.Signals(number).name)
         if self._may_abandon:
             self._may_abandon = False
-            raise Abandoned
+            _raised.append(Abandoned())
+            raise _raised[-1]
+
+
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Around a whole command: a stop signal that nobody inside listens for ends it. Raises Preempted."""
+    stop = StopSignals()
+    with handling(POLITE, stop.receive):
+        try:
+            with stop.abandoning():
+                yield
+        except Abandoned:
+            raise Preempted(f"stopped by {stop.names[0]}; run the same command again to go on") from None
+
+
+@contextmanager
+def let_through() -> Iterator[None]:
+    """Raises an interrupt that comes inside, also where a library has taken it for a failure of its own."""
+    count = len(_raised)
+    try:
+        yield
+    except Exception:
+        if len(_raised) == count:
+            raise
+    if len(_raised) > count:
+        raise _raised[-1]
 
 
 def listen_for_signals(stack: ExitStack) -> StopSignals:
@@ -71,7 +99,8 @@ def leave_at_second_interrupt(stack: ExitStack) -> None:
         if asked:
             os._exit(INTERRUPTED)
         asked.append(number)
-        raise KeyboardInterrupt
+        _raised.append(KeyboardInterrupt())
+        raise _raised[-1]
 
     stack.enter_context(handling([signal.SIGINT], interrupt))
 

@@ -26,8 +26,8 @@ from rlswitch.arguments import Arguments, refuse_broken_environment, run_hydra
 from rlswitch.comparison import write_comparison
 from rlswitch.compose import Setting, Source, compose_run, quoted, read, unique
 from rlswitch.forkserver import prepare, start_process
-from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
-from rlswitch.signals import POLITE, handling
+from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, POLITE, PREEMPTED, WRONG_CONFIG, leave
+from rlswitch.signals import handling
 from rlswitch.types import ConfigError
 
 STATUS = {

@@ -322,6 +322,18 @@ PROCESSES = [
         "test_signals.py::test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is",
     ),
     Fault(
+        "The scheduler takes the machine while settings are looked at",
+        "SIGUSR1 before anything listens",
+        "what there is is taken down, exit 75",
+        "test_signals.py::test_a_command_that_nobody_listens_in_is_stopped_in_order",
+    ),
+    Fault(
+        "vLLM takes an interrupt for a failure of its own",
+        "SIGINT and SIGTERM, turned into another error or into nothing",
+        "the run ends as it was asked to",
+        "test_signals.py::test_a_library_that_swallows_an_interrupt_does_not_keep_it",
+    ),
+    Fault(
         "The scheduler asks twice",
         "another SIGTERM while the run is taken down",
         "it is taken down in order, exit 75",

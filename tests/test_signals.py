@@ -15,7 +15,13 @@ import pytest
 
 from rlswitch import loop
 from rlswitch.session import open_session
-from rlswitch.signals import Abandoned, listen_for_signals
+from rlswitch.signals import (
+    Abandoned,
+    leave_at_second_interrupt,
+    let_through,
+    listen_for_signals,
+    preemptible,
+)
 from rlswitch.types import Preempted
 
 INTERRUPTED = """
@@ -133,6 +139,55 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
         loop.train(run, None)
     assert saved == ["begun", "done 2"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("then", [RuntimeError, None], ids=["an error of its own", "nothing"])
+def test_a_library_that_swallows_an_interrupt_does_not_keep_it(number: int, then: type[Exception] | None):
+    def library() -> None:
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+        except BaseException:
+            if then:
+                raise then("generator didn't yield") from None
+
+    with ExitStack() as stack:
+        leave_at_second_interrupt(stack)
+        received = listen_for_signals(stack)
+        with pytest.raises((KeyboardInterrupt, Abandoned)), received.abandoning(), let_through():
+            library()
+        with pytest.raises(RuntimeError, match="its own"), let_through():
+            raise RuntimeError("its own")
+
+
+def test_a_command_that_nobody_listens_in_is_stopped_in_order():
+    closed: list[str] = []
+    with pytest.raises(Preempted, match="stopped by SIGUSR1; run the same command again"), preemptible():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(60)
+        finally:
+            closed.append("all")
+    assert closed == ["all"]
+
+
+LEAVING = """
+import atexit, os, signal, sys, time
+from rlswitch.leave import leave
+def close():
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    time.sleep(0.5)
+    print("closed", flush=True)
+atexit.register(close)
+leave(75)
+"""
+
+
+@pytest.mark.parametrize(("name", "printed", "code"), [("SIGTERM", "closed\n", 75), ("SIGINT", "", 130)])
+def test_who_is_leaving_is_not_stopped_any_more_but_may_be_hurried(name: str, printed: str, code: int):
+    done = subprocess.run([sys.executable, "-c", LEAVING, name], capture_output=True, text=True, timeout=50)
+    assert (done.stdout, done.returncode, done.stderr) == (printed, code, "")
 
 
 # -- a whole run ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from rlswitch.device import trim_heap
 from rlswitch.engines.processes import own_family, watch_owner
-from rlswitch.engines.worker import engine_facts, live_fingerprint, recording
+from rlswitch.engines.worker import engine_facts, live_fingerprint, meeting_files, recording
 
 EMPTY = torch.empty(0)
 
@@ -29,7 +29,8 @@ class SleepingCPUWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        watch_owner()
+        self.files = meeting_files(self.distributed_init_method)
+        watch_owner(self.files)
         self.token = secrets.token_hex(8)
         self.received: dict[str, int] = {}
         self.kv_sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
@@ -71,6 +72,7 @@ class SleepingCPUWorker(CPUWorker):
             "pid": os.getpid(),
             "token": self.token,
             "family": own_family(),
+            "files": self.files,
             "kv_bytes": sum(sizes),
         }
 

@@ -20,7 +20,7 @@ from rlswitch.engines.address import MAX_SOCKET_PATH, Address, free_port, parse_
 from rlswitch.engines.client import Client
 from rlswitch.engines.launch import engine_dtype, environment, server_flags, starts_warm
 from rlswitch.engines.logs import last_error, tail
-from rlswitch.engines.processes import SHUTDOWN_SECONDS, Family
+from rlswitch.engines.processes import SHUTDOWN_SECONDS, Family, kin_of
 from rlswitch.engines.serve import serve
 from rlswitch.engines.watch import at_start, at_work
 from rlswitch.forkserver import start_process
@@ -57,7 +57,8 @@ def launched(
         try:
             wait_until_ready(process, client, config.start_timeout_s, log_path)
             workers = client.post("/collective_rpc", {"method": "memory"})["results"]
-            family = Family([process.pid, *(pid for worker in workers for pid in worker["family"])])
+            pids, files = kin_of(workers)
+            family = Family([process.pid, *pids], files)
             yield client, family
         finally:
             client.close()

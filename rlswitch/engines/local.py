@@ -19,9 +19,10 @@ from rlswitch.engines.backend import Completion, Request
 from rlswitch.engines.driver import VLLMBackend
 from rlswitch.engines.launch import RPC_PATH, engine_dtype, environment, llm_arguments, starts_warm
 from rlswitch.engines.logs import log_to_file, redirected_output, tail
-from rlswitch.engines.processes import Family
+from rlswitch.engines.processes import Family, kin_of
 from rlswitch.engines.watch import at_start, at_work, guard, has_ended
 from rlswitch.forkserver import serving_vllm
+from rlswitch.signals import let_through
 from rlswitch.types import ConfigError, EngineError, EngineLost
 from rlswitch.wording import first_line
 
@@ -51,12 +52,14 @@ class LocalBackend(VLLMBackend):
             with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
                 from vllm import LLM
 
-                with guard([], self.patience):  # vLLM waits for its engine core without a limit
+                with let_through(), guard([], self.patience):  # vLLM itself waits without a limit
                     self.llm = LLM(**llm_arguments(run, model_path, device))
-        except Exception as error:
+        except BaseException as error:
             for process in set(multiprocessing.active_children()) - set(before):
                 process.kill()
             self.sockets.cleanup()
+            if not isinstance(error, Exception):
+                raise
             raise EngineLost(self._report("vLLM did not start", error)) from error
         finally:
             if os.environ.get(RPC_PATH) == self.sockets.name:
@@ -64,7 +67,7 @@ class LocalBackend(VLLMBackend):
         log_to_file(log_path)
         try:
             workers = self.collective_rpc("memory")
-            self.family = Family([pid for worker in workers for pid in worker["family"]])
+            self.family = Family(*kin_of(workers))
             super().__init__(model_path, tokenizer, device, warm=warm)
             self.patience = at_work(run.engine)
         except BaseException:

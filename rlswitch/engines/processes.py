@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -60,14 +61,21 @@ def family_of(pid: int) -> list[psutil.Process]:
         return []
 
 
+def kin_of(workers: Iterable[dict[str, Any]]) -> tuple[list[int], list[str]]:
+    """Pids and files of an engine, as its workers tell them (`memory`)."""
+    pids = [pid for worker in workers for pid in worker["family"]]
+    return pids, [file for worker in workers for file in worker["files"]]
+
+
 class Family:
     """The processes of one engine, from the workers' and their cores' pids; they end together."""
 
-    def __init__(self, pids: Sequence[int] = ()):
+    def __init__(self, pids: Sequence[int] = (), files: Iterable[str] = ()):
+        """`files`: what else of theirs nobody would remove."""
         self.processes = families_of(pids)
         self.vital = [process for process in self.processes if process.pid in pids]
         """Those that nothing works without; one that was gone before we looked is not among them."""
-        self._files = shared_memory_of(process.pid for process in self.processes)
+        self._files = shared_memory_of(process.pid for process in self.processes) | set(map(Path, files))
 
     def end(self, ask: Callable[[], object]) -> None:
         """Asks them to end, ends them, and removes the shared memory that they leave behind."""
@@ -82,12 +90,12 @@ class Family:
             file.unlink(missing_ok=True)
 
 
-def watch_owner() -> None:
+def watch_owner(files: Sequence[str] = ()) -> None:
     """Ends this process, and the engine core above it, as soon as one is gone that they work for: the run
     that owns them, the server between, or the core.
 
     vLLM's engine core does not notice the death of its parent (vllm#55510): after a kill -9 of the
-    run it would keep the device for ever. A pidfd cannot be fooled by a reused pid.
+    run it would keep the device for ever. A pidfd cannot be fooled by a reused pid. `files` go too.
     """
     owner = int(os.environ.get(OWNER_PID, "0"))
     if owner:
@@ -96,18 +104,18 @@ def watch_owner() -> None:
         if parent is not None and parent.ppid() == owner:  # a job's fork server is the sweep's: it lives on
             directories.append(socket_directory())
         masters = {owner, int(os.environ.get(SERVER_PID, "0")), *own_family()} - {0, os.getpid()}
-        args = (owner, masters, [directory for directory in directories if directory])
+        args = (owner, masters, [directory for directory in directories if directory], files)
         threading.Thread(target=_end_with, args=args, daemon=True).start()
 
 
-def _end_with(owner: int, masters: Iterable[int], directories: Sequence[str]) -> None:
+def _end_with(owner: int, masters: Iterable[int], directories: Sequence[str], files: Sequence[str]) -> None:
     with suppress(ProcessLookupError):  # one is gone already
         poller = select.poll()
         for master in masters:
             poller.register(os.pidfd_open(master), select.POLLIN)
         poller.poll()
     doomed = own_family()[::-1]
-    for file in shared_memory_of(doomed):
+    for file in [*shared_memory_of(doomed), *map(Path, files)]:
         file.unlink(missing_ok=True)
     if _is_gone(owner):
         for directory in directories:

@@ -76,6 +76,10 @@ def guard(processes: Sequence[psutil.Process], patience: Patience) -> Iterator[C
             _guarded = None
     except _BrokenOff:
         raise EngineLost(call.reason) from None
+    except Exception as error:
+        if call.reason:  # a library has taken it for a failure of its own
+            raise EngineLost(call.reason) from error
+        raise
     finally:
         call.stop()
 

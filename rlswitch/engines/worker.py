@@ -26,7 +26,8 @@ class ProvenWorker(Worker):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        watch_owner()
+        self.files = meeting_files(self.distributed_init_method)
+        watch_owner(self.files)
         self.token = secrets.token_hex(8)
         self.received: dict[str, int] = {}
 
@@ -54,9 +55,16 @@ class ProvenWorker(Worker):
             "pid": os.getpid(),
             "token": self.token,
             "family": own_family(),
+            "files": self.files,
             "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
         }
+
+
+def meeting_files(distributed_init_method: str) -> list[str]:
+    """The file that torch's processes meet in, which vLLM leaves in /tmp."""
+    path = distributed_init_method.removeprefix("file://")
+    return [path] if os.path.basename(path).startswith("vllm_dist_") else []
 
 
 def engine_facts(config: VllmConfig) -> dict[str, Any]:
