@@ -15,7 +15,6 @@ from rlswitch.types import Preempted
 
 Handler = Callable[[int, FrameType | None], object]
 
-
 _raised: list[BaseException] = []
 """By handlers of ours."""
 

@@ -8,6 +8,7 @@ import select
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -126,7 +127,11 @@ def _end_with(owner: int, masters: Iterable[int], directories: Sequence[str], fi
 
 
 def _is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+    """Now or in a moment: a scheduler kills all processes of a job, in any order."""
+    with suppress(psutil.NoSuchProcess):
+        for _ in range(10):
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+            time.sleep(0.05)
+        return False
+    return True

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from rlswitch import proof
 from rlswitch.engines.base import Engine, State
+from rlswitch.fingerprint import named_fingerprints, total_fingerprint
 from rlswitch.types import PolicyWeights, Prompt, ProofError, Sampling, SwitchError
 
 pytestmark = pytest.mark.engine
@@ -145,3 +146,16 @@ def test_verify_off_lets_everything_pass_and_says_so(bench: Bench, monkeypatch) 
     monkeypatch.setattr(bench.backend, "reload", lambda path: reload(old.path))
     engine.acquire(new)
     assert engine.metrics()["switch/verified"] == 0.0
+
+
+def test_a_parameter_that_the_engine_keeps_in_float32_is_what_was_published() -> None:
+    from rlswitch.engines.worker import live_fingerprint
+
+    model = torch.nn.Module()
+    values = {"a": torch.randn(8, 8).bfloat16(), "b": torch.randn(8).bfloat16()}
+    model.a = torch.nn.Parameter(values["a"])
+    model.b = torch.nn.Parameter(values["b"].float())
+    published = total_fingerprint(named_fingerprints(values.items()).values())
+    assert live_fingerprint(model, torch.bfloat16) == published
+    model.b.data[0] += 1
+    assert live_fingerprint(model, torch.bfloat16) != published
