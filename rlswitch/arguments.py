@@ -74,7 +74,7 @@ def refuse_broken_environment() -> None:
     if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # accelerate launch, torchrun
         wrong.append(
             f"WORLD_SIZE = {processes}: a run trains in one process, {processes} of them would write the same"
-            " files; start it with `python train.py`"
+            " files; start it with `python train.py`, and unset WORLD_SIZE"
         )
     if wrong:
         raise ConfigError(*wrong)

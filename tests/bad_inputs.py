@@ -1132,7 +1132,7 @@ MACHINE = [
         "several processes for one run",
         "",
         "WORLD_SIZE = 2: a run trains in one process, 2 of them would write the same files; start it with"
-        " `python train.py`",
+        " `python train.py`, and unset WORLD_SIZE",
         machine=launched_twice,
     ),
     bad(

@@ -45,10 +45,12 @@ with ExitStack() as stack:
 
 @pytest.fixture(autouse=True)
 def nothing_ignored() -> Iterator[None]:
-    """As if the tests themselves had not been started by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """As if the tests themselves had not been started by nohup, or in the background."""
+    hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
-    signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, hang_up)
+    signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
