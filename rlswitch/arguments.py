@@ -71,7 +71,7 @@ def refuse_broken_environment() -> None:
     from rlswitch.environment import check_environment
 
     wrong = check_environment()
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":  # accelerate launch, torchrun
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":  # accelerate launch, torchrun
         wrong.append(
             f"WORLD_SIZE = {processes}: a run trains in one process, {processes} of them would write the same"
             " files; start it with `python train.py`, and unset WORLD_SIZE"

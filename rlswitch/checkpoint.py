@@ -41,6 +41,7 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     state: LoopState,
     keep: int,
+    how_to_go_on: str = "run the same command again",
 ) -> Path:
     """Writes `directory`/step_NNNNNN, then removes all but the newest `keep`. Raises SaveError.
 
@@ -53,7 +54,7 @@ def save(
     except Exception as error:
         if not is_about_disk(error):
             raise
-        raise SaveError(_failure(final, error)) from error
+        raise SaveError(_failure(final, error, how_to_go_on)) from error
     steps = steps_in(directory)
     kept = [path for path in steps if step_of(path) <= state.step][-keep:]  # later ones: of a run given up
     for old in set(steps) - set(kept):
@@ -83,8 +84,8 @@ def restore(path: Path, trainer: Trainer) -> None:
     trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), groups))
     resume_schedule(trainer.schedule, details["optimizer_steps"])
     trainer.memory.update(details["memory"])
-    fitted = details.get("micro_batch_tokens", trainer.micro_batch_tokens)
-    trainer.micro_batch_tokens = min(trainer.micro_batch_tokens, fitted)  # it had run out of memory
+    if fitted := details.get("micro_batch_tokens"):
+        trainer.micro_batch_tokens = min(trainer.micro_batch_tokens, fitted)
     trainer.version = details["step"]
 
 
@@ -100,19 +101,18 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
         "settings": deciding(trainer.run),
         "optimizer_steps": trainer.schedule.last_epoch,
         "memory": trainer.memory,
-        "micro_batch_tokens": trainer.micro_batch_tokens,
+        "micro_batch_tokens": trainer.fitted_tokens,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
 
 
-def _failure(final: Path, error: Exception) -> str:
+def _failure(final: Path, error: Exception, how_to_go_on: str) -> str:
     """What is lost, what is not, and how to go on."""
     other = next(whole_in(final.parent), None)
     left = f"{other} is whole" if other else "there is none before it"
-    then = "goes on from there" if other else "starts afresh"
     return (
         f"checkpoint {final} could not be saved ({' '.join(str(error).split())}); {left}; once"
-        f" {final.parent} has room and can be written, the same command with resume=auto {then}"
+        f" {final.parent} has room and can be written, {how_to_go_on}"
     )
 
 

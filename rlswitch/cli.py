@@ -23,7 +23,7 @@ from rlswitch.config import Run, register
 from rlswitch.forkserver import prepare
 from rlswitch.leave import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.resume import finished
-from rlswitch.signals import preemptible
+from rlswitch.signals import StopSignals, preemptible
 from rlswitch.sweep import sweep
 from rlswitch.torchless import Torchless
 from rlswitch.types import ConfigError, Preempted, ProofError, RLSwitchError
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
 DIRECTORY_NAME_LENGTH = 100
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-ROOM_HINT = "make room and run the same command with resume=auto: it goes on from its newest checkpoint"
+ROOM_HINT = "make room and run the same command again, with resume=auto once it has saved a checkpoint"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def train_once(arguments: Arguments) -> int:
-    with preemptible(), closing(Torchless()) as torchless:  # it imports while we look at the settings
+    with preemptible() as stop_signals, closing(Torchless()) as torchless:  # it imports while we look
         run = compose_run(arguments.overrides, arguments.source)
         run.output_dir = run.output_dir or default_output_dir(run, arguments)
         refuse_broken_environment()
@@ -90,7 +90,7 @@ def train_once(arguments: Arguments) -> int:
             write_missing_report(run)
             return DONE
         with open_inputs(run, torchless, print) as inputs:
-            work(run, inputs)
+            work(run, inputs, stop_signals)
     return DONE
 
 
@@ -103,7 +103,7 @@ def write_missing_report(run: Run) -> None:
         write_report(Path(run.output_dir))
 
 
-def work(run: Run, inputs: Inputs) -> None:
+def work(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
     if run.engine.fork_server and run.engine.is_started_here:
         prepare()  # it imports while we do; earlier it would only slow a refusal down
     if run.mode == "rewards":
@@ -113,7 +113,7 @@ def work(run: Run, inputs: Inputs) -> None:
     else:
         from rlswitch.loop import train  # torch and vLLM come with it
 
-        train(run, inputs)
+        train(run, inputs, stop_signals)
 
 
 def default_output_dir(run: Run, arguments: Arguments) -> str:

@@ -52,11 +52,19 @@ def tidy(parent: Path) -> None:
     for aside in sorted(parent.glob(f".*{ASIDE}")):
         final = parent / aside.name.removeprefix(".").removesuffix(ASIDE)
         if final.exists():
-            shutil.rmtree(aside)
+            remove(aside)
         else:
             os.replace(aside, final)
     for draft in sorted(parent.glob(f".*{DRAFT}")):
-        shutil.rmtree(draft)
+        remove(draft)
+
+
+def remove(directory: Path) -> None:
+    """Of one that lies elsewhere, the link alone."""
+    if directory.is_symlink():
+        directory.unlink()
+    else:
+        shutil.rmtree(directory)
 
 
 def find_fault(path: Path) -> str | None:

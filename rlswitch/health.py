@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rlswitch.monitor import rollout_record
 from rlswitch.records import LineFile
-from rlswitch.resume import Start, step_of, whole_in
+from rlswitch.resume import Start, whole_in
 from rlswitch.types import Group, RLSwitchError
 
 SKIPPED_IN_A_ROW = 3
@@ -25,7 +25,8 @@ class Health:
         self.skipped_in_a_row = start.state.skipped_in_a_row
         self.flat_in_a_row = start.state.flat_in_a_row
         for path in (output_dir / SKIPPED).glob("step_*.jsonl"):
-            if step_of(path.with_suffix("")) > start.kept:
+            step = path.stem.removeprefix("step_")
+            if step.isdecimal() and int(step) > start.kept:
                 path.unlink()
 
     def check(
@@ -33,19 +34,11 @@ class Health:
     ) -> None:
         """`skipped`: what was left out of the step's update, and why.
 
-        Raises RLSwitchError when the policy has stopped learning: for the third such step in a row, and for
-        the fiftieth without a gradient.
+        Raises RLSwitchError for the third such step in a row: the policy has stopped learning.
         """
         self.flat_in_a_row = self.flat_in_a_row + 1 if metrics.get("actor/grad_norm") == 0.0 else 0
-        if self.flat_in_a_row in (FLAT_IN_A_ROW, FLAT_ENDS):
-            what = (
-                f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: rewards that"
-                " are compared do not differ, so there is nothing to learn; look at rollouts.jsonl: the"
-                " task may be too hard, too easy, or misread"
-            )
-            if self.flat_in_a_row == FLAT_ENDS:
-                raise RLSwitchError(f"{what}; {self._last_checkpoint()}")
-            self._say(what)
+        if self.flat_in_a_row == FLAT_IN_A_ROW:
+            self._say(self._flat())
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
@@ -57,6 +50,18 @@ class Health:
         raise RLSwitchError(
             f"{what}; it was so in {SKIPPED_IN_A_ROW} steps in a row; {self._last_checkpoint()};"
             " lower trainer.lr, or look for extreme rewards in these files"
+        )
+
+    @property
+    def end(self) -> str:
+        """Why it would be in vain to go on, or nothing."""
+        return self._flat() if self.flat_in_a_row and self.flat_in_a_row % FLAT_ENDS == 0 else ""
+
+    def _flat(self) -> str:
+        return (
+            f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: rewards that are"
+            " compared do not differ, or all completions are cut off; look at rollouts.jsonl: the task may"
+            " be solved, too hard, or misread"
         )
 
     def _last_checkpoint(self) -> str:

@@ -73,8 +73,9 @@ def read_inputs(run: Run, torchless: Torchless, say: Callable[[str], None], stac
     scorer = build_scorer(run)
     stack.callback(scorer.close)
     prompts, held_out, first = answer()
-    for some in filter(None, (first, held_out)):  # either may lack a column that the other has
-        scorer.check(some)
+    scorer.check(first)
+    if held_out and run.evaluation.every:  # they may lack a column that the others have
+        scorer.check(held_out)
     return Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
 
 

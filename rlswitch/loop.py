@@ -11,16 +11,16 @@ from rlswitch.config import Run
 from rlswitch.evaluation import evaluate
 from rlswitch.inputs import Inputs
 from rlswitch.report import write_report
-from rlswitch.resume import how_to_go_on
 from rlswitch.rewards.shaping import punish_overlong
 from rlswitch.rewards.tenants import ask_in_turn
 from rlswitch.session import Session, open_session
+from rlswitch.signals import StopSignals
 from rlswitch.types import Group, Preempted
 
 
-def train(run: Run, inputs: Inputs) -> None:
+def train(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
     """Runs to `run.num_steps`, from the newest checkpoint when there is one."""
-    with open_session(run, inputs) as session:
+    with open_session(run, inputs, stop_signals) as session:
         trainer, engine, switch = session.trainer, session.engine, session.switch
         if trainer.version == 0 and evaluation.is_due(run.evaluation, 0, run.num_steps):
             switch.give_to(engine, trainer.publish())
@@ -46,7 +46,7 @@ def train(run: Run, inputs: Inputs) -> None:
             if session.stop_signals and trainer.version < run.num_steps:
                 raise Preempted(
                     f"stopped by {session.stop_signals.names[0]} after step {trainer.version}, checkpoint"
-                    f" saved; {how_to_go_on(run)} to go on"
+                    f" saved; {session.how_to_go_on} to go on"
                 )
     write_report(session.output_dir)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -88,6 +89,7 @@ def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
 
     Raises EngineError when it cannot be started.
     """
+    run = replace(run, switch=replace(run.switch, verify="off"))  # it is asked once, and then closed
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name:
         where = (Ledger(Device.detect(), Path(name)), Path(name, "engine.log"), Path(name))
         engine = start_frozen("rollout engine", run, models.path, models.tokenizer, *where, print)

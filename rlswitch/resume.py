@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlswitch.config import Run
-from rlswitch.durable import DRAFT, find_fault, tidy
+from rlswitch.durable import DRAFT, find_fault, remove, tidy
 from rlswitch.exactness import NOT_SET, changes
 from rlswitch.types import ConfigError
 
@@ -85,11 +84,6 @@ def finished(run: Run) -> str | None:
     return None
 
 
-def how_to_go_on(run: Run) -> str:
-    """After a stop: the same command would begin where `resume` says again, and not where it stopped."""
-    return "run the same command " + ("again" if run.resume in ("auto", CHANGED) else "with resume=auto")
-
-
 def choose(run: Run, output_dir: Path, say: Say) -> Start:
     """The checkpoint to go on from and its state, or None and a new one. Raises ConfigError.
 
@@ -133,7 +127,7 @@ def give_up(checkpoints: Iterable[Path]) -> None:
     for path in sorted(checkpoints, key=step_of, reverse=True):
         draft = path.with_name(f".{path.name}{DRAFT}")  # a start removes it, should we not
         os.replace(path, draft)
-        shutil.rmtree(draft)
+        remove(draft)
 
 
 def newest(checkpoints: Path, say: Say) -> Path | None:

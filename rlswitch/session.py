@@ -30,7 +30,7 @@ from rlswitch.models import refuse_unfit_model
 from rlswitch.monitor import Monitor
 from rlswitch.plan import level_of
 from rlswitch.pretrained import load_tokenizer, resolve_model
-from rlswitch.resume import LoopState, Start, how_to_go_on
+from rlswitch.resume import LoopState, Start
 from rlswitch.rewards.judge import find_judge
 from rlswitch.rewards.reward_model import find_reward_model
 from rlswitch.rewards.scorer import Scorer
@@ -41,12 +41,11 @@ from rlswitch.signals import (
     Abandoned,
     StopSignals,
     leave_at_second_interrupt,
-    listen_for_signals,
 )
 from rlswitch.sizes import ModelShape
 from rlswitch.switch import Switch
 from rlswitch.trainer import Trainer
-from rlswitch.types import Batch, Group, Preempted, Prompt
+from rlswitch.types import Batch, Group, Preempted, Prompt, RLSwitchError
 from rlswitch.weights import Publisher, canary_sequences, choose_directory
 
 
@@ -72,6 +71,7 @@ class Session:
     health: Health
     saved_step: int
     """Of the newest checkpoint, or the one that the run goes on from."""
+    has_saved: bool = False
 
     def log(
         self,
@@ -94,6 +94,9 @@ class Session:
         self.monitor.log(step, metrics, groups, advantages)
         if groups:
             self.health.check(step, metrics, self.trainer.skipped, groups)
+        if end := self.health.end:
+            self.save()  # there may be nothing more to learn
+            raise RLSwitchError(f"{end}; checkpoint of step {step} saved")
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
@@ -112,8 +115,14 @@ class Session:
             raise Preempted(
                 f"stopped by {self.stop_signals.names[0]} in step {step + 1}, whose rollouts are given up;"
                 f" {f'checkpoint of step {step} saved' if step else 'nothing was learned yet'};"
-                f" {how_to_go_on(self.run)} to go on"
+                f" {self.how_to_go_on} to go on"
             ) from None
+
+    @property
+    def how_to_go_on(self) -> str:
+        """The same command begins where `resume` says again, and not at what was saved since."""
+        fine = not self.has_saved or self.run.resume in ("auto", resume.CHANGED)
+        return "run the same command again" if fine else "run the same command with resume=auto"
 
     def save(self) -> None:
         with self.ledger.work("checkpoint"):
@@ -131,8 +140,9 @@ class Session:
                     flat_in_a_row=self.health.flat_in_a_row,
                 ),
                 self.run.checkpoint.keep,
+                self.how_to_go_on,
             )
-        self.saved_step = self.trainer.version
+        self.saved_step, self.has_saved = self.trainer.version, True
 
     def _throughput(
         self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
@@ -165,19 +175,13 @@ class Models:
 
 
 @contextmanager
-def open_session(run: Run, inputs: Inputs) -> Iterator[Session]:
+def open_session(run: Run, inputs: Inputs, stop_signals: StopSignals) -> Iterator[Session]:
     """Builds a run and closes it. A stop signal breaks off the building, and waits for the closing."""
     disable_progress_bar()
     with ExitStack() as stack:
         leave_at_second_interrupt(stack)
-        stop_signals = listen_for_signals(stack)
-        try:
-            with stop_signals.abandoning():
-                session = build(run, inputs, stop_signals, stack)
-        except Abandoned:
-            raise Preempted(
-                f"stopped by {stop_signals.names[0]} before the first step; {how_to_go_on(run)} to go on"
-            ) from None
+        with stop_signals.abandoning():
+            session = build(run, inputs, stop_signals, stack)
         yield session
 
 
@@ -239,7 +243,7 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
         output_dir=output_dir,
         stop_signals=stop_signals,
         health=Health(output_dir, begin, say),
-        saved_step=state.step if begin.kept else 0,
+        saved_step=begin.kept,
     )
 
 

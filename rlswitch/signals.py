@@ -56,15 +56,20 @@ class StopSignals:
 
 
 @contextmanager
-def preemptible() -> Iterator[None]:
-    """Around a whole command: a stop signal that nobody inside listens for ends it. Raises Preempted."""
+def preemptible() -> Iterator[StopSignals]:
+    """Around a whole command: a stop signal breaks it off, until somebody inside has decided when it may.
+
+    Raises Preempted then.
+    """
     stop = StopSignals()
     with handling(POLITE, stop.receive):
         try:
             with stop.abandoning():
-                yield
+                yield stop
         except Abandoned:
-            raise Preempted(f"stopped by {stop.names[0]}; run the same command again to go on") from None
+            raise Preempted(
+                f"stopped by {stop.names[0]} before the first step; run the same command again to go on"
+            ) from None
 
 
 @contextmanager
@@ -78,13 +83,6 @@ def let_through() -> Iterator[None]:
             raise
     if len(_raised) > count:
         raise _raised[-1]
-
-
-def listen_for_signals(stack: ExitStack) -> StopSignals:
-    """Collects POLITE ones instead of dying of them."""
-    stop = StopSignals()
-    stack.enter_context(handling(POLITE, stop.receive))
-    return stop
 
 
 def leave_at_second_interrupt(stack: ExitStack) -> None:

@@ -15,6 +15,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import ParamSpec, TypeVar
 
+from rlswitch.leave import POLITE
 from rlswitch.types import ConfigError
 
 P = ParamSpec("P")
@@ -73,6 +74,8 @@ def _serve(connection: Connection, others: Connection) -> None:
     """Sends (result, None) or (None, the ConfigError); nothing where only torch would tell."""
     others.close()  # so that this process ends with its owner
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C: the owner ends it
+    for number in POLITE:
+        signal.signal(number, signal.SIG_DFL)
     sys.modules["torch"] = None  # type: ignore[assignment]  # as if it were not installed
     os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that it is not
     with suppress(Exception), connection:

@@ -189,6 +189,12 @@ class Trainer:
         return metrics
 
     @property
+    def fitted_tokens(self) -> int | None:
+        """What micro-batches have come to where memory ran out; None: as they were set."""
+        reduced = self.micro_batch_tokens < self.run.trainer.micro_batch_tokens
+        return self.micro_batch_tokens if reduced else None
+
+    @property
     def updates_once(self) -> bool:
         """Whether the policy is still what sampled when the one gradient of a step is taken.
 

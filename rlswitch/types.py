@@ -51,7 +51,7 @@ class SaveError(RLSwitchError, RuntimeError):
 
 
 class Preempted(RLSwitchError):
-    """A signal asked the run to stop; a checkpoint is saved. Exit code 75: run again to go on."""
+    """A signal asked the run to stop; what was learned is saved. Exit code 75: run again to go on."""
 
 
 @dataclass(kw_only=True, slots=True)

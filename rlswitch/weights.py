@@ -115,7 +115,7 @@ def _alive(pid: int, born: int) -> bool:
 def _is_locked(path: Path) -> bool:
     """Whether its owner lives after all: in another container, or born before somebody set the clock."""
     try:
-        with path.open() as file:
+        with path.open("r+") as file:  # as NFS wants it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

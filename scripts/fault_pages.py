@@ -26,7 +26,7 @@ def _faults() -> Iterator[str]:
 Made by `python scripts/fault_pages.py` from the tables that the tests run: do not edit.
 
 A run that cannot go on stops with a line that says why, and its last checkpoint is whole. Exit codes: 2 wrong
-configuration or input, 3 a push that could not be proven, 75 stopped by a signal with a checkpoint saved;
+configuration or input, 3 a push that could not be proven, 75 stopped by a signal, what was learned saved;
 anything else is a crash.
 
 * [{len(faults.FAULTS)} faults](#faults), each injected by a test

@@ -335,8 +335,8 @@ PROCESSES = [
     ),
     Fault(
         "The scheduler asks twice",
-        "another SIGTERM while the run is taken down",
-        "it is taken down in order, exit 75",
+        "another SIGTERM while engine and rewards are taken down",
+        "they are taken down in order, with the exit code that there was: 75, or 3 for a push not proven",
         "test_signals.py::test_further_stop_signals_do_not_disturb_the_end_of_a_run",
     ),
     Fault(
@@ -504,7 +504,7 @@ NUMBERS = [
     Fault(
         "Rewards never differ",
         "steps whose gradient is 0, and nothing else",
-        "after 10 in a row a line says where to look, after 50 the run ends, exit 1",
+        "after 10 in a row a line says where to look, after 50 the run is saved and ends, exit 1",
         "test_health.py::test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end",
     ),
     Fault(

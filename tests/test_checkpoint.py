@@ -230,6 +230,9 @@ def test_micro_batches_stay_as_small_as_memory_made_them(build, tiny_model, tmp_
     state = LoopState(step=0, model=small.run.model.path)
     restore(save(tmp_path / "checkpoints", small, tiny_model().tokenizer, state, keep=1), roomy)
     assert roomy.micro_batch_tokens == 20
+    fine, other = build("ppo"), build("ppo", trainer=LEARNING | {"micro_batch_tokens": 99999})
+    restore(save(tmp_path / "checkpoints", fine, tiny_model().tokenizer, state, keep=1), other)
+    assert other.micro_batch_tokens == 99999  # it was set, and nothing has run out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from rlswitch.config import EngineConfig, Run, ServerEngineConfig, settings_of
 from rlswitch.durable import written_whole
 from rlswitch.exactness import FREE, OPEN, changes, deciding
-from rlswitch.resume import LoopState, Start, choose, finished, give_up, how_to_go_on
+from rlswitch.resume import LoopState, Start, choose, finished, give_up
+from rlswitch.session import Session
 from rlswitch.types import ConfigError
 
 
@@ -98,7 +100,7 @@ def test_who_goes_back_gives_up_what_came_later(kept, make_run, tmp_path):
 def test_giving_up_that_is_broken_off_leaves_the_run_cut_back(kept, make_run, tmp_path, monkeypatch):
     run = make_run()
     paths = [kept(run, step) for step in (1, 2, 3)]
-    monkeypatch.setattr("rlswitch.resume.shutil.rmtree", lambda path: pytest.exit("killed"))
+    monkeypatch.setattr("rlswitch.resume.remove", lambda path: pytest.exit("killed"))
     with pytest.raises(pytest.exit.Exception):
         give_up(paths)
     monkeypatch.undo()
@@ -123,11 +125,23 @@ def test_a_branch_of_another_run_is_a_run_of_its_own(kept, make_run, tmp_path):
 
 
 @pytest.mark.parametrize("word", ["auto", "changed", "never", "a/step_000001", "changed:a/step_000001"])
-def test_what_a_stopped_run_advises_goes_on_from_where_it_stopped(kept, make_run, tmp_path, word: str):
+def test_what_a_stopped_run_advises_goes_on_from_what_it_has_saved(kept, make_run, tmp_path, word: str):
     path = kept(make_run())
-    advice = how_to_go_on(make_run(resume=word))
+    advise = Session.how_to_go_on.fget
+    advice = advise(SimpleNamespace(run=make_run(resume=word), has_saved=True))
     resume = advice.partition("resume=")[2] or word
     assert choose(make_run(resume=resume), tmp_path, pytest.fail).path == path
+    nothing_saved = advise(SimpleNamespace(run=make_run(resume=word), has_saved=False))
+    assert nothing_saved == "run the same command again"
+
+
+def test_a_checkpoint_that_is_a_link_can_be_given_up(kept, make_run, tmp_path):
+    path = kept(make_run(), directory=tmp_path / "elsewhere")
+    link = tmp_path / "run" / "checkpoints" / path.name
+    link.parent.mkdir(parents=True)
+    link.symlink_to(path)
+    give_up([link])
+    assert path.is_dir() and not list(link.parent.iterdir())
 
 
 def test_whether_there_are_evaluations_decides_where_their_rows_are_cut_off(make_run):

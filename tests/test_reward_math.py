@@ -64,6 +64,14 @@ def score():
         ("it follows that #### 72", ["72"], ["71"]),
         ("3 apples", ["3"], ["4"]),
         (r"50\%", ["50%"], ["5"]),
+        # with units
+        ("90\u00b0", ["90", r"\boxed{90}"], ["9"]),
+        ("\u20ac5", ["5"], ["6"]),
+        ("12 N", ["12"], ["13"]),
+        ("5 m/s", ["5"], ["6"]),
+        ("5 m^2", ["5"], ["25"]),
+        ("1e-5", ["1e-5"], ["5"]),
+        (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", [r"$\begin{pmatrix} 1 \\ 2 \end{pmatrix}$"], ["1"]),
     ],
 )
 def test_math_knows_equal_answers(answer, right, wrong):

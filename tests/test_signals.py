@@ -14,15 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 from rlswitch import loop
+from rlswitch.leave import POLITE
 from rlswitch.session import open_session
 from rlswitch.signals import (
     Abandoned,
+    StopSignals,
+    handling,
     leave_at_second_interrupt,
     let_through,
-    listen_for_signals,
     preemptible,
 )
-from rlswitch.types import Preempted
+from rlswitch.types import Preempted, ProofError
 
 INTERRUPTED = """
 import os, signal, sys, time
@@ -57,8 +59,8 @@ def nothing_ignored() -> Iterator[None]:
 def test_a_polite_signal_is_noted_and_nothing_else(name: str):
     number = signal.Signals[name]
     before = signal.getsignal(number)
-    with ExitStack() as stack:
-        received = listen_for_signals(stack)
+    received = StopSignals()
+    with handling(POLITE, received.receive):
         assert not received
         os.kill(os.getpid(), number)
         assert received and received.names == [name]
@@ -67,16 +69,16 @@ def test_a_polite_signal_is_noted_and_nothing_else(name: str):
 
 def test_a_run_under_nohup_does_not_hear_the_end_of_its_terminal():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    with ExitStack() as stack:
-        received = listen_for_signals(stack)
+    received = StopSignals()
+    with handling(POLITE, received.receive):
         os.kill(os.getpid(), signal.SIGHUP)
         assert not received
 
 
 def test_what_may_be_abandoned_is_left_at_once_and_what_may_not_goes_on():
     done: list[str] = []
-    with ExitStack() as stack:
-        received = listen_for_signals(stack)
+    received = StopSignals()
+    with handling(POLITE, received.receive):
         with pytest.raises(Abandoned), received.abandoning():
             try:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -115,9 +117,8 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: None)
 
     @contextmanager
-    def opened(_run, _inputs):
-        with ExitStack() as stack:
-            received = listen_for_signals(stack)
+    def opened(_run, _inputs, received):
+        with handling(POLITE, received.receive):
 
             def save() -> None:
                 saved.append("begun")
@@ -133,13 +134,14 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
                 log=lambda *_: None,
                 save=save,
                 abandonable=nullcontext,
+                how_to_go_on="run the same command again",
             )
 
     monkeypatch.setattr(loop, "open_session", opened)
     monkeypatch.setattr(loop, "collect", lambda session: [])
     monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
-        loop.train(run, None)
+        loop.train(run, None, StopSignals())
     assert saved == ["begun", "done 2"]
 
 
@@ -154,9 +156,9 @@ def test_a_library_that_swallows_an_interrupt_does_not_keep_it(number: int, then
             if then:
                 raise then("generator didn't yield") from None
 
-    with ExitStack() as stack:
+    received = StopSignals()
+    with ExitStack() as stack, handling(POLITE, received.receive):
         leave_at_second_interrupt(stack)
-        received = listen_for_signals(stack)
         with pytest.raises((KeyboardInterrupt, Abandoned)), received.abandoning(), let_through():
             library()
         with pytest.raises(RuntimeError, match="its own"), let_through():
@@ -165,7 +167,10 @@ def test_a_library_that_swallows_an_interrupt_does_not_keep_it(number: int, then
 
 def test_a_command_that_nobody_listens_in_is_stopped_in_order():
     closed: list[str] = []
-    with pytest.raises(Preempted, match="stopped by SIGUSR1; run the same command again"), preemptible():
+    with (
+        pytest.raises(Preempted, match="stopped by SIGUSR1 before the first step; run the same"),
+        preemptible(),
+    ):
         try:
             os.kill(os.getpid(), signal.SIGUSR1)
             time.sleep(60)
@@ -206,21 +211,26 @@ def test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is(monkeypatch
     monkeypatch.setattr("rlswitch.session.build", build)
     with (
         pytest.raises(Preempted, match=r"stopped by SIGTERM before the first step; .* again to go on"),
-        open_session(make_run(), None),
+        preemptible() as stop_signals,
+        open_session(make_run(), None, stop_signals),
     ):
         pytest.fail("it was not built")
     assert closed == ["engine"]
 
 
 def test_further_stop_signals_do_not_disturb_the_end_of_a_run(monkeypatch, make_run):
-    """As a scheduler sends SIGTERM after SIGUSR1: the exit code stays 75, and the engine is closed."""
+    """As a scheduler sends SIGTERM after SIGUSR1: the exit code is what it was, and all is closed."""
     closed: list[str] = []
 
-    def close() -> None:
+    def close(what: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        closed.append("engine")
+        closed.append(what)
 
-    monkeypatch.setattr("rlswitch.session.build", lambda *given: given[-1].callback(close))
-    with pytest.raises(Preempted), open_session(make_run(), None):
-        raise Preempted("saved")
-    assert closed == ["engine"]
+    monkeypatch.setattr("rlswitch.session.build", lambda *given: given[-1].callback(close, "engine"))
+    for error in (Preempted("saved"), ProofError("not proven")):
+        with pytest.raises(type(error)) as caught, preemptible() as stop_signals, ExitStack() as stack:
+            stack.callback(close, "rewards")
+            with open_session(make_run(), None, stop_signals):
+                raise error
+        assert caught.value is error
+    assert closed == ["engine", "rewards"] * 2

@@ -183,6 +183,8 @@ def shortcomings(client: Client, run: Run, model_path: str, device: Device) -> I
     except EngineError:
         yield "its workers cannot prove a push: --worker-cls is not rlswitch's"
         return
+    if "token" not in client.post("/collective_rpc", {"method": "memory"})["results"][0]:
+        yield "its workers are of another version of rlswitch"
     needed = {
         "dtype": engine_dtype(run.model.dtype, device),
         "enable_prefix_caching": True,

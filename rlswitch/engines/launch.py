@@ -38,7 +38,8 @@ def llm_arguments(run: Run, model_path: str, device: Device) -> dict[str, Any]:
     if device.kind == "cuda":
         arguments |= {
             "enable_sleep_mode": True,
-            "gpu_memory_utilization": config.gpu_memory_utilization,
+            # With a fixed KV cache it only says how much has to be free for vLLM to start at all.
+            "gpu_memory_utilization": 0.01 if kv_cache_gib else config.gpu_memory_utilization,
             "enforce_eager": config.enforce_eager,
             "worker_cls": "rlswitch.engines.worker.ProvenWorker",
         }
@@ -52,8 +53,6 @@ def llm_arguments(run: Run, model_path: str, device: Device) -> dict[str, Any]:
         }
     if kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-        if device.kind == "cuda":  # all that it would mean: with less free memory vLLM does not start
-            arguments["gpu_memory_utilization"] = 0.01
     return arguments | dict(config.vllm)
 
 

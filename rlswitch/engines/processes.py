@@ -8,7 +8,6 @@ import select
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -104,34 +103,27 @@ def watch_owner(files: Sequence[str] = ()) -> None:
         parent = psutil.Process().parent()
         if parent is not None and parent.ppid() == owner:  # a job's fork server is the sweep's: it lives on
             directories.append(socket_directory())
-        masters = {owner, int(os.environ.get(SERVER_PID, "0")), *own_family()} - {0, os.getpid()}
-        args = (owner, masters, [directory for directory in directories if directory], files)
+        others = {int(os.environ.get(SERVER_PID, "0")), *own_family()} - {0, owner, os.getpid()}
+        args = (owner, [owner, *others], [directory for directory in directories if directory], files)
         threading.Thread(target=_end_with, args=args, daemon=True).start()
 
 
 def _end_with(owner: int, masters: Iterable[int], directories: Sequence[str], files: Sequence[str]) -> None:
+    handles: dict[int, int] = {}
+    poller, owner_ends = select.poll(), select.poll()
     with suppress(ProcessLookupError):  # one is gone already
-        poller = select.poll()
         for master in masters:
-            poller.register(os.pidfd_open(master), select.POLLIN)
+            handles[master] = os.pidfd_open(master)
+            poller.register(handles[master], select.POLLIN)
         poller.poll()
     doomed = own_family()[::-1]
     for file in [*shared_memory_of(doomed), *map(Path, files)]:
         file.unlink(missing_ok=True)
-    if _is_gone(owner):
+    if owner in handles:
+        owner_ends.register(handles[owner], select.POLLIN)
+    if owner not in handles or owner_ends.poll(500):  # a scheduler kills all of a job, in any order
         for directory in directories:
             shutil.rmtree(directory, ignore_errors=True)
     for pid in doomed:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def _is_gone(pid: int) -> bool:
-    """Now or in a moment: a scheduler kills all processes of a job, in any order."""
-    with suppress(psutil.NoSuchProcess):
-        for _ in range(10):
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-            time.sleep(0.05)
-        return False
-    return True

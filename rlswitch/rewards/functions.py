@@ -19,8 +19,10 @@ from typing import Any
 
 DELIMITED = re.compile(r"\$|####|\\[(\[]|\\boxed")
 THOUSANDS = re.compile(r"(?<=\d)(\\,|\{,\}|,\\!)(?=\d{3})")
-NUMBER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?(\s*\\?%)?|[+-]?\d+\s*/\s*\d+")
-COMMAND = re.compile(r"\\[A-Za-z]+")
+_AMOUNT = r"[$\u20ac\u00a3\u00a5]?\s*[+-]?(\d{1,3}(,\d{3})+|\d+)?(\.\d+)?([eE][+-]?\d+)?"
+_UNIT = r"\s*(\\?%|[\u20ac\u00a3\u00a5]|\u00b0\s*[CF]?)|\s[A-Za-z](\s*/\s*[A-Za-z])?(\^?[23\u00b2\u00b3])?"
+NUMBER = re.compile(rf"{_AMOUNT}({_UNIT})?|[+-]?\d+\s*/\s*\d+")
+COMMAND = re.compile(r"\\(?:begin|end)\{\w+\*?\}|\\[A-Za-z]+")
 WORD = re.compile(r"[^\W\d_]{2,}")
 FORMULA = re.compile(r"[^\w\s.]|\d\s*[A-Za-z]|[A-Za-z]\s*\d")
 

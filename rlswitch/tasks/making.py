@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -67,8 +68,9 @@ def cached(
     say(f"making builtin:{name} (about a minute, then cached in {path.parent})")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{name}-*"):
-        if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(stale, ignore_errors=True)
+        with suppress(OSError):  # its maker may have done with it meanwhile
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(stale)
     draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
     try:
         for part in make():
