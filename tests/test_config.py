@@ -46,7 +46,7 @@ def trained(monkeypatch):
     """The runs that reached the loop; it raises what is put into `trained.error`."""
     seen = SimpleNamespace(runs=[], error=None, check_environment=list)
 
-    def train(run: Run, inputs: None = None) -> None:
+    def train(run: Run, inputs: None = None, stop_signals: None = None) -> None:
         seen.runs.append(run)
         if seen.error:
             raise seen.error

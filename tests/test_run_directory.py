@@ -19,6 +19,7 @@ from rlswitch import cli, room
 from rlswitch.lock import LOCK, only_run_in
 from rlswitch.records import LineFile
 from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
+from rlswitch.signals import StopSignals
 from rlswitch.sizes import ModelShape
 from rlswitch.types import ConfigError
 
@@ -163,7 +164,7 @@ def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
     def start() -> None:
         run = make_run()
-        with session.open_session(run, SimpleNamespace(prompts=None)):
+        with session.open_session(run, SimpleNamespace(prompts=None), StopSignals()):
             pytest.fail("it was started")
 
     return start
