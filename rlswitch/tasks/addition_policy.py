@@ -1,7 +1,7 @@
 """The policy of the task addition: a Qwen3 of 1.6 million parameters, taught by a careless pupil.
 
 The pupil tends to forget the carry. So the policy knows how to add and does so unreliably, as a pretrained
-model does: greedy, it is right about four times in ten. Reinforcement learning has to make it reliable.
+model does: greedy, it is right about one time in three. Reinforcement learning has to make it reliable.
 """
 
 from __future__ import annotations
