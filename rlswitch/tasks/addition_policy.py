@@ -1,7 +1,7 @@
 """The policy of the task addition: a Qwen3 of 1.6 million parameters, taught by a careless pupil.
 
 The pupil tends to forget the carry. So the policy knows how to add and does so unreliably, as a pretrained
-model does: greedy, it is right about one time in three. Reinforcement learning has to make it reliable.
+model does: greedy, it is right about four times in ten. Reinforcement learning has to make it reliable.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from rlswitch.tasks.addition import BOS, EOS, VOCABULARY, build_config, build_to
 from rlswitch.tasks.making import cached, teach
 
 STEPS, BATCH = 800, 32
+LR = 1e-3
+"""With twice as much how a CPU rounds decides how good it becomes: 0.25 to 0.39 instead of 0.38 to 0.41."""
 
 
 def ensure_model(seed: int, say: Callable[[str], None]) -> Path:
@@ -42,6 +44,7 @@ def warm_start(seed: int, show: bool = True) -> Qwen3ForCausalLM:
         steps=STEPS,
         seed=seed,
         what="warm start",
+        lr=LR,
         show=show,
     )
 

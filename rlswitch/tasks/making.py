@@ -33,6 +33,7 @@ def teach(
     steps: int,
     seed: int,
     what: str,
+    lr: float = LR,
     show: bool = True,
 ) -> Model:
     """A new model after `steps` updates, one a batch; the same from the same seed."""
@@ -41,10 +42,10 @@ def teach(
         model = build()
         # In float32 throughout: bfloat16, as Muon has inside, is many times slower on older CPUs.
         optimizer = torch.optim.AdamW(
-            model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+            model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         for step, batch in enumerate(track(batches, description=what, total=steps, disable=not show)):
-            optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, (step + 1) / WARMUP) * (1 - step / steps)
             optimizer.zero_grad()
             loss(model, batch).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
