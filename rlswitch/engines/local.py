@@ -56,7 +56,7 @@ class LocalBackend(VLLMBackend):
                     self.llm = LLM(**llm_arguments(run, model_path, device))
         except BaseException as error:
             for process in set(multiprocessing.active_children()) - set(before):
-                process.kill()
+                Family([process.pid or 0]).end(ask=process.kill)
             self.sockets.cleanup()
             if not isinstance(error, Exception):
                 raise
