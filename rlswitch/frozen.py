@@ -20,7 +20,7 @@ from rlswitch.engines.backend import Backend
 from rlswitch.engines.base import Engine, Revival
 from rlswitch.engines.launch import engine_dtype
 from rlswitch.engines.start import start_backend
-from rlswitch.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
+from rlswitch.fingerprint import checkpoint_files, checkpoint_tensors, named_fingerprints, total_fingerprint
 from rlswitch.ledger import Ledger
 from rlswitch.types import Canary, PolicyWeights
 from rlswitch.weights import canary_sequences
@@ -97,7 +97,7 @@ def own_checkpoint(
     return PolicyWeights(
         version=0,
         path=path,
-        nbytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        nbytes=_size(path),
         fingerprint=total_fingerprint(tensors.values()),
         tensors=tensors,
         canary=Canary(sequences=sequences, logprobs=backend.score(sequences)),
@@ -108,4 +108,8 @@ def own_checkpoint(
 def unread_checkpoint(path: Path) -> PolicyWeights:
     """One that nobody will ask a proof of."""
     canary = Canary(sequences=[], logprobs=[])
-    return PolicyWeights(version=0, path=path, nbytes=0, fingerprint=0, tensors={}, canary=canary)
+    return PolicyWeights(version=0, path=path, nbytes=_size(path), fingerprint=0, tensors={}, canary=canary)
+
+
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in checkpoint_files(path))
