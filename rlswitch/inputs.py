@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from rlswitch.command.torchless import Torchless
-from rlswitch.config.sections import TENANTS, ServerEngineConfig
+from rlswitch.config.sections import ServerEngineConfig
 from rlswitch.data.builtin import refuse_unknown_task, task_of
 from rlswitch.data.hub import (
     load_tokenizer,
@@ -28,9 +28,9 @@ from rlswitch.data.rows import HUB_ID, Source, Table, nearest_file, read, reason
 from rlswitch.engines.vllm.address import free_port
 from rlswitch.errors import ConfigError
 from rlswitch.records.monitor import tracker_problems
-from rlswitch.rewards.models.checks import refuse_unfit_tenants
+from rlswitch.rewards.models.tenant import check_tenants
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.rewards.workers.resolve import refuse_missing as refuse_missing_function
+from rlswitch.rewards.workers.resolve import check_exists
 from rlswitch.run import Run
 from rlswitch.types import Prompt
 
@@ -93,7 +93,7 @@ def tokenize(
         tokenizer = load_tokenizer(run.model, model_path)
     prompts, held_out = load_prompts(run, tables, tokenizer, say)
     first = prompts.take(FIRST)
-    refuse_unfit_tenants(run, [*first, *held_out])
+    check_tenants(run, [*first, *held_out])
     return prompts, held_out, first
 
 
@@ -101,7 +101,8 @@ def build_scorer(run: Run) -> Scorer:
     """The rewards, and a look at the trackers: both can be told wrong at once."""
     problems = tracker_problems(run.logger)
     try:
-        scorer = Scorer(run.reward, step_size=run.rollout.num_prompts * run.rollout.group_size)
+        step_size = run.rollout.num_prompts * run.rollout.group_size
+        scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
     except ConfigError as error:
         problems += error.problems
     if problems:
@@ -120,7 +121,7 @@ def input_problems(run: Run) -> Iterator[str]:
         partial(_refuse_unfit_directory, key, path) for key, path in _models_of(run)
     ]
     looks += [partial(_glance, source, run.data.prompt_key) for source in sources_of(run)]
-    looks += [partial(refuse_missing_function, entry) for entry in run.reward.functions]
+    looks += [partial(check_exists, entry) for entry in run.reward.functions]
     if isinstance(run.engine, ServerEngineConfig) and run.engine.is_started_here:
         looks.append(partial(free_port, run.engine.listen))
     for look in looks:
@@ -133,10 +134,9 @@ def input_problems(run: Run) -> Iterator[str]:
 def _models_of(run: Run) -> Iterator[tuple[str, str]]:
     """Settings that name a model which the run needs, and what they name."""
     yield "model.path", run.model.path
-    for name in TENANTS:
-        path = getattr(run, name).path
-        if name in run.reward.functions and path is not None:
-            yield f"{name}.path", path
+    for name, settings in run.tenants.items():
+        if settings.path is not None:
+            yield f"{name}.path", settings.path
 
 
 def _glance(source: Source, prompt_key: str) -> None:

@@ -19,6 +19,7 @@ from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
 from rlswitch.config.fields import Leaf, choice, leaves_of, number
 from rlswitch.config.sections import (
+    TENANTS,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -30,6 +31,7 @@ from rlswitch.config.sections import (
     RolloutConfig,
     ServerEngineConfig,
     SwitchConfig,
+    TenantConfig,
     TrainerConfig,
 )
 from rlswitch.types import Sampling
@@ -69,6 +71,11 @@ class Run:
     @property
     def max_model_len(self) -> int:
         return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    @property
+    def tenants(self) -> dict[str, TenantConfig]:
+        """The settings of the models among the rewards, in the order of reward.functions."""
+        return {name: getattr(self, name) for name in self.reward.functions if name in TENANTS}
 
     def sampling(self, num_samples: int, step: int) -> Sampling:
         """As the rollouts are sampled, so many of each prompt, with the seeds of `step`."""

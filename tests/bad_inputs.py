@@ -281,9 +281,9 @@ SETTINGS = [
     bad(
         "models for rewards that are not named, and one that is asked twice",
         "reward.functions=[judge,reward_model,judge]",
-        "judge.path = null: reward.functions names 'judge', there would be nothing to ask; set"
+        "judge.path = null: reward.functions names 'judge', but no model is configured; set"
         " judge.path=<a Hugging Face directory or hub id>",
-        "reward_model.path = null: reward.functions names 'reward_model', there would be nothing to ask; set"
+        "reward_model.path = null: reward.functions names 'reward_model', but no model is configured; set"
         " reward_model.path=<a Hugging Face directory or hub id>",
         "reward.functions = ['judge', 'reward_model', 'judge']: 'judge' is there twice, it has one score;"
         " name it once",

@@ -53,7 +53,14 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
 LIGHT = (
     *("run", "inputs", "types", "errors", "text", "config.fields", "config.sections", "command.cli"),
     *("command.compose", "command.arguments", "command.sweep", "command.environment", "command.torchless"),
-    *("data.prompts", "data.hub", "rewards.models.checks", "rewards.scorer", "recipes.addition.task"),
+    *(
+        "data.prompts",
+        "data.hub",
+        "rewards.models.judge",
+        "rewards.models.reward_model",
+        "rewards.scorer",
+        "recipes.addition.task",
+    ),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -19,8 +19,8 @@ from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.command.compose import Source, compose_run
 from rlswitch.loop import collect
-from rlswitch.rewards.shaping import punish_overlong
-from rlswitch.types import Batch, Group, Prompt, Rollout
+from rlswitch.rewards.scorer import overlong_penalty
+from rlswitch.types import Batch, Group, Prompt
 
 
 def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -154,15 +154,8 @@ def test_only_k1_as_a_reward_pulls_the_policy_back_to_the_reference():
 
 
 def test_overlong_completions_lose_up_to_one():
-    prompt = Prompt(index=0, messages="", token_ids=[1])
-    lengths = (10, 16, 18, 20)
-    rollouts = [
-        Rollout(prompt=prompt, sample=i, token_ids=[1] * n, logprobs=[0.0] * n, text="", finish_reason="stop",
-                policy_version=0, reward=1.0)
-        for i, n in enumerate(lengths)
-    ]  # fmt: skip
-    punish_overlong([Group(prompt=prompt, rollouts=rollouts)], max_length=20, buffer=4)
-    assert [rollout.reward for rollout in rollouts] == [1.0, 1.0, 0.5, 0.0]
+    penalties = [overlong_penalty(length, max_length=20, buffer=4) for length in (10, 16, 18, 20)]
+    assert penalties == [0.0, 0.0, 0.5, 1.0]
 
 
 # -- dynamic sampling --------------------------------------------------------------------------
@@ -194,10 +187,9 @@ def session_with(rewards_by_prompt, rounds: int, wanted: int):
         run=run,
         trainer=SimpleNamespace(version=0, publish=lambda: None),
         switch=SimpleNamespace(give_to=lambda engine, weights: None),
-        tenants=[],
         prompts=SimpleNamespace(take=take),
         engine=SimpleNamespace(generate=generate),
-        scorer=SimpleNamespace(submit=lambda groups, is_refill: None, collect=lambda pending: None),
+        rewards=SimpleNamespace(score=lambda groups, switch: None),
         ledger=SimpleNamespace(work=lambda name: nullcontext()),
     )
 

@@ -87,7 +87,7 @@ def test_a_bad_input_is_answered_in_its_line(
     if given not in LIGHT:
         lay_model(here / "model", tiny_model().path, given.model)
     if given.needs_torch:
-        monkeypatch.setattr("rlswitch.session.Monitor", forbidden)
+        monkeypatch.setattr("rlswitch.build.Monitor", forbidden)
     else:
         monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=forbidden))
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -128,7 +128,7 @@ def test_a_branch_of_another_run_is_a_run_of_its_own(kept, make_run, tmp_path):
 @pytest.mark.parametrize("word", ["auto", "changed", "never", "a/step_000001", "changed:a/step_000001"])
 def test_what_a_stopped_run_advises_goes_on_from_what_it_has_saved(kept, make_run, tmp_path, word: str):
     path = kept(make_run())
-    advise = Session.how_to_go_on.fget
+    advise = Session.how_to_resume.fget
     advice = advise(SimpleNamespace(run=make_run(resume=word), has_saved=True))
     resume = advice.partition("resume=")[2] or word
     assert choose(make_run(resume=resume), tmp_path, pytest.fail).path == path

@@ -15,6 +15,8 @@ from samples import group_of
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import RewardError
 from rlswitch.records.monitor import rollout_records
+from rlswitch.rewards.metrics import reward_metrics
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Rollout
 
@@ -50,7 +52,7 @@ def scorer(tmp_path: Path):
         step_size = options.pop("step_size", 0)
         config = RewardConfig(functions=[*functions, f"{file}:bad"], **options)
         made.append(Scorer(config, step_size=step_size))
-        made[-1].say = said.append
+        made[-1].log = said.append
         return made[-1]
 
     said: list[str] = []
@@ -61,7 +63,7 @@ def scorer(tmp_path: Path):
     me = psutil.Process()
     for child in me.children(recursive=True):
         with suppress(psutil.Error):  # it may end while it is looked at
-            assert "keeper.py" not in " ".join(child.cmdline())
+            assert "supervisor.py" not in " ".join(child.cmdline())
 
 
 def names_of(rollouts: list[Rollout]) -> list[tuple[int, int]]:
@@ -99,7 +101,7 @@ def test_the_guilty_row_is_named_and_the_others_are_kept(scorer, crime):
     assert "reward '" in said[-1] and says in said[-1] and "row 1, sample 2" in said[-1]
     kept = [rollout for group in groups for rollout in group.rollouts]
     assert len(kept) == ROWS - 1 and all(rollout.reward == 2.0 for rollout in kept)
-    metrics = scorer.metrics(groups)
+    metrics = reward_metrics(groups, scorer.names)
     assert metrics["reward/error_rate"] == metrics["reward/bad/error_rate"] == 1 / ROWS
     assert metrics["reward/length/error_rate"] == 0.0
     scorer.score(step())  # and it goes on
@@ -196,6 +198,8 @@ def test_a_killed_trainer_takes_its_workers_along(tmp_path):
 TRAINER = """
 import sys
 from rlswitch.config.sections import RewardConfig
+from rlswitch.rewards.metrics import reward_metrics
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Prompt, Rollout
 prompt = Prompt(index=0, messages="x", token_ids=[1])
@@ -239,7 +243,7 @@ def test_more_errors_than_allowed_stop_the_run_and_change_nothing(scorer):
 
 
 def test_a_function_that_always_hangs_stops_the_run_within_its_budget(scorer, monkeypatch):
-    monkeypatch.setattr("rlswitch.rewards.scorer.RETRY_TIMEOUTS", 1.0)
+    monkeypatch.setattr("rlswitch.rewards.workers.pool.RETRY_TIMEOUTS", 1.0)
     scorer = scorer("while True: pass", timeout_s=2.0, max_error_rate=0.9)
     with pytest.raises(RewardError, match=r"took longer than 2 s \(it or another of \d+ that were tried"):
         scorer.score(step(*range(ROWS)))
@@ -252,12 +256,18 @@ def test_no_rollout_left_is_an_error_whatever_the_rate(scorer):
 
 
 def test_a_refill_may_fail_whole_within_what_the_step_allows(scorer):
-    scorer = scorer("raise ValueError('no')", step_size=40)  # a tenth of which may
+    rewards = Rewards(scorer("raise ValueError('no')", step_size=40), [])  # a tenth of which may
+    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):  # it is no refill yet
+        rewards.score(step(0, 1, 2, 3, rows=4), None)
+    rewards.score(step(), None)
     groups = step(0, 1, 2, 3, rows=4)
-    scorer.collect(scorer.submit(groups, is_refill=True))
+    rewards.score(groups, None)
     assert [len(group.failed) for group in groups] == [4]
     with pytest.raises(RewardError, match="of 8 rollouts have no reward"):
-        scorer.collect(scorer.submit(step(*range(8), rows=8), is_refill=True))
+        rewards.score(step(*range(8), rows=8), None)
+    rewards.begin_step()
+    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):
+        rewards.score(step(0, 1, 2, 3, rows=4), None)
 
 
 def test_numbers_that_training_could_not_hold_are_none(scorer):

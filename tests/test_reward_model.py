@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from rlswitch.errors import ConfigError, ProofError
-from rlswitch.rewards.models.reward_model import Classifier, RewardModel, find_classifier
+from rlswitch.rewards.models.classifier import Classifier, RewardModel
+from rlswitch.rewards.models.reward_model import find_classifier
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -45,7 +46,7 @@ def find(make_run) -> Callable[..., Classifier]:
 
     def look(path: Path, level: str = "1", **settings) -> Classifier:
         run: Run = make_run(reward_model={"path": str(path), "level": level}, **settings)
-        return find_classifier(run, build_tokenizer(), print)
+        return find_classifier(run, [], build_tokenizer(), print)
 
     return look
 
@@ -75,7 +76,7 @@ def rollouts(*texts: str, prompt: str = "12+34=") -> list[Rollout]:
 
 
 def scores(model: RewardModel, *texts: str) -> list[float]:
-    return [mark.score for mark in model.score(rollouts(*texts))]
+    return [score.value for score in model.score(rollouts(*texts))]
 
 
 def own_logits(path: Path, *texts: str) -> list[float]:
@@ -124,7 +125,7 @@ def test_an_encoder_is_a_reward_model_as_well(tmp_path: Path, start):
 
 def test_what_does_not_fit_its_context_is_an_error_and_not_cut(classifier, start):
     fits, long = start(classifier).score(rollouts("046", "1" * 60))
-    assert fits.score is not None and long.score is None
+    assert fits.value is not None and long.value is None
     assert long.error == "has 68 tokens to read, its context is 64"
 
 
@@ -132,8 +133,8 @@ def test_a_score_that_is_no_number_is_an_error(classifier, start):
     tensors = load_file(classifier / "model.safetensors")
     tensors["score.weight"].fill_(math.nan)
     save_file(tensors, classifier / "model.safetensors", metadata={"format": "pt"})
-    (mark,) = start(classifier).score(rollouts("046"))
-    assert (mark.score, mark.error) == (None, "gave nan")
+    (score,) = start(classifier).score(rollouts("046"))
+    assert (score.value, score.error) == (None, "gave nan")
 
 
 def test_another_tokenizer_reads_the_text_and_a_chat_template_is_kept(classifier, find):

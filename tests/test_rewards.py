@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import ConfigError
 from rlswitch.rewards.functions import exact_match
-from rlswitch.rewards.scorer import Scorer, length_metrics
+from rlswitch.rewards.rewards import Rewards
+from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Prompt, Rollout
 
 
@@ -159,7 +160,7 @@ def test_none_is_left_out_of_the_sum_the_rewards_and_the_mean(scorer):
     first, second = scored.rollouts
     assert (first.reward, first.rewards) == (1.0, {"exact_match": 1.0})
     assert (second.reward, second.rewards) == (2.0, {"exact_match": 0.0, "some": 4.0})
-    metrics = scorer.metrics([scored])
+    metrics = Rewards(scorer, []).metrics([scored])
     assert metrics["reward/some/mean"] == 4.0
     assert metrics["reward/exact_match/mean"] == 0.5
 
@@ -248,6 +249,16 @@ def test_scores_are_awaited_where_they_are_collected(scorer):
     assert [rollout.reward for g in (first, second) for rollout in g.rollouts] == [1.0] * 3
 
 
+def test_an_overlong_completion_loses_reward_and_its_rewards_stay_as_they_were(tmp_path, request):
+    config = RewardConfig(functions=["length"], overlong_buffer=4)
+    scorer = Scorer(config, max_new_tokens=10)
+    request.addfinalizer(scorer.close)
+    scored = group(0, ["1" * 6, "1" * 8, "1" * 10])
+    scorer.score([scored])
+    assert [rollout.reward for rollout in scored.rollouts] == [6.0, 7.5, 9.0]
+    assert [rollout.rewards for rollout in scored.rollouts] == [{"length": n} for n in (6.0, 8.0, 10.0)]
+
+
 # ---- how a function is found
 
 
@@ -324,7 +335,7 @@ def test_metrics_by_hand(scorer):
     scorer = scorer("", "exact_match", "length", weights=[1.0, -0.5])
     groups = [group(0, ["7", "7"]), group(2, ["7", "1234"], finish="length")]
     scorer.score(groups)
-    assert scorer.metrics(groups) == pytest.approx(
+    assert Rewards(scorer, []).metrics(groups) == pytest.approx(
         {
             "reward/mean": (0.5 + 0.5 + 0.5 - 2.0) / 4,
             "reward/std": math.sqrt(3 * 0.625**2 + 1.875**2) / 2,
@@ -344,4 +355,3 @@ def test_metrics_by_hand(scorer):
             "prompt_length/max": 3.0,
         }
     )
-    assert length_metrics(groups).items() <= scorer.metrics(groups).items()

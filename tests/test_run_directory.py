@@ -159,13 +159,13 @@ def test_a_disk_that_fills_up_during_the_run_ends_it_with_a_line(capsys):
 @pytest.fixture
 def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Opens a session as far as the engine, which is not to be reached."""
-    from rlswitch import session
+    from rlswitch import build
 
-    monkeypatch.setattr(session, "look_at_models", lambda run, *_: SimpleNamespace(path=run.model.path))
+    monkeypatch.setattr(build, "inspect_models", lambda run, *_: SimpleNamespace(path=run.model.path))
 
     def start() -> None:
         run = make_run()
-        with session.open_session(run, SimpleNamespace(prompts=None), StopSignals()):
+        with build.open_session(run, SimpleNamespace(prompts=None), StopSignals()):
             pytest.fail("it was started")
 
     return start

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from rlswitch import loop
+from rlswitch.build import open_session
 from rlswitch.errors import Preempted, ProofError
 from rlswitch.processes.exit import POLITE
 from rlswitch.processes.signals import (
@@ -24,7 +26,7 @@ from rlswitch.processes.signals import (
     let_through,
     preemptible,
 )
-from rlswitch.session import open_session
+from rlswitch.session import Session
 
 INTERRUPTED = """
 import os, signal, sys, time
@@ -106,7 +108,6 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     make_run, monkeypatch: pytest.MonkeyPatch
 ):
     run = make_run(num_steps=9, checkpoint={"every": 2}, evaluation={"every": 0})
-    run.output_dir = None  # nothing was finished there
     saved: list[str] = []
 
     class Trainer(SimpleNamespace):
@@ -114,35 +115,43 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
             self.version += 1
             return {}
 
-    trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: None)
+    def save(directory: object, trainer: Trainer, *_: object) -> None:
+        saved.append("begun")
+        os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(f"done {trainer.version}")
 
     @contextmanager
-    def opened(_run, _inputs, received):
+    def opened(run, _inputs, received):
         with handling(POLITE, received.receive):
+            yield session_of(run, Trainer, received)
 
-            def save() -> None:
-                saved.append("begun")
-                os.kill(os.getpid(), signal.SIGTERM)
-                saved.append(f"done {trainer.version}")
-
-            yield SimpleNamespace(
-                trainer=trainer,
-                engine=None,
-                switch=SimpleNamespace(give_to=lambda *_: None),
-                ledger=SimpleNamespace(step=0),
-                stop_signals=received,
-                log=lambda *_: None,
-                save=save,
-                abandonable=nullcontext,
-                how_to_go_on="run the same command again",
-            )
-
+    monkeypatch.setattr("rlswitch.session.checkpoint.save", save)
     monkeypatch.setattr(loop, "open_session", opened)
     monkeypatch.setattr(loop, "collect", lambda session: [])
     monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
-    with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
+    with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved; run the same"):
         loop.train(run, None, StopSignals())
     assert saved == ["begun", "done 2"]
+
+
+def session_of(run, trainer: type, received: StopSignals) -> Session:
+    """A Session whose parts do nothing."""
+    return Session(
+        run=run,
+        ledger=SimpleNamespace(step=0, work=lambda name: nullcontext(), step_metrics=dict),
+        monitor=SimpleNamespace(wandb_id=None, sync=lambda: None, log=lambda *_: None),
+        switch=SimpleNamespace(give_to=lambda *_: None),
+        engine=SimpleNamespace(metrics=dict),
+        trainer=trainer(version=0, memory={}, skipped=[], publish=lambda: None, prepare=lambda groups: None),
+        rewards=SimpleNamespace(begin_step=lambda: None),
+        prompts=SimpleNamespace(cursor=0, epoch=0.0),
+        held_out=[],
+        tokenizer=None,
+        output_dir=Path(run.output_dir),
+        stop_signals=received,
+        health=SimpleNamespace(end="", skipped_in_a_row=0, flat_in_a_row=0),
+        saved_step=0,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -208,7 +217,7 @@ def test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is(monkeypatch
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    monkeypatch.setattr("rlswitch.session.build", build)
+    monkeypatch.setattr("rlswitch.build.build", build)
     with (
         pytest.raises(Preempted, match=r"stopped by SIGTERM before the first step; .* again to go on"),
         preemptible() as stop_signals,
@@ -226,7 +235,7 @@ def test_further_stop_signals_do_not_disturb_the_end_of_a_run(monkeypatch, make_
         os.kill(os.getpid(), signal.SIGTERM)
         closed.append(what)
 
-    monkeypatch.setattr("rlswitch.session.build", lambda *given: given[-1].callback(close, "engine"))
+    monkeypatch.setattr("rlswitch.build.build", lambda *given: given[-1].callback(close, "engine"))
     for error in (Preempted("saved"), ProofError("not proven")):
         with pytest.raises(type(error)) as caught, preemptible() as stop_signals, ExitStack() as stack:
             stack.callback(close, "rewards")

@@ -14,8 +14,10 @@ from samples import group_of
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import RewardError
 from rlswitch.evaluation import evaluate
-from rlswitch.rewards.models.tenant import RewardTenant, ask_in_turn
-from rlswitch.rewards.scorer import Mark, Scorer
+from rlswitch.rewards.models.tenant import RewardTenant
+from rlswitch.rewards.rewards import Rewards
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.scores import Score
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
@@ -53,10 +55,13 @@ class Fake(RewardTenant):
     def pids(self) -> list[int]:
         return []
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         self.log.append(f"{self.name} scores {len(rollouts)}")
         found = [(it.text, self.score_of(it.text)) for it in rollouts]
-        return [Mark(score=s, error="" if s is not None else "fell silent", extra=t) for t, s in found]
+        return [
+            Score(value=s, error="" if s is not None else "fell silent", extra={self.reward: t})
+            for t, s in found
+        ]
 
     def close(self) -> None:
         self.log.append(f"{self.name} closes")
@@ -80,7 +85,7 @@ def scorer(tmp_path: Path, request):
 
     def build(*names: str, **options) -> Scorer:
         entries = [f"{file}:{name[1:]}" if name.startswith(":") else name for name in names]
-        made = Scorer(RewardConfig(functions=entries, **options), say=lambda line: None)
+        made = Scorer(RewardConfig(functions=entries, **options), log=lambda line: None)
         request.addfinalizer(made.close)
         return made
 
@@ -88,9 +93,7 @@ def scorer(tmp_path: Path, request):
 
 
 def asked(scorer: Scorer, switch: Switch, tenants: Sequence[RewardTenant], *groups: Group) -> None:
-    pending = scorer.submit(groups)
-    ask_in_turn(tenants, pending, switch)
-    scorer.collect(pending)
+    Rewards(scorer, tenants).score(groups, switch)
 
 
 # -- beside the functions ----------------------------------------------------------------------
@@ -106,7 +109,7 @@ def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(sc
     assert list(first.rewards.items()) == [("reward_model", 0.5), ("exact_match", 1.0), ("judge", 0.0)]
     assert (first.reward, second.reward) == (6.0, 105.0)
     assert second.extra == {"reward_model": "8", "judge": "8"}
-    metrics = scorer.metrics(groups)
+    metrics = Rewards(scorer, tenants).metrics(groups)
     assert metrics["reward/judge/mean"] == 0.5 and metrics["reward/reward_model/error_rate"] == 0.0
 
 
@@ -117,7 +120,7 @@ def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, 
     asked(scorer, switch, tenants, scored)
     assert [it.text for it in scored.rollouts] == ["7"]
     assert [it.errors for it in scored.failed] == [{"judge": "fell silent"}]
-    assert scorer.metrics([scored])["reward/judge/error_rate"] == 0.5
+    assert Rewards(scorer, tenants).metrics([scored])["reward/judge/error_rate"] == 0.5
     with pytest.raises(
         RewardError, match=r"reward 'judge' fell silent for row 3, sample 1 \(prompt '1\+6='\)"
     ):
@@ -126,7 +129,7 @@ def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, 
 
 def test_models_alone_need_no_worker(scorer, switch, log):
     scorer = scorer("judge")
-    assert (scorer.names, scorer.judged_by) == (["judge"], "judge")
+    assert (scorer.names, scorer.correctness) == (["judge"], "judge")
     assert not scorer._pool._idle
     scorer.check([group().prompt])
     scored = group("7")
@@ -190,8 +193,7 @@ def session(make_run, switch, log):
         return SimpleNamespace(
             run=make_run(evaluation={"num_samples": 2}),
             engine=engine,
-            scorer=scorer,
-            tenants=tenants,
+            rewards=Rewards(scorer, tenants),
             held_out=[],
             switch=switch,
             ledger=switch.ledger,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlswitch.config.sections import TENANTS
 from rlswitch.records.provenance import redacted, resolved
 from rlswitch.run import OPTIONS, Run
 
@@ -21,7 +22,7 @@ FREE = {
         "evaluation",
     ),
     "every push is the same weights, whichever way they take; a sampled token does not know": (
-        *("switch", "judge.level", "reward_model.level"),
+        *("switch", *(f"{name}.level" for name in TENANTS)),
     ),
     "where tensors lie while others compute": ("trainer.park",),
     "how the engine is started and reached; the local one and a server sample the same": (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from rlswitch.config.fields import field_problems
 from rlswitch.config.sections import TENANTS, ServerEngineConfig
 from rlswitch.engines.vllm.address import UNPROTECTED, parse_listen, parse_url
-from rlswitch.rewards.models.template import pattern_problems, template_problems
+from rlswitch.rewards.models.tenant import spec_of
 from rlswitch.run import Run
 
 OWNED_BY_SETTINGS = {
@@ -127,13 +127,13 @@ def reward_problems(run: Run) -> Iterator[str]:
 
 
 def tenant_problems(run: Run) -> Iterator[str]:
-    """A judge or reward model that is asked and not there, or the other way round; how it is asked."""
+    """A model among the rewards without a path, a path without its reward, and mistakes in its settings."""
     functions = run.reward.functions
     for name in TENANTS:
         path = getattr(run, name).path
         if name in functions and not path:
             yield (
-                f"{name}.path = null: reward.functions names '{name}', there would be nothing to ask; set"
+                f"{name}.path = null: reward.functions names '{name}', but no model is configured; set"
                 f" {name}.path=<a Hugging Face directory or hub id>"
             )
         elif path and name not in functions:
@@ -143,9 +143,8 @@ def tenant_problems(run: Run) -> Iterator[str]:
             )
         if functions.count(name) > 1:
             yield f"reward.functions = {functions}: '{name}' is there twice, it has one score; name it once"
-    if "judge" in functions:
-        yield from template_problems(run.judge.prompt)
-        yield from pattern_problems(run.judge.pattern)
+        if name in functions:
+            yield from spec_of(name).problems(run)
 
 
 def address_problems(engine: ServerEngineConfig) -> Iterator[str]:

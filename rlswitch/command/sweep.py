@@ -128,7 +128,7 @@ def _sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
     for job in jobs:
         try:
             run = compose_run(job, source)
-            inputs = repr((run.model, run.data, run.reward, run.judge, run.reward_model, run.engine))
+            inputs = repr((run.model, run.data, run.reward, run.tenants, run.engine))
             if inputs not in looked_at and run.mode != "plan":
                 looked_at.add(inputs)
                 refuse_wrong_inputs(run)

@@ -12,10 +12,11 @@ from typing import Any
 
 import psutil
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
-from rlswitch.config.sections import TENANTS, ModelConfig
+from rlswitch.config.sections import ModelConfig
 from rlswitch.data.hub import builtin_model
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
@@ -138,30 +139,30 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """A tenant that only scores: a judge or a reward model."""
+    """A tenant that only scores."""
 
     name: str
     """As in switch.jsonl: the name of its phase."""
     shape: ModelShape
     level: str
-
-    @property
-    def has_engine(self) -> bool:
-        """With a KV cache and memory of its own beside the weights."""
-        return self.name == TENANTS["judge"]
+    has_engine: bool
+    """With a KV cache, and the engine's memory beside the weights."""
 
     @classmethod
     def read(cls, run: Run) -> list[Scoring]:
         """Those among the rewards of `run`."""
-        judge, model, found = run.judge, run.reward_model, []
-        if "judge" in run.reward.functions and judge.path is not None:
-            shape = ModelShape.read(ModelConfig(path=judge.path), "judge.path")
-            found.append(cls(name=TENANTS["judge"], shape=shape, level=judge.level))
-        if "reward_model" in run.reward.functions and model.path is not None:
-            kind = AutoModelForSequenceClassification
-            shape = ModelShape.read(ModelConfig(path=model.path), "reward_model.path", kind)
-            found.append(cls(name=TENANTS["reward_model"], shape=shape, level=model.level))
-        return found
+        return [
+            cls(
+                name=it.device_name,
+                shape=ModelShape.read(
+                    ModelConfig(path=it.path), f"{reward}.path", getattr(transformers, it.auto_class)
+                ),
+                level=it.level,
+                has_engine=it.has_engine,
+            )
+            for reward, it in run.tenants.items()
+            if it.path is not None
+        ]
 
 
 def largest_micro_batch(run: Run) -> int:

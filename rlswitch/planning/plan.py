@@ -19,7 +19,6 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from rlswitch.config.sections import TENANTS
 from rlswitch.engines.vllm.arguments import CPU_KV_CACHE_GIB, llm_arguments
 from rlswitch.engines.vllm.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.errors import ConfigError
@@ -228,18 +227,20 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Sc
     checks = [Shortfall(f"the {phase}", plan.total(phase), plan.limit_bytes) for phase in plan.phases]
     checks.append(Shortfall("one rollout's KV cache", run.max_model_len * per_token, kv))
     if cuda:
-        checks += gpu_checks(plan, int(engine["gpu_memory_utilization"] * facts.total_bytes), in_memory)
+        engines = [tenant.name for tenant in others if tenant.has_engine]
+        asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
+        checks += gpu_checks(plan, asked, in_memory, engines)
     plan.shortfalls = [check for check in checks if check.needs > check.has]
     return plan
 
 
-def gpu_checks(plan: Plan, asked: int, in_memory: int) -> Iterator[Shortfall]:
+def gpu_checks(plan: Plan, asked: int, in_memory: int, engines: Sequence[str]) -> Iterator[Shortfall]:
     """What else can fall short where the device is not the host: `asked` is what an engine starts with."""
     facts = plan.device
     yield Shortfall("vLLM at its start", asked, facts.free_bytes)
-    if TENANTS["judge"] in plan.phases:  # started while the rollout engine sleeps
+    for name in engines:  # started while the rollout engine sleeps
         beside = sum(row.asleep for row in plan.rows if row.phase == ROLLOUT)
-        yield Shortfall("the judge's vLLM at its start", asked, facts.free_bytes - beside)
+        yield Shortfall(f"the {name}'s vLLM at its start", asked, facts.free_bytes - beside)
     yield Shortfall("host memory", plan.total("parked") + in_memory, facts.host_free_bytes)
 
 

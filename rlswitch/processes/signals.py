@@ -88,7 +88,7 @@ def let_through() -> Iterator[None]:
 def leave_at_second_interrupt(stack: ExitStack) -> None:
     """The first Ctrl-C takes the run down in order, the next one ends the process as it is.
 
-    Engine and reward processes notice that themselves (engines/processes.py, rewards/keeper.py).
+    Engine and reward processes notice that themselves (engines/processes.py, rewards/sandbox/supervisor.py).
     """
     asked: list[int] = []
 
