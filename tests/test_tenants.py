@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+from rlswitch.recipes.addition.task import build_tokenizer
 from samples import group_of
 
-from rlswitch.config.sections import RewardConfig
-from rlswitch.errors import RewardError
+from rlswitch.build import start_tenant
+from rlswitch.command.checks import tenant_problems
+from rlswitch.config.sections import TENANTS, RewardConfig, TenantConfig
+from rlswitch.errors import ConfigError, RewardError
 from rlswitch.evaluation import evaluate
-from rlswitch.rewards.models.tenant import RewardTenant
+from rlswitch.rewards.models.tenant import RewardTenant, check_tenants, prepare_tenants
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.scores import Score
+from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
@@ -247,3 +254,122 @@ def test_a_hand_over_inside_of_work_is_counted_as_switching_only(tmp_path, monke
     assert heard == ["reward", "switch", "reward"]
     (row,) = [json.loads(line) for line in (tmp_path / "switch.jsonl").open()]
     assert (row["from"], row["to"]) == ("rollout engine", "judge")
+
+
+# -- a new one ---------------------------------------------------------------------------------
+
+LOOKUP = """
+import json
+from pathlib import Path
+
+from rlswitch.errors import ConfigError
+from rlswitch.rewards.models.tenant import RewardTenant, TenantSpec
+from rlswitch.rewards.scores import Score
+from rlswitch.run import Run
+
+
+class Lookup(RewardTenant):
+    reward, name = "lookup", "lookup table"
+
+    def __init__(self, table, ledger):
+        self.table, self.ledger = table, ledger
+
+    def acquire(self, weights): ...
+    def release(self): ...
+    def unreleased(self): ...
+    def close(self): ...
+
+    @property
+    def pids(self):
+        return []
+
+    def score(self, rollouts):
+        return [Score(value=self.table.get(it.text), error="" if it.text in self.table else "is not listed")
+                for it in rollouts]
+
+
+def check(run, path, prompts):
+    table = json.loads((Path(path) / "table.json").read_text())
+    if not table:
+        raise ConfigError(f"lookup.path = {path}: the table is empty")
+    return table
+
+
+def prepare(run, prompts, policy, log):
+    table = check(run, run.lookup.path, prompts)
+    return lambda ledger, *_: Lookup(table, ledger)
+
+
+def problems(run):
+    if run.lookup.level == "2":
+        yield "lookup.level = 2: a table does not sleep; set lookup.level=1"
+
+
+SPEC = TenantSpec(check=check, prepare=prepare, problems=problems)
+"""
+
+
+@dataclass(kw_only=True, slots=True)
+class LookupConfig(TenantConfig):
+    device_name: ClassVar[str] = "lookup table"
+
+
+@dataclass(kw_only=True, slots=True)
+class RunWithLookup(Run):
+    lookup: LookupConfig = field(default_factory=LookupConfig)
+
+
+@pytest.fixture
+def with_lookup(tmp_path: Path, monkeypatch, make_run) -> Callable[..., RunWithLookup]:
+    """One file, one line in TENANTS, one section: a run that looks scores up beside exact_match."""
+    (tmp_path / "lookup_tenant.py").write_text(LOOKUP)
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "table.json").write_text(json.dumps({"7": 0.25, "8": 4.0}))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(TENANTS, "lookup", "lookup_tenant")
+
+    def build(**lookup) -> RunWithLookup:
+        base = make_run(reward={"functions": ["lookup", "exact_match"], "weights": [1.0, 2.0]})
+        settings = {item.name: getattr(base, item.name) for item in fields(base)}
+        return RunWithLookup(**settings, lookup=LookupConfig(path=str(tmp_path / "table"), **lookup))
+
+    return build
+
+
+def test_a_new_tenant_is_validated_like_the_others(with_lookup, tmp_path):
+    run = with_lookup()
+    assert not list(tenant_problems(run))
+    assert list(tenant_problems(with_lookup(level="2"))) == [
+        "lookup.level = 2: a table does not sleep; set lookup.level=1"
+    ]
+    (missing,) = tenant_problems(replace(run, lookup=LookupConfig()))
+    assert missing.startswith("lookup.path = null: reward.functions names 'lookup', but no model")
+    (unused,) = tenant_problems(replace(run, reward=RewardConfig()))
+    assert unused.startswith(
+        f"lookup.path = {tmp_path / 'table'}: reward.functions = ['exact_match'] does not"
+    )
+    check_tenants(run, [group("7").prompt])
+    (tmp_path / "table" / "table.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"lookup\.path = .*: the table is empty"):
+        check_tenants(run, [group("7").prompt])
+
+
+def test_a_new_tenant_takes_its_turn_and_scores(with_lookup, switch, tmp_path, request, log):
+    run, scored = with_lookup(), group("7", "8", "9")
+    (prepared,) = prepare_tenants(run, [scored.prompt], build_tokenizer(), print)
+    scorer = Scorer(replace(run.reward, max_error_rate=0.5), log=log.append)
+    request.addfinalizer(scorer.close)
+    with ExitStack() as stack:
+        tenant = start_tenant(prepared, switch, tmp_path, tmp_path, print, stack)
+        switch.vacate()
+        rewards = Rewards(scorer, [tenant])
+        rewards.score([scored], switch)
+    assert switch.holder is tenant
+    assert [rollout.rewards for rollout in scored.rollouts] == [
+        {"lookup": 0.25, "exact_match": 1.0},
+        {"lookup": 4.0, "exact_match": 0.0},
+    ]
+    assert [rollout.reward for rollout in scored.rollouts] == [2.25, 4.0]
+    assert scored.failed[0].errors == {"lookup": "is not listed"}
+    assert rewards.metrics([scored])["reward/lookup/mean"] == 2.125
+    assert log == ["warning: reward 'lookup' is not listed for row 3, sample 2 (prompt '1+6='); left out"]

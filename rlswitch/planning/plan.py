@@ -227,18 +227,17 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Sc
     checks = [Shortfall(f"the {phase}", plan.total(phase), plan.limit_bytes) for phase in plan.phases]
     checks.append(Shortfall("one rollout's KV cache", run.max_model_len * per_token, kv))
     if cuda:
-        engines = [tenant.name for tenant in others if tenant.has_engine]
-        asked = int(engine["gpu_memory_utilization"] * facts.total_bytes)
-        checks += gpu_checks(plan, asked, in_memory, engines)
+        share = int(engine["gpu_memory_utilization"] * facts.total_bytes)
+        checks += gpu_checks(plan, share, in_memory, others)
     plan.shortfalls = [check for check in checks if check.needs > check.has]
     return plan
 
 
-def gpu_checks(plan: Plan, asked: int, in_memory: int, engines: Sequence[str]) -> Iterator[Shortfall]:
+def gpu_checks(plan: Plan, asked: int, in_memory: int, others: Sequence[Scoring]) -> Iterator[Shortfall]:
     """What else can fall short where the device is not the host: `asked` is what an engine starts with."""
     facts = plan.device
     yield Shortfall("vLLM at its start", asked, facts.free_bytes)
-    for name in engines:  # started while the rollout engine sleeps
+    for name in [it.name for it in others if it.has_engine]:  # started while the rollout engine sleeps
         beside = sum(row.asleep for row in plan.rows if row.phase == ROLLOUT)
         yield Shortfall(f"the {name}'s vLLM at its start", asked, facts.free_bytes - beside)
     yield Shortfall("host memory", plan.total("parked") + in_memory, facts.host_free_bytes)

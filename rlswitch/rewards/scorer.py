@@ -49,8 +49,9 @@ class Scorer:
         """Prints a line on the console: warnings, and what functions print."""
         self._config, self._step_size, self._max_new_tokens = config, step_size, max_new_tokens
         self._weights = config.weights or [1.0] * len(config.functions)
-        self.tenants = [entry for entry in config.functions if entry in TENANTS]
+        self.tenants = tuple(entry for entry in config.functions if entry in TENANTS)
         """Names of the models among the rewards."""
+        functions = [entry for entry in config.functions if entry not in TENANTS]
         problems = [
             f"reward.weights = {config.weights}: {weight} is not a finite number"
             for weight in self._weights
@@ -61,9 +62,10 @@ class Scorer:
             timeout_s=config.timeout_s,
             memory_bytes=int(config.memory_gib * 2**30),
             allow_unsandboxed=config.allow_unsandboxed,
+            taken_names=self.tenants,
         )
         try:
-            self._pool = Pool(config.functions, settings, config.workers, lambda line: self.log(line))
+            self._pool = Pool(functions, settings, config.workers, lambda line: self.log(line))
         except ConfigError as error:
             problems += error.problems
         else:
@@ -84,12 +86,12 @@ class Scorer:
     def names(self) -> list[str]:
         """The rewards as Rollout.rewards and the metrics name them, in the order of reward.functions."""
         functions = iter(self._pool.names)
-        return [name if name in TENANTS else next(functions) for name in self._config.functions]
+        return [name if name in self.tenants else next(functions) for name in self._config.functions]
 
     @property
     def correctness(self) -> str:
         """The reward that decides whether an answer is correct: the first function, else the first tenant."""
-        return (self._pool.names or self.tenants)[0]
+        return [*self._pool.names, *self.tenants][0]
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raises ConfigError where a function cannot be called with the columns of `prompts`."""

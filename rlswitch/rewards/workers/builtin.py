@@ -17,12 +17,14 @@ ONE_BY_ONE = {"code"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """The settings that built-in functions depend on."""
+    """What the functions depend on beside their entries in reward.functions."""
 
     format_pattern: str | None
     timeout_s: float
     memory_bytes: int
     allow_unsandboxed: bool
+    taken_names: tuple[str, ...] = ()
+    """Of the tenants: a function with such a name gets a suffix."""
 
 
 def make_format(settings: Settings) -> Format:

@@ -11,7 +11,6 @@ from itertools import pairwise
 from multiprocessing.connection import wait
 from typing import Any
 
-from rlswitch.config.sections import TENANTS
 from rlswitch.errors import ConfigError, RewardError
 from rlswitch.rewards.scores import Score
 from rlswitch.rewards.workers.builtin import ONE_BY_ONE, Settings
@@ -53,9 +52,7 @@ class Pool:
 
     def __init__(self, entries: Sequence[str], settings: Settings, size: int, log: Callable[[str], None]):
         """Raises ConfigError with a line for each entry that is not a function."""
-        self._log = log
-        self._entries = [entry for entry in entries if entry not in TENANTS]
-        self._all_entries, self._settings, self._size = list(entries), settings, size
+        self._entries, self._settings, self._size, self._log = list(entries), settings, size, log
         self._idle: list[WorkerProcess] = []
         self._busy: dict[WorkerProcess, tuple[Call, float]] = {}
         """What each works on, and since when."""
@@ -81,7 +78,7 @@ class Pool:
         try:
             return self._idle[0].ask(("check", list(columns)), LOAD_SECONDS)["problems"]
         except Lost as lost:
-            raise RewardError(f"{self._blame}: the process with them {lost}") from lost
+            raise RewardError(f"reward.functions = {self._entries}: the process with them {lost}") from lost
 
     def map(
         self, group_sizes: Sequence[int], arguments: Arguments
@@ -207,20 +204,16 @@ class Pool:
         if loaded["problems"] or loaded["names"] != self.names:
             worker.end()
             changed = "; ".join(loaded["problems"]) or f"their names are {', '.join(loaded['names'])} now"
-            raise RewardError(f"{self._blame}: changed since the run began: {changed}")
+            raise RewardError(f"reward.functions = {self._entries}: changed since the run began: {changed}")
         return worker
 
     def _start(self) -> tuple[WorkerProcess, dict[str, Any]]:
         worker = WorkerProcess(self._settings.memory_bytes, self._log)
         try:
-            return worker, worker.ask(("load", self._all_entries, self._settings), LOAD_SECONDS)
+            return worker, worker.ask(("load", self._entries, self._settings), LOAD_SECONDS)
         except Lost as lost:
             worker.end()
-            raise RewardError(f"{self._blame}: importing them {lost}") from lost
-
-    @property
-    def _blame(self) -> str:
-        return f"reward.functions = {self._all_entries}"
+            raise RewardError(f"reward.functions = {self._entries}: importing them {lost}") from lost
 
 
 def _score(result: Mapping[str, Any], i: int) -> Score:

@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,22 +61,16 @@ class Function:
 
 
 def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function], list[str]]:
-    """The functions under unique names, and a line for each entry that is not one.
-
-    A tenant keeps its name: a function with the same name gets a suffix.
-    """
+    """The functions under unique names, and a line for each entry that is not one."""
     functions: list[Function] = []
     problems: list[str] = []
-    tenants = [entry for entry in entries if entry in TENANTS]
     for entry in entries:
-        if entry in tenants:
-            continue
         try:
             name, call = _find(entry, settings)
         except ConfigError as error:
             problems += error.problems
         else:
-            unique = _unique(name, [*tenants, *(other.name for other in functions)])
+            unique = _unique(name, {*settings.taken_names, *(other.name for other in functions)})
             functions.append(Function(unique, entry, call))
     return functions, problems
 
@@ -138,7 +132,7 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _unique(name: str, taken: Sequence[str]) -> str:
+def _unique(name: str, taken: Set[str]) -> str:
     """`name`, or name_2, name_3, ... when an earlier function has it."""
     unique, n = name, 1
     while unique in taken:
