@@ -144,28 +144,20 @@ def claim(run: Run, models: Models, stack: ExitStack) -> Claim:
     output_dir, device = Path(run.output_dir), Device.detect()
     itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     nbytes = itemsize * checkpoint_elements(Path(models.path))
-    by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
     stack.enter_context(only_run_in(output_dir, print))
-    start = choose_start(run, itemsize, output_dir, pushes=2 * nbytes if by_disk else 0)
+    start = resume.choose(run, output_dir, print)
+    size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
+    kept = len(resume.steps_in(output_dir / "checkpoints"))
+    pushed_here = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
+    pushes = 2 * nbytes if pushed_here else 0
+    refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
+    resume.give_up(start.given_up)  # later checkpoints, which the run goes back behind
     monitor = stack.enter_context(Monitor(run, output_dir, start.kept, start.state.wandb_id))
     ledger = Ledger(device, output_dir, start.kept, start.state.step)
     ledger.on_phase = monitor.phase
     publisher = Publisher(run.switch.transport, nbytes, output_dir)
     stack.callback(publisher.close)
     return Claim(output_dir=output_dir, start=start, monitor=monitor, ledger=ledger, publisher=publisher)
-
-
-def choose_start(run: Run, itemsize: int, output_dir: Path, pushes: int) -> Start:
-    """The checkpoint that the run resumes from; later ones are removed. Raises ConfigError.
-
-    itemsize: bytes per element in the engine's dtype. pushes: bytes that published versions take on the disk.
-    """
-    start = resume.choose(run, output_dir, print)
-    size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
-    kept = len(resume.steps_in(output_dir / "checkpoints"))
-    refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
-    resume.give_up(start.given_up)
-    return start
 
 
 # -- 2. what takes turns with the trainer --------------------------------------------------------
@@ -229,45 +221,30 @@ def start_tenant(
 
 
 def start_trainer(run: Run, inputs: Inputs, models: Models, claimed: Claim, tenants: Tenants) -> Trainer:
-    """The trainer, restored from the checkpoint that the run resumes from; it gets the device."""
-    log = claimed.monitor.say
+    """The trainer, which gets the device, restored from the checkpoint that the run resumes from."""
+    start, device, log = claimed.start, claimed.ledger.device, claimed.monitor.say
     claimed.monitor.phase("trainer start")
-    block_size = tenants.engine.backend.block_size
-    trainer = build_trainer(run, inputs, models, claimed.ledger, claimed.publisher, block_size, log)
-    trainer.parking.engine_bytes = tenants.peak_bytes
-    if claimed.start.path:
-        checkpoint.restore(claimed.start.path, trainer)
-        log(f"resumed from {claimed.start.path} at step {claimed.start.state.step}")
-    if trainer.updates_once:
-        log("one update a step: its own log-probabilities serve as the old ones and are not recomputed")
-    tenants.switch.give_to(trainer)
-    return trainer
-
-
-def build_trainer(
-    run: Run,
-    inputs: Inputs,
-    models: Models,
-    ledger: Ledger,
-    publisher: Publisher,
-    block_size: int,
-    say: Callable[[str], None],
-) -> Trainer:
-    """The trainer on a device that the engine has left."""
-    device = ledger.device
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
         vocabulary=len(models.tokenizer),
-        length=min(run.max_model_len - 1, max(block_size + 2, 32)),
+        length=min(run.max_model_len - 1, max(tenants.engine.backend.block_size + 2, 32)),
     )
-    return Trainer(
+    trainer = Trainer(
         run,
         models.path,
         getattr(torch, engine_dtype(run.model.dtype, device)),
         models.tokenizer.pad_token_id,
         device,
-        ledger,
-        publisher,
+        claimed.ledger,
+        claimed.publisher,
         canary,
-        say,
+        log,
     )
+    trainer.parking.engine_bytes = tenants.peak_bytes
+    if start.path:
+        checkpoint.restore(start.path, trainer)
+        log(f"resumed from {start.path} at step {start.state.step}")
+    if trainer.updates_once:
+        log("one update a step: its own log-probabilities serve as the old ones and are not recomputed")
+    tenants.switch.give_to(trainer)
+    return trainer
