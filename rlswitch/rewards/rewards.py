@@ -27,10 +27,6 @@ class Rewards:
         self._step_has_rollouts = False
 
     @property
-    def names(self) -> list[str]:
-        return self.scorer.names
-
-    @property
     def correctness(self) -> str:
         """The reward that decides whether an answer is correct: the first function, else the first tenant."""
         return self.scorer.correctness
@@ -66,7 +62,7 @@ class Rewards:
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Rewards, errors, and lengths in tokens of scored groups."""
-        return reward_metrics(groups, self.names) | length_metrics(groups)
+        return reward_metrics(groups, self.scorer.names) | length_metrics(groups)
 
     def _ask(self, tenants: Sequence[RewardTenant], pending: Pending, switch: Switch) -> None:
         for tenant in tenants:

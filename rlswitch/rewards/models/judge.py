@@ -109,13 +109,17 @@ class Judge(RewardTenant):
 
 
 def settings_problems(run: Run) -> Iterator[str]:
-    """Question and pattern that could not work."""
+    """A line for each mistake in judge.prompt and judge.pattern."""
     yield from template_problems(run.judge.prompt)
     yield from pattern_problems(run.judge.pattern)
 
 
 def check_judge(run: Run, path: str, prompts: Sequence[Prompt]) -> tuple[PreTrainedTokenizerBase, int]:
-    """Tokenizer of the judge in `path`, and its engine's context length in tokens. Raises ConfigError."""
+    """Tokenizer of the judge in `path`, and the context length in tokens that its engine gets.
+
+    That is ROOM times what question and reply need for `prompts`, up to the model's limit. Raises ConfigError
+    when they need more than the limit, or when the question has unknown blanks.
+    """
     columns = [name for name in prompts[0].columns if all(name in it.columns for it in prompts)]
     if problems := list(blank_problems(run.judge.prompt, columns)):
         raise ConfigError(*problems)
@@ -123,20 +127,8 @@ def check_judge(run: Run, path: str, prompts: Sequence[Prompt]) -> tuple[PreTrai
     model = ModelConfig(path=run.judge.path)
     tokenizer = load_tokenizer(model, path, "judge.path")
     limit = context_of(read_config(model, path, "judge.path"))
-    return tokenizer, context_length(run, prompts, tokenizer, limit)
-
-
-def context_length(
-    run: Run, prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> int:
-    """Tokens that question and reply may have together: ROOM times what `prompts` need, up to `limit`.
-
-    Raises ConfigError when `prompts` alone need more than the `limit` of the judge's context.
-    """
-    longest = max(
-        len(encode_question(fill_in(run.judge.prompt, it.messages, "", it.columns), tokenizer))
-        for it in prompts
-    )
+    questions = (fill_in(run.judge.prompt, it.messages, "", it.columns) for it in prompts)
+    longest = max(len(encode_question(question, tokenizer)) for question in questions)
     need = longest + run.rollout.max_new_tokens + run.judge.max_new_tokens
     if limit is not None and need > limit:
         raise ConfigError(
@@ -144,7 +136,7 @@ def context_length(
             f" completion rollout.max_new_tokens {run.rollout.max_new_tokens}, a reply judge.max_new_tokens"
             f" {run.judge.max_new_tokens}: {need} would not fit; shorten one of them, or set another judge"
         )
-    return min(ROOM * need, limit or ROOM * need)
+    return tokenizer, min(ROOM * need, limit or ROOM * need)
 
 
 def encode_question(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
