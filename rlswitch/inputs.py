@@ -74,9 +74,9 @@ def read_inputs(run: Run, torchless: Torchless, say: Callable[[str], None], stac
     scorer = build_scorer(run)
     stack.callback(scorer.close)
     prompts, held_out, first = answer()
-    scorer.check(first)
+    scorer.check_columns(first)
     if held_out and run.evaluation.every:  # they may lack a column that the others have
-        scorer.check(held_out)
+        scorer.check_columns(held_out)
     return Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
 
 

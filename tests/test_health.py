@@ -7,11 +7,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+from samples import idle_session
 
 from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.errors import RLSwitchError
 from rlswitch.records.health import Health, write_down
-from rlswitch.session import Session
 
 BROKEN = ["actor/grad_norm = inf", "actor/grad_norm = nan"]
 
@@ -89,17 +89,13 @@ def test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end(healt
     assert not health.end  # who goes on all the same has fifty more
 
 
-def test_a_run_with_nothing_more_to_learn_is_saved_before_it_ends():
-    saved: list[str] = []
-    session = SimpleNamespace(
-        trainer=SimpleNamespace(version=60, skipped=[]),
-        engine=SimpleNamespace(metrics=dict),
-        ledger=SimpleNamespace(step_metrics=dict),
-        prompts=SimpleNamespace(epoch=0.0),
-        monitor=SimpleNamespace(log=lambda *_: None),
-        health=SimpleNamespace(end="the policy's gradient was 0"),
-        save=lambda: saved.append("saved"),
-    )
+def test_a_run_with_nothing_more_to_learn_is_saved_before_it_ends(make_run, monkeypatch):
+    saved: list[int] = []
+    monkeypatch.setattr("rlswitch.session.checkpoint.save", lambda directory, trainer, *_: saved.append(60))
+    session = idle_session(make_run(), trainer=SimpleNamespace(version=60, skipped=[]))
+    session.log({})
+    assert not saved
+    session.health.end = "the policy's gradient was 0"
     with pytest.raises(RLSwitchError, match="gradient was 0; checkpoint of step 60 saved"):
-        Session.log(session, {})
-    assert saved
+        session.log({})
+    assert saved == [60] and session.saved_step == 60

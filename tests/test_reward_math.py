@@ -33,7 +33,7 @@ def score():
     def run(entry: str, group: Group, **settings) -> list[float]:
         scorer = Scorer(RewardConfig(functions=[entry], **settings))
         try:
-            scorer.check([group.prompt])
+            scorer.check_columns([group.prompt])
             scorer.score([group])
         finally:
             scorer.close()

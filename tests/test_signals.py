@@ -8,11 +8,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
+from samples import idle_session
 
 from rlswitch import loop
 from rlswitch.build import open_session
@@ -26,7 +26,6 @@ from rlswitch.processes.signals import (
     let_through,
     preemptible,
 )
-from rlswitch.session import Session
 
 INTERRUPTED = """
 import os, signal, sys, time
@@ -123,7 +122,10 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     @contextmanager
     def opened(run, _inputs, received):
         with handling(POLITE, received.receive):
-            yield session_of(run, Trainer, received)
+            trainer = Trainer(
+                version=0, memory={}, skipped=[], publish=lambda: None, prepare=lambda groups: None
+            )
+            yield idle_session(run, trainer=trainer, stop_signals=received)
 
     monkeypatch.setattr("rlswitch.session.checkpoint.save", save)
     monkeypatch.setattr(loop, "open_session", opened)
@@ -132,26 +134,6 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved; run the same"):
         loop.train(run, None, StopSignals())
     assert saved == ["begun", "done 2"]
-
-
-def session_of(run, trainer: type, received: StopSignals) -> Session:
-    """A Session whose parts do nothing."""
-    return Session(
-        run=run,
-        ledger=SimpleNamespace(step=0, work=lambda name: nullcontext(), step_metrics=dict),
-        monitor=SimpleNamespace(wandb_id=None, sync=lambda: None, log=lambda *_: None),
-        switch=SimpleNamespace(give_to=lambda *_: None),
-        engine=SimpleNamespace(metrics=dict),
-        trainer=trainer(version=0, memory={}, skipped=[], publish=lambda: None, prepare=lambda groups: None),
-        rewards=SimpleNamespace(begin_step=lambda: None),
-        prompts=SimpleNamespace(cursor=0, epoch=0.0),
-        held_out=[],
-        tokenizer=None,
-        output_dir=Path(run.output_dir),
-        stop_signals=received,
-        health=SimpleNamespace(end="", skipped_in_a_row=0, flat_in_a_row=0),
-        saved_step=0,
-    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -138,7 +138,7 @@ def test_models_alone_need_no_worker(scorer, switch, log):
     scorer = scorer("judge")
     assert (scorer.names, scorer.correctness) == (["judge"], "judge")
     assert not scorer._pool._idle
-    scorer.check([group().prompt])
+    scorer.check_columns([group().prompt])
     scored = group("7")
     asked(scorer, switch, [Fake("judge", lambda t: 0.25, log)], scored)
     assert scored.rollouts[0].reward == 0.25

@@ -93,7 +93,7 @@ class Scorer:
         """The reward that decides whether an answer is correct: the first function, else the first tenant."""
         return [*self._pool.names, *self.tenants][0]
 
-    def check(self, prompts: Sequence[Prompt]) -> None:
+    def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Raises ConfigError where a function cannot be called with the columns of `prompts`."""
         columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
         problems = [

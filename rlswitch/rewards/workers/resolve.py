@@ -40,7 +40,7 @@ class Function:
             getattr(call, "__call__", None)  # noqa: B004  (an object with an async __call__)
         )
 
-    def problem_with(self, columns: Sequence[str]) -> str | None:
+    def signature_problem(self, columns: Sequence[str]) -> str | None:
         """Why it cannot be called with these columns of the dataset, or None."""
         try:
             # a C function has no signature (ValueError): its first call shows

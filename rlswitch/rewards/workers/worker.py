@@ -43,7 +43,7 @@ def main(fd: int) -> None:
                 reply: dict[str, Any] = {"problems": problems, "names": [f.name for f in functions]}
                 reply["is_async"] = [f.is_async for f in functions]
             elif verb == "check":
-                found = (function.problem_with(rest[0]) for function in functions)
+                found = (function.signature_problem(rest[0]) for function in functions)
                 reply = {"problems": [problem for problem in found if problem]}
             else:
                 reply = {"results": score([functions[i] for i in rest[0]], rest[1], runner)}
