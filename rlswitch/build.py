@@ -151,7 +151,7 @@ def claim(run: Run, models: Models, stack: ExitStack) -> Claim:
     pushed_here = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
     pushes = 2 * nbytes if pushed_here else 0
     refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
-    resume.give_up(start.given_up)  # later checkpoints, which the run goes back behind
+    resume.give_up(start.given_up)  # checkpoints after the one it resumes from
     monitor = stack.enter_context(Monitor(run, output_dir, start.kept, start.state.wandb_id))
     ledger = Ledger(device, output_dir, start.kept, start.state.step)
     ledger.on_phase = monitor.phase

@@ -70,21 +70,21 @@ class DataConfig:
 class RewardConfig:
     functions: list[str] = field(default_factory=lambda: ["exact_match"])
     """Built-in names, `package.module:function`, or `file.py:function`, with TRL's signature; and the models
-    `judge` and `reward_model`, each with a section of its own."""
+    `judge` and `reward_model`, each with its section of settings."""
     weights: list[float] = field(default_factory=list)
     """One weight each; empty: all 1."""
     overlong_buffer: int = number(0, at_least=0)
     """Completions that use the last so many tokens lose up to 1 of their reward (DAPO); 0: none do."""
     workers: int = number(1, at_least=1)
-    """Processes that the functions run in; each is given whole groups of a step, `code` one program."""
+    """Processes that the functions run in; each gets whole groups of a step, `code` one program."""
     timeout_s: float = number(60.0, above=0)
-    """A call of a function that takes longer is killed, and repeated in parts to find the guilty rows."""
+    """A call that takes longer is killed, and repeated in parts to find the rows that fail."""
     memory_gib: float = number(4.0, at_least=0.25)
     """Memory that a worker, and each program in the sandbox, may take."""
     max_error_rate: float = number(0.1, at_least=0, at_most=1)
     """Share of a step's rollouts that may have no reward and be left out; more stops the run."""
     format_pattern: str | None = None
-    """What the built-in `format` asks for: a regular expression for the whole completion."""
+    """Regular expression of the built-in `format`, which the whole completion has to match."""
     allow_unsandboxed: bool = False
     """Run programs that the model wrote where the kernel gives no isolation: with limits only."""
 
