@@ -304,32 +304,30 @@ def test_a_tracker_that_raises_is_left_with_one_warning(tmp_path, tracker):
 
 
 def test_a_tracker_that_hangs_does_not_hold_the_run(tmp_path, tracker, monkeypatch):
-    monkeypatch.setattr(monitoring, "HANG_SECONDS", 0.05)
     stuck, release = threading.Event(), threading.Event()
 
     def hang():
         stuck.set()
-        release.wait(20)
+        release.wait()
 
     tracker.on_log = staticmethod(hang)
     console = plain()
-    began = time.monotonic()
     with Monitor(make_run(logger=["fake"]), tmp_path, console=console) as monitor:
         monitor.log(1, METRICS)
-        assert stuck.wait(10)
-        time.sleep(0.1)
+        assert stuck.wait(60)
+        monkeypatch.setattr(monitoring, "HANG_SECONDS", 0.0)
         for step in (2, 3):
             monitor.log(step, METRICS)
-    release.set()
-    assert time.monotonic() - began < 10
+    release.set()  # only now: neither the records nor the end of the run have waited for it
     assert printed(console).count("warning: fake has not answered") == 1
+    assert "still busy" not in printed(console)
     assert len(lines_of(tmp_path / "metrics.jsonl")) == 3
 
 
 def test_a_slow_finish_is_given_up(tmp_path, tracker, monkeypatch):
     monkeypatch.setattr(monitoring, "FINISH_SECONDS", 0.1)
     release = threading.Event()
-    tracker.finish = lambda self: release.wait(20)
+    tracker.finish = lambda self: release.wait()
     console = plain()
     with Monitor(make_run(logger=["fake"]), tmp_path, console=console) as monitor:
         monitor.log(1, METRICS)

@@ -98,7 +98,7 @@ def test_the_first_interrupt_takes_down_in_order_and_the_second_leaves_at_once()
         (["twice"], "interrupted\n", 130),
     ):
         words = [sys.executable, "-c", INTERRUPTED, *words]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert (done.stdout, done.returncode) == (printed, code), done.stderr
 
 
@@ -193,7 +193,8 @@ leave(75)
 
 @pytest.mark.parametrize(("name", "printed", "code"), [("SIGTERM", "closed\n", 75), ("SIGINT", "", 130)])
 def test_who_is_leaving_is_not_stopped_any_more_but_may_be_hurried(name: str, printed: str, code: int):
-    done = subprocess.run([sys.executable, "-c", LEAVING, name], capture_output=True, text=True, timeout=50)
+    words = [sys.executable, "-c", LEAVING, name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.returncode, done.stderr) == (printed, code, "")
 
 
