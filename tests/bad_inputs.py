@@ -1088,7 +1088,7 @@ def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
 
 def small_gpu(patch: pytest.MonkeyPatch) -> None:
     """a GPU of 1 GiB"""
-    from rlswitch.planning.footprint import DeviceFacts
+    from rlswitch.planning.machine import DeviceFacts
 
     size = 2**30
     facts = DeviceFacts(
