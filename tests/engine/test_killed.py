@@ -17,8 +17,8 @@ import pytest
 from runs import Finished, finish, train
 
 import rlswitch
-from rlswitch.leave import PREEMPTED
-from rlswitch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
+from rlswitch.processes.exit import PREEMPTED
+from rlswitch.switch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
 
 pytestmark = pytest.mark.engine
 
