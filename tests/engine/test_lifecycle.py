@@ -51,7 +51,7 @@ def started_owner(directory: Path, engine: str, *, warm: bool) -> Iterator[Owned
     if warm:
         end = start(own, words, directory, (writer, 2), TMPDIR=str(directory)).join
     else:
-        environment = os.environ | {"TMPDIR": str(directory)}
+        environment = os.environ | {"TMPDIR": str(directory), "PYTHONPATH": os.pathsep.join(sys.path)}
         end = subprocess.Popen([sys.executable, __file__, *words], stdout=writer, env=environment).wait
     os.close(writer)
     with open(reader) as lines:
