@@ -128,11 +128,11 @@ def test_what_is_no_number_costs_its_own_row_only(scorer, kind, value, says):
     assert all(says in rollout.errors["bad"] for rollout in failed)
 
 
-def test_async_functions_that_share_a_call_are_told_apart(scorer):
+def test_async_functions_that_share_a_call_are_told_apart(scorer, tmp_path):
     other = "async def good(prompts, **columns): return [3.0] * len(prompts)"
-    scorer = scorer("time.sleep(1000)", before=other, kind="async def", timeout_s=2.0)
-    entry = scorer._config.functions[1]
-    both = Scorer(RewardConfig(functions=[entry, entry.replace(":bad", ":good")], timeout_s=2.0))
+    scorer("time.sleep(1000)", before=other, kind="async def")
+    file = tmp_path / "mine0.py"
+    both = Scorer(RewardConfig(functions=[f"{file}:bad", f"{file}:good"], timeout_s=2.0))
     groups = step(3)
     try:
         both.score(groups)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from fakes import FakeTenant
 from samples import group_of
@@ -100,9 +101,10 @@ def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, 
 
 
 def test_models_alone_need_no_worker(scorer, switch, log):
+    before = set(psutil.Process().children())
     scorer = scorer("judge")
     assert (scorer.names, scorer.judged_by) == (["judge"], "judge")
-    assert not scorer._pool._idle
+    assert set(psutil.Process().children()) <= before
     scorer.check([group().prompt])
     scored = group("7")
     asked(scorer, switch, [FakeTenant("judge", log, lambda t: 0.25)], scored)

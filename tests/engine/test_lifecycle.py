@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from bench import open_bench
 from runs import start
+from samples import eventually
 
 from rlswitch.processes.group import shared_memory_of
 
@@ -40,7 +40,7 @@ def own(words: list[str]) -> None:
         bench.publish()
         pids = [process.pid for process in bench.backend.family.processes]
         print(os.getpid(), *pids, bench.publisher.root, flush=True)
-        wait_until((Path(directory) / DONE).exists, 1000)
+        eventually((Path(directory) / DONE).exists, 1000)
 
 
 @contextmanager
@@ -73,13 +73,6 @@ def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
 
 
-def wait_until(condition, seconds: float = 120) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
-
-
 def left(paths: set[Path]) -> list[Path]:
     return [path for path in paths if path.exists()]
 
@@ -107,9 +100,9 @@ def test_a_killed_owner_takes_its_engine_along(directory: Path, engine: str, war
         assert sockets(directory) == (["rlswitch"] if engine == "server" else ["pymp", "rlswitch"])
         owner.send_signal(signal.SIGKILL)
         end(120)
-        assert wait_until(lambda: gone(processes)), processes
-        assert wait_until(lambda: not left(files)), left(files)
-        assert wait_until(lambda: not sockets(directory)), sockets(directory)
+        assert eventually(lambda: gone(processes)), processes
+        assert eventually(lambda: not left(files)), left(files)
+        assert eventually(lambda: not sockets(directory)), sockets(directory)
 
 
 @pytest.mark.parametrize("engine", ["local", "server"])

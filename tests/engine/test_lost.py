@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
 import pytest
 from bench import Bench, open_bench
+from samples import eventually
 from worker import HUNG
 
 from rlswitch.engines.backend import Backend
@@ -150,10 +150,7 @@ def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch,
             break  # it was given up where it hung, and not on the way there: the machine is not so busy
     processes = [int(pid) for pid in note.read_text().split()]
     assert len(processes) == 2
-    deadline = time.monotonic() + 120
-    while (left := [pid for pid in processes if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not left
+    assert eventually(lambda: not any(map(psutil.pid_exists, processes)))
 
 
 def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Mortal) -> None:
