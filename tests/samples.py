@@ -21,7 +21,7 @@ class HereAlone:
 
 
 def eventually(condition: Callable[[], object], seconds: float = 120.0) -> bool:
-    """Whether it comes true: for what another process or thread does in its own time, on a busy machine too."""
+    """Whether it comes true in the end: for what another process or thread does in its own time."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
