@@ -111,6 +111,7 @@ def lasting(path: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.timeout(3600)  # fifteen runs, one after the other
 def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tmp_path: Path) -> None:
     assert DEATHS.keys() <= {*SWITCH_PHASES, *WORK_PHASES}
     reward = tmp_path / "variety.py"
