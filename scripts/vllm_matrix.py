@@ -1,7 +1,7 @@
 """python scripts/vllm_matrix.py [VERSION|WHEEL ...]: which vLLM versions have what rlswitch calls.
 
-Reads names and signatures from each wheel without importing it, and writes docs/vllm_versions.md. A version is
-downloaded with pip; without arguments the versions of VERSIONS are.
+Reads names and signatures from each wheel without importing it, and writes docs/vllm_versions.md. Versions
+(VERSIONS by default) are downloaded with pip.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "vllm_versions.md"
 VERSIONS = ("0.26.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 PLATFORMS = ("manylinux_2_31_x86_64", "manylinux_2_28_x86_64", "manylinux2014_x86_64")
 PARSED = (
-    "vllm/entrypoints/",
-    "vllm/v1/",
-    "vllm/engine/",
-    "vllm/sampling_params",
-    "vllm/model_executor/layers/utils",
+    *("vllm/entrypoints/", "vllm/v1/", "vllm/engine/"),
+    *("vllm/sampling_params", "vllm/model_executor/layers/utils"),
 )
 
 
@@ -191,11 +188,11 @@ def page(wheels: Sequence[Wheel]) -> str:
             "",
             "Written by `python scripts/vllm_matrix.py`: do not edit.",
             "",
-            f"rlswitch calls {len(NEEDS)} names of vLLM's Python API, {len(ROUTES)} HTTP routes and"
-            f" {len(WORDS)} flags and fields of its",
-            "server. The script reads each wheel's sources, without importing them, and looks for every name and for",
-            "the parameters that rlswitch passes. It says what exists, not what works: the real vLLM 0.32 (CPU build)",
-            "runs in the test suite, no version was run on a GPU.",
+            f"rlswitch calls {len(NEEDS)} names of vLLM's Python API, {len(ROUTES)} HTTP routes, and"
+            f" {len(WORDS)} flags and request fields of its",
+            "server. The script reads each wheel's sources without importing them and looks for every name and",
+            "every parameter that rlswitch passes. It shows what exists, not what works: the test suite runs the",
+            "CPU build of vLLM 0.32; no version has been run on a GPU.",
             "",
             "| vLLM | lacks |",
             "| --- | --- |",

@@ -1,4 +1,4 @@
-"""scripts/vllm_matrix.py: the names that rlswitch calls are in the vLLM at hand, and a missing one is named."""
+"""scripts/vllm_matrix.py finds what rlswitch calls in the installed vLLM, and names what is missing."""
 
 from __future__ import annotations
 
