@@ -190,8 +190,8 @@ def page(wheels: Sequence[Wheel]) -> str:
             "",
             f"rlswitch calls {len(NEEDS)} names of vLLM's Python API, {len(ROUTES)} HTTP routes, and"
             f" {len(WORDS)} flags and request fields of its",
-            "server. The script reads each wheel's sources without importing them and looks for every name and",
-            "every parameter that rlswitch passes. It shows what exists, not what works: the test suite runs the",
+            "server. The script reads each wheel's sources without importing them and looks for every",
+            "name and parameter that rlswitch passes. It shows what exists, not what works: tests run the",
             "CPU build of vLLM 0.32; no version has been run on a GPU.",
             "",
             "| vLLM | lacks |",
