@@ -1,7 +1,7 @@
-"""Every bad input there is a line for: what is typed, what lies there, and what rlswitch answers.
+"""Every bad input with its error message: what the user types, which files exist, what rlswitch prints.
 
-tests/test_faults.py runs each row through the command line; scripts/fault_pages.py makes docs/faults.md of
-them. In an expected line `...` stands for anything.
+tests/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection into
+docs/faults.md. In an expected line `...` matches anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE = (
     "model=model data=rows.jsonl data.max_prompt_tokens=16 data.eval_rows=2 rollout.max_new_tokens=8"
     " rollout.num_prompts=2 rollout.group_size=2 engine.fork_server=false logger=[]"
 )
-"""What every row is typed after: a run that would start, with `rows` and a tiny model."""
+"""The start of every command: a run that would start, with ROWS and a tiny model."""
 
 
 def lines(*rows: Any) -> str:
@@ -38,13 +38,13 @@ class BadInput:
     words: str
     says: tuple[str, ...]
     files: Mapping[str, str | bytes | Path] = field(default_factory=dict)
-    """What lies there beside rows.jsonl and model/; a Path is linked to."""
+    """Files beside rows.jsonl and model/; a Path becomes a symlink."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """How files of model/ differ: None for a missing one, a mapping to change keys, else the content."""
+    """Changes to files of model/: None deletes one, a mapping changes its keys, anything else is its content."""
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
-    """How the machine differs."""
+    """Patches that imitate another machine."""
     needs_torch: bool = False
-    """Whether only torch, transformers' models or vLLM can tell: the answer waits until they are imported."""
+    """Whether only torch, transformers' models or vLLM can detect it, so that they are imported first."""
 
 
 def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
@@ -147,7 +147,7 @@ COMMAND_LINE = [
         "trainer.lr = ${model.path}: must be a number",
     ),
     bad(
-        "several mistakes, each told once and none that only follows from another",
+        "several mistakes, each reported once",
         "model trainer.lr=abc trainer.lrr=1 seed=-1 +zzz=1 mode=x",
         "'model': expected key=value",
         "trainer.lr = abc: must be a number",
@@ -304,13 +304,13 @@ SETTINGS = [
         "judge.level = kv: not one of 1, 2",
     ),
     bad(
-        "minibatches that do not divide a step",
+        "minibatches that do not divide the rollouts of a step",
         "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",
         "trainer.minibatches = 3: does not divide the 8 rollouts of a step (rollout.num_prompts x"
         " rollout.group_size); set a divisor of 8",
     ),
     bad(
-        "a group of one where groups are compared",
+        "a group of one for an algorithm with a group baseline",
         "algorithm=grpo rollout.group_size=1",
         "rollout.group_size = 1: a group baseline needs siblings, every advantage would be 0; set at least 2",
     ),
@@ -320,7 +320,7 @@ SETTINGS = [
         "algorithm.whiten_advantages = true: one rollout has no spread to divide by; ...",
     ),
     bad(
-        "micro-batches that no rollout fits into",
+        "micro-batches smaller than a rollout",
         "trainer.micro_batch_tokens=20",
         "trainer.micro_batch_tokens = 20: one rollout can be 24 tokens long and would never fit; set at"
         " least 24",
@@ -617,7 +617,7 @@ DATA = [
     ),
     row("a row that is null", "null", "data.path = rows.jsonl: rows.jsonl:2 is not an object but null"),
     row(
-        "a row that is no JSON",
+        "a row that is not JSON",
         '{"prompt": b}',
         "data.path = rows.jsonl: rows.jsonl:2 is not valid JSON (Expecting value, column 12)",
     ),
@@ -750,7 +750,7 @@ REWARDS = [
         " 'model'?",
     ),
     bad(
-        "a language model for a reward model",
+        "a language model as reward model",
         "reward.functions=reward_model reward_model.path=model",
         "reward_model.path = model: is no sequence classifier (Qwen3ForCausalLM): its scores would be made"
         " up; set a model that was saved by AutoModelForSequenceClassification with num_labels=1",
@@ -845,7 +845,7 @@ REWARDS = [
         files={"mine.py": "import os; os._exit(4)"},
     ),
     bad(
-        "functions that do not take the columns there are",
+        "functions whose arguments do not match the columns",
         "reward.functions=[mine.py:needs,mine.py:narrow]",
         "reward.functions = mine.py:needs: cannot be called (missing a required argument: 'solution'); it"
         " gets prompts, completions, completion_ids, answer; let it take the unnamed as **columns",
@@ -914,7 +914,7 @@ MODEL = [
         model={"model.safetensors": None},
     ),
     bad(
-        "weights in a pickle",
+        "pickled weights",
         "",
         "model.path = model: has no *.safetensors but pytorch_model.bin, a pickle, which could run code while"
         " it loads; save the model with save_pretrained",

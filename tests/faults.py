@@ -1,6 +1,6 @@
-"""Every fault that is injected: how, what rlswitch does then, and the test that shows it.
+"""Every fault that a test injects, what rlswitch does about it, and the test.
 
-tests/test_faults.py asserts that the tests exist; scripts/fault_pages.py makes docs/faults.md of them.
+tests/test_faults.py asserts that the tests exist; scripts/fault_pages.py puts a selection into docs/faults.md.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ class Fault(NamedTuple):
     injected: str
     does: str
     test: str
-    """FILE::FUNCTION below tests/, with [CASE] where it is one case of several."""
+    """FILE::FUNCTION below tests/, with [CASE] for one case of several."""
 
 
 PUSHES = [
     Fault(
-        "Weights are not loaded",
-        "vLLM's reload without a path: it loads its first checkpoint again",
+        "The engine reloads its original checkpoint",
+        "call vLLM's `reload_weights` without a path",
         "exit 3: `fingerprint`, the engine loaded something else than what was published",
         "engine/test_sabotage.py::test_reload_without_a_path",
     ),
     Fault(
-        "Weights of an older version",
-        "the reload is sent to the version before",
+        "The engine loads an older version",
+        "point the reload at the previous version's files",
         "exit 3: `fingerprint`",
         "engine/test_sabotage.py::test_reload_of_an_old_versions_path",
     ),
@@ -54,9 +54,9 @@ PUSHES = [
         "engine/test_sabotage.py::test_the_end_of_one_tensor_not_written",
     ),
     Fault(
-        "One bit is flipped",
-        "in the published file",
-        "exit 3: `fingerprint`, `tensors differ: NAME`, the files are to blame",
+        "A bit flips",
+        "flip one bit in the published file",
+        "exit 3: `fingerprint`, `tensors differ: NAME`, and blames the files",
         "engine/test_sabotage.py::test_one_bit_flipped",
     ),
     Fault(
@@ -66,15 +66,15 @@ PUSHES = [
         "engine/test_sabotage.py::test_q_and_k_exchanged",
     ),
     Fault(
-        "A tied head stays behind",
-        "what vLLM's CPU build does by itself",
+        "A tied `lm_head` keeps its old weights",
+        "undo the repair: vLLM's CPU build 0.32 does this by itself",
         "exit 3: `canary`",
         "engine/test_sabotage.py::test_tied_head_left_stale",
     ),
     Fault(
-        "Cached prefixes of older weights",
-        "the prefix cache is not reset after a push",
-        "exit 3: `prefix cache`, with the number of tokens that would have been answered from it",
+        "Prefixes cached under older weights are reused",
+        "skip the prefix cache reset after a push",
+        "exit 3: `prefix cache`, with the number of tokens served from the cache",
         "engine/test_sabotage.py::test_prefix_cache_not_reset_across_a_push",
     ),
     Fault(
@@ -183,9 +183,9 @@ ORDER = [
         "test_switch.py::test_letting_go_twice_sleeps_once",
     ),
     Fault(
-        "A sleep that frees nothing",
-        "the real vLLM keeps its memory",
-        "SwitchError with the GiB expected and found; the trainer does not start",
+        "A sleeping engine frees no memory",
+        "make the real vLLM keep its memory",
+        "stops with the GiB expected and found; the trainer does not start",
         "engine/test_contract.py::test_a_sleep_that_frees_nothing_is_reported",
     ),
     Fault(
@@ -207,9 +207,9 @@ ORDER = [
         "test_switch.py::test_a_verb_that_fails_half_way_fails_the_engine_for_good",
     ),
     Fault(
-        "Rollouts of another version",
-        "rollouts of an older and a newer policy",
-        "the trainer refuses them, with prompt and versions",
+        "Rollouts come from another policy version",
+        "hand the trainer older and newer rollouts",
+        "the trainer rejects them and names the prompt and both versions",
         "test_trainer.py::test_rollouts_of_another_version_are_refused",
     ),
 ]
@@ -310,9 +310,9 @@ PROCESSES = [
         "engine/test_train.py::test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one",
     ),
     Fault(
-        "The scheduler takes the machine",
-        "SIGTERM during a step",
-        "the step ends, a checkpoint is saved, exit 75",
+        "The scheduler preempts the run",
+        "send SIGTERM during a step",
+        "finishes the step, saves a checkpoint, exit 75",
         "engine/test_train.py::test_a_signal_stops_the_run_after_a_step_with_a_checkpoint",
     ),
     Fault(
@@ -386,8 +386,8 @@ PROCESSES = [
 LOST = [
     Fault(
         "The engine is killed while it generates",
-        "SIGKILL to vLLM's worker after 12 forward passes, in process and over HTTP",
-        "another is started, pushed to and proven; the rollouts are the same, bit for bit",
+        "SIGKILL vLLM's worker after 12 forward passes, in process and over HTTP",
+        "restarts the engine, pushes and proves the weights; the rollouts are the same, bit for bit",
         "engine/test_lost.py::test_a_killed_engine_is_replaced_and_nobody_can_tell",
     ),
     Fault(
@@ -410,8 +410,8 @@ LOST = [
     ),
     Fault(
         "The engine hangs",
-        "SIGSTOP to vLLM's worker",
-        "after `engine.request_timeout_s` it is ended and replaced",
+        "SIGSTOP vLLM's worker",
+        "kills and restarts the engine after `engine.request_timeout_s`",
         "engine/test_lost.py::test_a_silent_engine_counts_as_lost",
     ),
     Fault(
@@ -439,9 +439,9 @@ LOST = [
         "engine/test_server_engine.py::test_what_a_server_says_that_was_started_again_meanwhile_is_not_taken",
     ),
     Fault(
-        "The engine does not start again",
-        "a worker class that is not there",
-        "exit 1 after `engine.max_restarts` in a row, with the reason and the end of its log",
+        "The engine cannot be restarted",
+        "name a worker class that does not exist",
+        "exit 1 after `engine.max_restarts` attempts in a row, with the reason and the end of the log",
         "engine/test_lost.py::test_an_engine_that_never_comes_back_ends_the_run_with_its_log",
     ),
     Fault(
@@ -465,7 +465,7 @@ LOST = [
     Fault(
         "The run is killed in any phase of a step",
         "SIGKILL in each of twelve phases of twelve steps",
-        "started again it ends with the same records and tensors, byte by byte",
+        "the restarted run ends with the same records and tensors, byte for byte",
         "engine/test_killed.py::test_a_run_killed_in_every_phase_ends_like_one_that_never_was",
     ),
 ]
@@ -484,9 +484,9 @@ NUMBERS = [
         "test_switch.py::test_a_log_probability_that_is_no_number_is_the_trainers_to_leave_out",
     ),
     Fault(
-        "A gradient is no number",
-        "NaN and infinity in one of three minibatches",
-        "that optimizer step is left out and counted in `actor/skipped_updates`, the others are made",
+        "A gradient is NaN or infinite",
+        "put NaN and infinity into one of three minibatches",
+        "skips that optimizer step, counts it in `actor/skipped_updates`, applies the others",
         "test_trainer.py::test_an_optimizer_step_that_is_not_finite_is_left_out_alone",
     ),
     Fault(
@@ -502,15 +502,15 @@ NUMBERS = [
         "test_health.py::test_three_in_a_row_end_the_run_and_a_good_one_between_them_does_not",
     ),
     Fault(
-        "Rewards never differ",
-        "steps whose gradient is 0, and nothing else",
-        "after 10 in a row a line says where to look, after 50 the run is saved and ends, exit 1",
+        "All rewards are equal, step after step",
+        "run only steps whose gradient is 0",
+        "warns after 10 in a row and says where to look; after 50 saves and stops, exit 1",
         "test_health.py::test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end",
     ),
     Fault(
-        "Out of memory in the forward pass",
-        "raised beyond 30 tokens",
-        "micro-batches are halved until they fit, and stay so; the update is the same",
+        "The forward pass runs out of memory",
+        "raise out-of-memory above 30 tokens",
+        "halves the micro-batches until they fit and keeps them that size; the update is the same",
         "test_trainer.py::test_what_does_not_fit_is_done_in_smaller_parts_with_the_same_result",
     ),
     Fault(
@@ -567,8 +567,8 @@ FILES = [
     *(
         Fault(
             f"A checkpoint is {damage}",
-            "each kind of its files",
-            "it is passed over with a line that names the file, and the one before is taken",
+            "each kind of file in it, in turn",
+            "names the damaged file and resumes from the previous checkpoint",
             f"test_checkpoint.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken[{damage}]",
         )
         for damage in ("truncated", "flipped", "missing")
@@ -604,9 +604,9 @@ FILES = [
         "test_checkpoint.py::test_a_flipped_bit_in_any_byte_is_found",
     ),
     Fault(
-        "The disk is full while saving",
-        "the save breaks off at each of its steps",
-        "the error is raised; the checkpoint before is whole and is found",
+        "The disk fills up during a save",
+        "fail each system call of the save",
+        "raises the error; the previous checkpoint is intact and is used",
         "test_interrupted_save.py::test_a_save_broken_off_anywhere_leaves_the_old_checkpoint_or_the_new_one",
     ),
     Fault(
@@ -655,8 +655,8 @@ REWARDS = [
     *(
         Fault(
             f"A reward function {crime}",
-            "on one completion of twenty",
-            "its row has no reward and says why; all others keep theirs, the worker is replaced if it died",
+            "for one completion of twenty",
+            "drops that row with the reason and keeps all others; replaces the worker if it died",
             f"{CRIME}[{crime}]",
         )
         for crime in (
@@ -751,9 +751,9 @@ REWARDS = [
         )
     ),
     *(
-        Fault(f"A program {does}", injected, f"it cannot: `{says}`", OUTSIDE)
+        Fault(f"A model-written program {does}", injected, f"the sandbox blocks it: `{says}`", OUTSIDE)
         for does, injected, says in (
-            ("calls the network", "a connection to 1.1.1.1", "unreachable"),
+            ("uses the network", "connect to 1.1.1.1", "unreachable"),
             ("signals the trainer", "`os.kill`", "ProcessLookupError"),
             ("reads the trainer's secrets", "/proc/PID/environ", "FileNotFoundError"),
             ("writes to the system", "a file in /usr", "Read-only file system"),
@@ -818,9 +818,9 @@ REWARDS = [
 
 OUTSIDERS = [
     Fault(
-        "A tracker raises",
-        "at each of its calls",
-        "one warning; the run goes on without it",
+        "A tracker (W&B, TensorBoard) raises",
+        "raise in each of its calls",
+        "warns once and continues without it",
         "test_monitor.py::test_a_tracker_that_raises_is_left_with_one_warning",
     ),
     Fault(
