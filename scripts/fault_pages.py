@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,12 +63,12 @@ BAD_INPUTS = (
 
 TEMPLATE = """# Faults and bad inputs
 
-A selection. The tests cover [{num_faults} faults](../tests/faults.py) and
+A selection: the tests cover [{num_faults} faults](../tests/faults.py) and
 [{num_inputs} bad inputs](../tests/bad_inputs.py). `python scripts/fault_pages.py` writes this page from those
 tables; do not edit it.
 
-Exit codes: 0 done; 2 wrong configuration or input; 3 a push could not be proven; 75 stopped by a signal, checkpoint
-saved; 130 Ctrl-C; anything else is a crash. Whatever the exit code, the last checkpoint is intact
+Exit codes: 0 done; 2 wrong configuration or input; 3 a push could not be proven; 75 stopped by a signal,
+checkpoint saved; 130 Ctrl-C; anything else is a crash. Whatever the exit code, the last checkpoint is intact
 ([fault tolerance](reliability.md)).
 
 ## Faults
@@ -80,9 +79,9 @@ Each is injected by the linked test.
 ## Bad inputs
 
 rlswitch prints each line below to stderr after `rlswitch: error: ` and exits with code 2: no traceback (set
-`HYDRA_FULL_ERROR=1` to get one), no run directory. All wrong settings are reported together, then all wrong files,
-then what only the tokenizer, the model or the code of a reward function can reveal. `...` stands for text that depends
-on the machine. Every command starts with
+`HYDRA_FULL_ERROR=1` to get one), no run directory. It reports all wrong settings together, then all wrong
+files, then problems that only the tokenizer, the model or the code of a reward function can reveal. `...`
+stands for text that depends on the machine. Every command starts with
 
 ```
 python train.py {base}

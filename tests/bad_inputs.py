@@ -40,7 +40,7 @@ class BadInput:
     files: Mapping[str, str | bytes | Path] = field(default_factory=dict)
     """Files beside rows.jsonl and model/; a Path becomes a symlink."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """Changes to files of model/: None deletes one, a mapping changes its keys, anything else is its content."""
+    """Changes to files of model/: None deletes one, a mapping changes its keys, else it is the content."""
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
     """Patches that imitate another machine."""
     needs_torch: bool = False

@@ -1,6 +1,7 @@
 """Every fault that a test injects, what rlswitch does about it, and the test.
 
-tests/test_faults.py asserts that the tests exist; scripts/fault_pages.py puts a selection into docs/faults.md.
+tests/test_faults.py asserts that the tests exist; scripts/fault_pages.py puts a selection into
+docs/faults.md.
 """
 
 from __future__ import annotations
