@@ -1,8 +1,8 @@
 """python scripts/answers.py [JSON]: measure how fast each bad input is rejected.
 
-Runs every row of tests/bad_inputs.py that needs no other machine in a process of its own, checks the exit code
-and the number of error lines (tests/test_faults.py checks their text), and writes the seconds to JSON (default:
-benchmarks/results/answers-cpu.json).
+Runs every row of tests/bad_inputs.py that needs no other machine in a process of its own, checks the exit
+code and the number of error lines (tests/test_faults.py checks their text), and writes the seconds to JSON
+(default: benchmarks/results/answers-cpu.json).
 """
 
 from __future__ import annotations
