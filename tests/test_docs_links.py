@@ -16,6 +16,7 @@ LINK = re.compile(r"\]\(([^)\s]+)\)")
 FILE = re.compile(rf"(?<![\w/.-])(?:{'|'.join(FOLDERS)})/[\w./*-]*")
 CODE = re.compile(r"`([^`\n]+)`")
 SETTING = re.compile(r"(?<![\w.+~/-])([a-z_]+(?:\.[a-z_0-9]+)+)(?==|$)")
+MODULE = re.compile(r"python -m (rlswitch[.a-z_]*)")
 PLACEHOLDER = re.compile(r"\b[A-Z]{2,}\b|NNN")
 OPEN = ("engine.vllm.", "trainer.lr_schedule_kwargs.")
 """Mappings that take any key."""
@@ -57,6 +58,13 @@ def test_named_files_exist(page: Path) -> None:
         if not PLACEHOLDER.search(Path(name).stem) and not list(ROOT.glob(name.rstrip("/")))
     }
     assert missing == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_modules_to_run_exist(page: Path) -> None:
+    for module in MODULE.findall(page.read_text()):
+        path = ROOT.joinpath(*module.split("."))
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in WRONG_ON_PURPOSE], ids=named)
