@@ -1,8 +1,14 @@
-"""Ships conf/ inside the wheel as rlswitch/conf; everything else is in pyproject.toml."""
+"""Ships conf/, recipes/addition/ and benchmarks/ inside the wheel, as rlswitch/conf and so on."""
 
 from setuptools import find_packages, setup
 
+BESIDE = {
+    "rlswitch.conf": "conf",
+    "rlswitch.recipes.addition": "recipes/addition",
+    "rlswitch.benchmarks": "benchmarks",
+}
+
 setup(
-    packages=[*find_packages(include=["rlswitch", "rlswitch.*"]), "rlswitch.conf"],
-    package_dir={"rlswitch.conf": "conf"},
+    packages=[*find_packages(include=["rlswitch", "rlswitch.*"]), *BESIDE],
+    package_dir=BESIDE,
 )

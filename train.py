@@ -11,8 +11,8 @@ Exit codes: 0 done; 1 a crash; 2 wrong configuration or input; 3 a push could no
 75 preempted, with a checkpoint saved: run the same command again; 130 interrupted.
 """
 
-from rlswitch.cli import main
-from rlswitch.leave import leave
+from rlswitch.command.cli import main
+from rlswitch.processes.exit import leave
 
 if __name__ == "__main__":
     leave(main())

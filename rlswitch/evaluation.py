@@ -10,9 +10,9 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rlswitch.config import EvaluationConfig
+from rlswitch.config.sections import EvaluationConfig
+from rlswitch.rewards.models.tenant import ask_in_turn
 from rlswitch.rewards.scorer import Pending, Scorer
-from rlswitch.rewards.tenants import ask_in_turn
 
 if TYPE_CHECKING:
     from rlswitch.session import Session

@@ -13,25 +13,26 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlswitch.config import Run, ServerEngineConfig
-from rlswitch.data import Prompts, load_prompts, read_tables, refuse_bad_rows, sources_of
-from rlswitch.engines.address import free_port
-from rlswitch.monitor import tracker_problems
-from rlswitch.pretrained import (
+from rlswitch.command.torchless import Torchless
+from rlswitch.config.sections import TENANTS, ServerEngineConfig
+from rlswitch.data.builtin import refuse_unknown_task, task_of
+from rlswitch.data.hub import (
     load_tokenizer,
     read_config,
     refuse_longer_than_context,
     refuse_mute,
     resolve_model,
 )
-from rlswitch.rewards import TENANTS
-from rlswitch.rewards.fit import refuse_unfit_tenants
-from rlswitch.rewards.resolve import refuse_missing as refuse_missing_function
+from rlswitch.data.prompts import Prompts, load_prompts, read_tables, refuse_bad_rows, sources_of
+from rlswitch.data.rows import HUB_ID, Source, Table, nearest_file, read, reason, refuse_missing
+from rlswitch.engines.vllm.address import free_port
+from rlswitch.errors import ConfigError
+from rlswitch.records.monitor import tracker_problems
+from rlswitch.rewards.models.checks import refuse_unfit_tenants
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.sources import HUB_ID, Source, Table, nearest_file, read, reason, refuse_missing
-from rlswitch.tasks import refuse_unknown_task, task_of
-from rlswitch.torchless import Torchless
-from rlswitch.types import ConfigError, Prompt
+from rlswitch.rewards.workers.resolve import refuse_missing as refuse_missing_function
+from rlswitch.run import Run
+from rlswitch.types import Prompt
 
 FIRST = 8
 """So many training prompts are looked at before the first step."""

@@ -6,16 +6,18 @@ trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--
 
 from __future__ import annotations
 
-from rlswitch import checkpoint, evaluation
-from rlswitch.config import Run
+from rlswitch import evaluation
+from rlswitch.checkpoint import checkpoint
+from rlswitch.errors import Preempted
 from rlswitch.evaluation import evaluate
 from rlswitch.inputs import Inputs
+from rlswitch.processes.signals import StopSignals
 from rlswitch.report import write_report
+from rlswitch.rewards.models.tenant import ask_in_turn
 from rlswitch.rewards.shaping import punish_overlong
-from rlswitch.rewards.tenants import ask_in_turn
+from rlswitch.run import Run
 from rlswitch.session import Session, open_session
-from rlswitch.signals import StopSignals
-from rlswitch.types import Group, Preempted
+from rlswitch.types import Group
 
 
 def train(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:

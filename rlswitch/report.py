@@ -13,11 +13,12 @@ from typing import Any
 import yaml
 
 from rlswitch.charts import Series, chart_grid, line_chart, smoothed, stacked_chart
-from rlswitch.records import PARTS, Summary, numbers, read, time_by_part
+from rlswitch.errors import ConfigError
+from rlswitch.records.facts import accuracies
+from rlswitch.records.jsonl import PARTS, Summary, numbers, read, time_by_part
 from rlswitch.report_style import CSS
 from rlswitch.report_switch import switch_section
-from rlswitch.types import ConfigError
-from rlswitch.wording import accuracies, duration, printable, prompt_text, shortened
+from rlswitch.text import duration, printable, prompt_text, shortened
 
 SAMPLES = 4
 SAMPLE_CHARS = 700

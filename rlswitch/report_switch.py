@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from rlswitch.charts import Series, chart_grid, line_chart
-from rlswitch.wording import printable
+from rlswitch.text import printable
 
 GIB = 2**30
 LEAVING = ("offload", "publish", "sleep")

@@ -14,39 +14,38 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from rlswitch import checkpoint, proof, resume
-from rlswitch.config import Run
-from rlswitch.data import Prompts
-from rlswitch.device import Device, resident_bytes
-from rlswitch.engines.base import Engine, Revival
-from rlswitch.engines.launch import engine_dtype
+from rlswitch.checkpoint import checkpoint, resume
+from rlswitch.checkpoint.lock import only_run_in
+from rlswitch.checkpoint.resume import LoopState, Start
+from rlswitch.checkpoint.room import checkpoint_size, refuse_full_disk, room_needed
+from rlswitch.data.hub import load_tokenizer, resolve_model
+from rlswitch.data.prompts import Prompts
+from rlswitch.engines.engine import Engine, Revival
 from rlswitch.engines.start import refuse_unfit_engine, start_backend
-from rlswitch.fingerprint import checkpoint_elements
-from rlswitch.health import Health
+from rlswitch.engines.vllm.arguments import engine_dtype
+from rlswitch.errors import Preempted, RLSwitchError
 from rlswitch.inputs import Inputs
-from rlswitch.ledger import Ledger
-from rlswitch.lock import only_run_in
-from rlswitch.models import refuse_unfit_model
-from rlswitch.monitor import Monitor
-from rlswitch.plan import level_of
-from rlswitch.pretrained import load_tokenizer, resolve_model
-from rlswitch.resume import LoopState, Start
-from rlswitch.rewards.judge import find_judge
-from rlswitch.rewards.reward_model import find_reward_model
+from rlswitch.planning.footprint import ModelShape
+from rlswitch.planning.plan import level_of
+from rlswitch.processes.signals import Abandoned, StopSignals, leave_at_second_interrupt
+from rlswitch.proof import checks as proof
+from rlswitch.proof.canary import canary_sequences
+from rlswitch.proof.fingerprint import checkpoint_elements
+from rlswitch.records.health import Health
+from rlswitch.records.monitor import Monitor
+from rlswitch.rewards.models.judge import find_judge
+from rlswitch.rewards.models.reward_model import find_reward_model
+from rlswitch.rewards.models.tenant import Candidate, RewardTenant
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.rewards.tenants import Candidate, RewardTenant
-from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
-from rlswitch.schedule import refuse_unfit_schedule
-from rlswitch.signals import (
-    Abandoned,
-    StopSignals,
-    leave_at_second_interrupt,
-)
-from rlswitch.sizes import ModelShape
-from rlswitch.switch import Switch
-from rlswitch.trainer import Trainer
-from rlswitch.types import Batch, Group, Preempted, Prompt, RLSwitchError
-from rlswitch.weights import Publisher, canary_sequences, choose_directory
+from rlswitch.run import Run
+from rlswitch.switch.device import Device, resident_bytes
+from rlswitch.switch.ledger import Ledger
+from rlswitch.switch.switch import Switch
+from rlswitch.training.models import refuse_unfit_model
+from rlswitch.training.publish import Publisher, choose_directory
+from rlswitch.training.schedule import refuse_unfit_schedule
+from rlswitch.training.trainer import Trainer
+from rlswitch.types import Batch, Group, Prompt
 
 
 @dataclass(kw_only=True, slots=True)

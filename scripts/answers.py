@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from bad_inputs import BAD_INPUTS, BASE, ROWS, BadInput
 from conftest import make_tiny_model
+from rlswitch.benchmarks.tables import hardware
 from test_faults import lay, lay_model
 
-from rlswitch.bench.tables import hardware
-from rlswitch.device import Device
-from rlswitch.provenance import versions
+from rlswitch.records.provenance import versions
+from rlswitch.switch.device import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = BASE.replace(" engine.fork_server=false", "")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rlswitch.bench.program import run
-from rlswitch.bench.settings import BenchSettings
+from rlswitch.benchmarks.program import run
+from rlswitch.benchmarks.settings import BenchSettings
 
 if __name__ == "__main__":  # vLLM starts its processes by importing this file again
-    run(__doc__, BenchSettings, "command", "bench_switch", BenchSettings.problems)
+    run(__doc__, BenchSettings, "switch", "bench_switch", BenchSettings.problems)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlswitch.errors import ConfigError
 from rlswitch.report import write_report
-from rlswitch.types import ConfigError
 
 
 def main() -> int:

@@ -171,7 +171,7 @@ check_python() {
 # Without bytecode, every process would compile torch and vLLM again if the environment disables the caches.
 write_bytecode() {
     say "compiling the modules that a run imports"
-    logged env -u PYTHONDONTWRITEBYTECODE "$py" -P -c 'import rlswitch.preload' ||
+    logged env -u PYTHONDONTWRITEBYTECODE "$py" -P -c 'import rlswitch.processes.preload' ||
         die "importing rlswitch failed: $(reason); the log is $log; delete .venv and run again"
 }
 
@@ -188,7 +188,7 @@ install_base() {
     install "the $(grep -c '==' "$lock") packages of $lock" --no-deps --requirement "$lock"
     install "rlswitch" --no-deps --no-build-isolation --editable .
     say "checking that torch, transformers and vLLM import"
-    "$py" -P rlswitch/environment.py >&2 || die "the packages in .venv are not compatible"
+    "$py" -P rlswitch/command/environment.py >&2 || die "the packages in .venv are not compatible"
     logged "$py" -P -c 'import torch, transformers, vllm
 print(*(f"{it.__name__} {it.__version__}" for it in (torch, transformers, vllm)), sep=", ")' ||
         die "the import failed: $(reason); the log is $log; delete .venv and run again"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from rlswitch.bench.program import run
-from rlswitch.bench.settings import SoakSettings
+from rlswitch.benchmarks.program import run
+from rlswitch.benchmarks.settings import SoakSettings
 
 if __name__ == "__main__":  # vLLM starts its processes by importing this file again
     run(__doc__, SoakSettings, "soak", "soak")

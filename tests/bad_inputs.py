@@ -1065,12 +1065,12 @@ MODEL = [
 
 def no_vllm(patch: pytest.MonkeyPatch) -> None:
     """vLLM is not installed"""
-    patch.setattr("rlswitch.environment._has_vllm", lambda where: False)
+    patch.setattr("rlswitch.command.environment._has_vllm", lambda where: False)
 
 
 def old_vllm(patch: pytest.MonkeyPatch) -> None:
     """vLLM is older than 0.31"""
-    patch.setattr("rlswitch.engines.local.can_release_kv_cache", lambda: False)
+    patch.setattr("rlswitch.engines.vllm.local.can_release_kv_cache", lambda: False)
 
 
 def launched_twice(patch: pytest.MonkeyPatch) -> None:
@@ -1088,7 +1088,7 @@ def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
 
 def small_gpu(patch: pytest.MonkeyPatch) -> None:
     """a GPU of 1 GiB"""
-    from rlswitch.sizes import DeviceFacts
+    from rlswitch.planning.footprint import DeviceFacts
 
     size = 2**30
     facts = DeviceFacts(
@@ -1117,7 +1117,7 @@ def taken_port(patch: pytest.MonkeyPatch) -> None:
         raise OSError(98, "Address already in use")
 
     patch.setattr(
-        "rlswitch.engines.address.socket.socket", type("Socket", (socket.socket,), {"bind": refuse})
+        "rlswitch.engines.vllm.address.socket.socket", type("Socket", (socket.socket,), {"bind": refuse})
     )
 
 

@@ -13,7 +13,8 @@ import hypothesis
 import pytest
 from samples import tiny_config
 
-from rlswitch.config import OPTIONS, DataConfig, EngineConfig, ModelConfig, RolloutConfig, Run
+from rlswitch.config.sections import DataConfig, EngineConfig, ModelConfig, RolloutConfig
+from rlswitch.run import OPTIONS, Run
 from rlswitch.types import Group, Prompt, Rollout
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -102,10 +103,10 @@ def make_trainer(tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """make_trainer(run): a real Trainer on the CPU, publishing into the test's directory."""
     import torch
 
-    from rlswitch.device import Device
-    from rlswitch.ledger import Ledger
-    from rlswitch.trainer import Trainer
-    from rlswitch.weights import Publisher
+    from rlswitch.switch.device import Device
+    from rlswitch.switch.ledger import Ledger
+    from rlswitch.training.publish import Publisher
+    from rlswitch.training.trainer import Trainer
 
     device, publishers = Device("cpu"), []
 
@@ -159,9 +160,8 @@ def make_groups() -> Callable[..., list[Group]]:
 
 def make_tiny_model(path: Path, tie: bool) -> TinyModel:
     import torch
+    from rlswitch.recipes.addition.task import build_tokenizer
     from transformers import Qwen3ForCausalLM
-
-    from rlswitch.tasks.addition import build_tokenizer
 
     tokenizer = build_tokenizer()
     config = tiny_config(tie_word_embeddings=tie)

@@ -10,7 +10,7 @@ from rlswitch.types import Group, Prompt, Rollout
 
 
 class HereAlone:
-    """Stands for rlswitch.torchless.Torchless and has no process: the question is answered here."""
+    """Stands for rlswitch.command.torchless.Torchless and has no process: the question is answered here."""
 
     ask = functools.partial
 
@@ -48,9 +48,8 @@ def greedy(tiny: Any, prompt: str, max_new_tokens: int) -> str:
 def save_classifier(path: Path, *, template: str | None = None, **changes: Any) -> Any:
     """A reward model with random weights, saved with the tokenizer of the built-in task."""
     import torch
+    from rlswitch.recipes.addition.task import build_tokenizer
     from transformers import Qwen3ForSequenceClassification
-
-    from rlswitch.tasks.addition import build_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.chat_template = template

@@ -9,10 +9,18 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
-from rlswitch.tasks import addition, addition_policy
-from rlswitch.tasks.addition import EOS, HELD_OUT, PAD, build_tokenizer, demonstrate, load_datasets, split
-from rlswitch.tasks.addition_policy import build_model, ensure_model, warm_start
+from rlswitch.recipes.addition import policy as addition_policy
+from rlswitch.recipes.addition import task as addition
+from rlswitch.recipes.addition.policy import build_model, ensure_model, warm_start
+from rlswitch.recipes.addition.task import (
+    EOS,
+    HELD_OUT,
+    PAD,
+    build_tokenizer,
+    demonstrate,
+    load_datasets,
+    split,
+)
 
 TWO_DIGITS = st.integers(0, 99)
 

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rlswitch.recipes.addition import judge as addition_judge
+from rlswitch.recipes.addition import policy as addition_policy
+from rlswitch.recipes.addition import reward_model as addition_reward_model
+from rlswitch.recipes.addition import task as addition
+from rlswitch.recipes.addition.judge import IGNORED, Case, answer, answered, question, reply
 from transformers import Qwen3ForSequenceClassification
 
-from rlswitch.compose import Source, compose_run
-from rlswitch.rewards.template import fill_in, read_score
-from rlswitch.tasks import addition, addition_judge, addition_policy, addition_reward_model
-from rlswitch.tasks.addition_judge import IGNORED, Case, answer, answered, question, reply
+from rlswitch.command.compose import Source, compose_run
+from rlswitch.rewards.models.template import fill_in, read_score
 
 CASES = [((7, 45), "052"), ((7, 45), "042"), ((99, 99), ""), ((0, 0), "000+0000")]
 

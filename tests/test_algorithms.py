@@ -17,7 +17,7 @@ from rlswitch.algorithms.kl import adapted_coefficient, kl_divergence
 from rlswitch.algorithms.losses import clipped_surrogate, token_weights, value_loss
 from rlswitch.algorithms.mismatch import correction_weights, mismatch_metrics
 from rlswitch.algorithms.ppo import PPO
-from rlswitch.config import OPTIONS
+from rlswitch.run import OPTIONS
 from rlswitch.types import Batch
 
 AGGREGATIONS = (

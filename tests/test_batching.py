@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlswitch.batching import completion_tokens, micro_batches, minibatches, to_batch
+from rlswitch.training.batching import completion_tokens, micro_batches, minibatches, to_batch
 from rlswitch.types import Batch, Group, Prompt, Rollout
 
 PAD = 99

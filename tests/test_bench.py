@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from rlswitch.benchmarks import charts, tables
+from rlswitch.benchmarks.experiment import Result, Sample
+from rlswitch.benchmarks.models import limits
+from rlswitch.benchmarks.settings import BenchSettings
 
-from rlswitch.bench import charts, tables
-from rlswitch.bench.experiment import Result, Sample
-from rlswitch.bench.models import limits
-from rlswitch.bench.settings import BenchSettings
-from rlswitch.device import Device
-from rlswitch.options import settings_from_words
-from rlswitch.types import ConfigError
+from rlswitch.config.fields import settings_from_words
+from rlswitch.errors import ConfigError
+from rlswitch.switch.device import Device
 
 
 def measured() -> Result:

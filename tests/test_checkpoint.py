@@ -16,13 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlswitch import checkpoint
-from rlswitch.checkpoint import is_due, restore, save
-from rlswitch.config import CheckpointConfig
-from rlswitch.durable import FORMAT, MANIFEST, find_fault
-from rlswitch.resume import LoopState, choose, finished, newest, read_state
-from rlswitch.trainer import Trainer
-from rlswitch.types import ConfigError, SaveError
+from rlswitch.checkpoint import checkpoint
+from rlswitch.checkpoint.atomic import FORMAT, MANIFEST, find_fault
+from rlswitch.checkpoint.checkpoint import is_due, restore, save
+from rlswitch.checkpoint.resume import LoopState, choose, finished, newest, read_state
+from rlswitch.config.sections import CheckpointConfig
+from rlswitch.errors import ConfigError, SaveError
+from rlswitch.training.trainer import Trainer
 
 LEARNING = {"lr": 1e-3, "lr_schedule": "linear", "warmup_steps": 1, "minibatches": 2}
 

@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlswitch.comparison import group_by_seed, read_curve, write_comparison
-from rlswitch.sweep import Job
+from rlswitch.command.comparison import group_by_seed, read_curve, write_comparison
+from rlswitch.command.sweep import Job
 
 ACC = "val/addition/acc"
 

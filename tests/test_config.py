@@ -17,14 +17,14 @@ from types import SimpleNamespace
 import pytest
 from samples import HereAlone
 
-from rlswitch import cli
 from rlswitch.algorithms.base import Algorithm
-from rlswitch.arguments import parse
-from rlswitch.compose import Source, compose_run
-from rlswitch.config import OPTIONS, Run, settings_of
-from rlswitch.options import leaves_of
-from rlswitch.sweep import sweep
-from rlswitch.types import ConfigError, EngineError, Preempted, ProofError
+from rlswitch.command import cli
+from rlswitch.command.arguments import parse
+from rlswitch.command.compose import Source, compose_run
+from rlswitch.command.sweep import sweep
+from rlswitch.config.fields import leaves_of
+from rlswitch.errors import ConfigError, EngineError, Preempted, ProofError
+from rlswitch.run import OPTIONS, Run, settings_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ERROR = "rlswitch: error: "
@@ -52,11 +52,11 @@ def trained(monkeypatch):
             raise seen.error
 
     monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=train))
-    monkeypatch.setitem(sys.modules, "rlswitch.plan", SimpleNamespace(show=train))
-    monkeypatch.setitem(sys.modules, "rlswitch.environment", seen)
-    monkeypatch.setattr("rlswitch.cli.Torchless", HereAlone)
+    monkeypatch.setitem(sys.modules, "rlswitch.planning.plan", SimpleNamespace(show=train))
+    monkeypatch.setitem(sys.modules, "rlswitch.command.environment", seen)
+    monkeypatch.setattr("rlswitch.command.cli.Torchless", HereAlone)
     monkeypatch.setattr("rlswitch.inputs.open_inputs", lambda *_: nullcontext())
-    monkeypatch.setattr("rlswitch.cli.prepare", lambda: None)  # no vLLM is imported for nothing
+    monkeypatch.setattr("rlswitch.command.cli.prepare", lambda: None)  # no vLLM is imported for nothing
     return seen
 
 
@@ -171,7 +171,7 @@ def test_a_wrong_command_line_leaves_nothing_behind(empty_directory):
 )
 def test_settings_and_files_are_checked_without_torch(words, loaded):
     check = (
-        "import sys; from rlswitch.cli import main; code = main(sys.argv[1:]);"
+        "import sys; from rlswitch.command.cli import main; code = main(sys.argv[1:]);"
         "print(code, sorted({'torch', 'vllm', 'transformers', 'datasets', 'numpy'} & sys.modules.keys()))"
     )
     done = in_process_of_its_own(*words.split(), program=["-c", check])
@@ -182,7 +182,7 @@ def test_settings_and_files_are_checked_without_torch(words, loaded):
 def test_hydra_answers_its_questions(empty_directory):
     help_text = in_process_of_its_own("--help")
     assert help_text.returncode == 0, help_text.stderr
-    assert "algorithm: " in help_text.stdout and "rlswitch/config.py" in help_text.stdout
+    assert "algorithm: " in help_text.stdout and "rlswitch/config/sections.py" in help_text.stdout
     composed = in_process_of_its_own("--cfg", "job", "recipe=ppo", "model=mine")
     assert composed.stdout.startswith("recipe: ppo\n") and "path: mine\n" in composed.stdout
     assert "recipe: ppo" in in_process_of_its_own("--info", "defaults-tree", "recipe=ppo").stdout
@@ -210,8 +210,8 @@ def execute(script: str, words: list[str]) -> None:
 def swept(tmp_path, monkeypatch):
     """Runs a sweep whose jobs are a small program, and returns its exit code."""
     sound = SimpleNamespace(check_environment=list)
-    monkeypatch.setitem(sys.modules, "rlswitch.environment", sound)
-    monkeypatch.setattr("rlswitch.forkserver.SUPPORTED", False)  # a new interpreter each
+    monkeypatch.setitem(sys.modules, "rlswitch.command.environment", sound)
+    monkeypatch.setattr("rlswitch.processes.fork_server.SUPPORTED", False)  # a new interpreter each
 
     def run(program: str, *words: str) -> int:
         script = tmp_path / "job.py"

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlswitch.config import DataConfig, EvaluationConfig, ModelConfig, RolloutConfig
-from rlswitch.data import Prompts, load_prompts, read_tables
-from rlswitch.pretrained import load_tokenizer
-from rlswitch.types import ConfigError, Prompt
+from rlswitch.config.sections import DataConfig, EvaluationConfig, ModelConfig, RolloutConfig
+from rlswitch.data.hub import load_tokenizer
+from rlswitch.data.prompts import Prompts, load_prompts, read_tables
+from rlswitch.errors import ConfigError
+from rlswitch.types import Prompt
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"
@@ -216,7 +217,7 @@ def test_csv_values_stay_strings(tokenizer):
 
 
 def test_the_built_in_task_holds_out_its_own_test_split(tokenizer):
-    from rlswitch.tasks import addition
+    from rlswitch.recipes.addition import task as addition
 
     splits = addition.load_datasets()
     config = run("builtin:addition", eval_rows=100)

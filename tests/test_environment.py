@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlswitch import environment
-from rlswitch.environment import check_environment
+from rlswitch.command import environment
+from rlswitch.command.environment import check_environment
 
 
 def install(site: Path, name: str, version: str, *requires: str, build: str = "", cuda: str = "") -> None:

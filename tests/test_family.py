@@ -17,7 +17,7 @@ from rlswitch.algorithms.kl import kl_divergence
 from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
 from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
-from rlswitch.compose import Source, compose_run
+from rlswitch.command.compose import Source, compose_run
 from rlswitch.loop import collect
 from rlswitch.rewards.shaping import punish_overlong
 from rlswitch.types import Batch, Group, Prompt, Rollout

@@ -17,7 +17,7 @@ from bad_inputs import BAD_INPUTS, BASE, ROWS, SECTIONS, BadInput
 from faults import FAULTS
 from samples import HereAlone
 
-from rlswitch import cli
+from rlswitch.command import cli
 
 TESTS = Path(__file__).parent
 ERROR = "rlswitch: error: "
@@ -77,8 +77,12 @@ def test_a_bad_input_is_answered_in_its_line(
     given: BadInput, here, tmp_path, tiny_model, monkeypatch, capsys
 ) -> None:
     lay(here, {"rows.jsonl": ROWS, **given.files})
-    monkeypatch.setattr("rlswitch.cli.Torchless", HereAlone)
-    for target in ("rlswitch.cli.prepare", "rlswitch.sweep.prepare", "rlswitch.sweep.run_hydra"):
+    monkeypatch.setattr("rlswitch.command.cli.Torchless", HereAlone)
+    for target in (
+        "rlswitch.command.cli.prepare",
+        "rlswitch.command.sweep.prepare",
+        "rlswitch.command.sweep.run_hydra",
+    ):
         monkeypatch.setattr(target, forbidden)
     if given not in LIGHT:
         lay_model(here / "model", tiny_model().path, given.model)

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from rlswitch import fingerprint
-from rlswitch.fingerprint import (
+from rlswitch.proof import fingerprint
+from rlswitch.proof.fingerprint import (
     checkpoint_elements,
     named_fingerprints,
     tensor_fingerprint,

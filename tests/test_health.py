@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlswitch.health import Health, write_down
-from rlswitch.resume import LoopState, Start
+from rlswitch.checkpoint.resume import LoopState, Start
+from rlswitch.errors import RLSwitchError
+from rlswitch.records.health import Health, write_down
 from rlswitch.session import Session
-from rlswitch.types import RLSwitchError
 
 BROKEN = ["actor/grad_norm = inf", "actor/grad_norm = nan"]
 
@@ -52,7 +52,9 @@ def test_the_end_names_the_last_good_checkpoint(health, tmp_path, make_groups, m
     for step in (2, 4):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
     broken = tmp_path / "checkpoints" / "step_000004"
-    monkeypatch.setattr("rlswitch.resume.find_fault", lambda path: "cut short" if path == broken else None)
+    monkeypatch.setattr(
+        "rlswitch.checkpoint.resume.find_fault", lambda path: "cut short" if path == broken else None
+    )
     for step in (5, 6):
         health.check(step, {}, BROKEN, make_groups())
     with pytest.raises(RLSwitchError, match=r"the last good checkpoint is .*step_000002;"):

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import pytest
 from syscalls import Call, run_watched
 
-from rlswitch import resume
-from rlswitch.checkpoint import save
-from rlswitch.config import Run
-from rlswitch.durable import MANIFEST, find_fault
-from rlswitch.resume import LoopState
-from rlswitch.types import SaveError
+from rlswitch.checkpoint import resume
+from rlswitch.checkpoint.atomic import MANIFEST, find_fault
+from rlswitch.checkpoint.checkpoint import save
+from rlswitch.checkpoint.resume import LoopState
+from rlswitch.errors import SaveError
+from rlswitch.run import Run
 
 pytestmark = [
     pytest.mark.processes,

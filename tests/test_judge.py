@@ -7,12 +7,14 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rlswitch.recipes.addition.task import build_tokenizer
 from samples import group_of
 
-from rlswitch.config import JudgeConfig
-from rlswitch.rewards.fit import refuse_unknown_blanks
-from rlswitch.rewards.judge import Judge
-from rlswitch.rewards.template import (
+from rlswitch.config.sections import JudgeConfig
+from rlswitch.errors import ConfigError
+from rlswitch.rewards.models.checks import refuse_unknown_blanks
+from rlswitch.rewards.models.judge import Judge
+from rlswitch.rewards.models.template import (
     blanks,
     fill_in,
     pattern_problems,
@@ -20,8 +22,7 @@ from rlswitch.rewards.template import (
     read_score,
     template_problems,
 )
-from rlswitch.tasks.addition import build_tokenizer
-from rlswitch.types import ConfigError, Group, Rollout
+from rlswitch.types import Group, Rollout
 
 # -- the template ------------------------------------------------------------------------------
 

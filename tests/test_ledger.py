@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlswitch.device import Device
-from rlswitch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
+from rlswitch.switch.device import Device
+from rlswitch.switch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
 
 FIELDS = {
     "step",
@@ -39,7 +39,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     stopped = SimpleNamespace(monotonic=lambda: clock.now)
-    monkeypatch.setattr("rlswitch.ledger.time", stopped)
+    monkeypatch.setattr("rlswitch.switch.ledger.time", stopped)
     return clock
 
 

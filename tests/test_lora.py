@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlswitch import checkpoint, lora
-from rlswitch.checkpoint import LoopState
-from rlswitch.models import load_policy, policy_logprobs, sequence_logprobs
-from rlswitch.sizes import ModelShape
-from rlswitch.trainer import Trainer, trained
-from rlswitch.types import ConfigError
+from rlswitch.checkpoint import checkpoint
+from rlswitch.checkpoint.checkpoint import LoopState
+from rlswitch.errors import ConfigError
+from rlswitch.planning.footprint import ModelShape
+from rlswitch.training import lora
+from rlswitch.training.models import load_policy, policy_logprobs, sequence_logprobs
+from rlswitch.training.trainer import Trainer, trained
 
 SEQUENCES = [[13, 1, 2, 10, 3, 4, 11, 7], [13, 5, 11, 0]]
 

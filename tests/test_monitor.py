@@ -17,14 +17,16 @@ import pytest
 import yaml
 from rich.console import Console
 
-from rlswitch import monitor as monitoring
 from rlswitch.algorithms.ppo import PPO
-from rlswitch.config import DataConfig, EngineConfig, ModelConfig, Run
-from rlswitch.monitor import TRACKERS, Monitor, tracker_problems
-from rlswitch.provenance import command_line, redacted
-from rlswitch.records import read, trim
-from rlswitch.types import ConfigError, Group, Prompt, Rollout
-from rlswitch.wording import sparkline
+from rlswitch.config.sections import DataConfig, EngineConfig, ModelConfig
+from rlswitch.errors import ConfigError
+from rlswitch.records import monitor as monitoring
+from rlswitch.records.jsonl import read, trim
+from rlswitch.records.monitor import TRACKERS, Monitor, tracker_problems
+from rlswitch.records.provenance import command_line, redacted
+from rlswitch.run import Run
+from rlswitch.text import sparkline
+from rlswitch.types import Group, Prompt, Rollout
 
 METRICS = {
     "reward/mean": 0.5,

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlswitch.batching import lay_out, micro_batches, to_batch
-from rlswitch.models import policy_logprobs, refuse_leaky_packing
-from rlswitch.trainer import Trainer
-from rlswitch.types import ConfigError, Group, Prompt, Rollout
+from rlswitch.errors import ConfigError
+from rlswitch.training.batching import lay_out, micro_batches, to_batch
+from rlswitch.training.models import policy_logprobs, refuse_leaky_packing
+from rlswitch.training.trainer import Trainer
+from rlswitch.types import Group, Prompt, Rollout
 
 CPU = torch.device("cpu")
 SIZES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=6)

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from rlswitch import cli
-from rlswitch.config import ModelConfig
-from rlswitch.parking import SLACK, parked_by_auto
-from rlswitch.plan import _changed, choose_level, make_plan, predict, render, show
-from rlswitch.provenance import versions
-from rlswitch.sizes import GIB, DeviceFacts, ModelShape, Scoring, switch_seconds
-from rlswitch.types import ConfigError
-from rlswitch.verdicts import refuted_levels
+from rlswitch.command import cli
+from rlswitch.config.sections import ModelConfig
+from rlswitch.errors import ConfigError
+from rlswitch.planning.footprint import GIB, DeviceFacts, ModelShape, Scoring, switch_seconds
+from rlswitch.planning.plan import _changed, choose_level, make_plan, predict, render, show
+from rlswitch.planning.verdicts import refuted_levels
+from rlswitch.records.provenance import versions
+from rlswitch.training.parking import SLACK, parked_by_auto
 
 GPU = DeviceFacts(
     kind="cuda",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 
 from rich.console import Console
+from rlswitch.recipes.addition.task import build_tokenizer
 
-from rlswitch.config import RewardConfig
-from rlswitch.preview import gold, render
+from rlswitch.command.preview import gold, render
+from rlswitch.config.sections import RewardConfig
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.tasks.addition import build_tokenizer
 from rlswitch.types import Prompt
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from rlswitch.fingerprint import named_fingerprints, total_fingerprint
-from rlswitch.proof import (
+from rlswitch.errors import ProofError
+from rlswitch.proof.checks import (
     LEARNED_CEILING,
     LEARNED_FLOOR,
     Tolerance,
@@ -21,7 +21,8 @@ from rlswitch.proof import (
     check_fingerprint,
     check_prefix_cache,
 )
-from rlswitch.types import Canary, PolicyWeights, ProofError
+from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.types import Canary, PolicyWeights
 
 NAMES = [f"layers.{i}.weight" for i in range(12)]
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from rlswitch.charts import Series, line_chart, log_ticks, nice_ticks, stacked_chart, thinned
+from rlswitch.errors import ConfigError
 from rlswitch.report import load, pick_samples, write_report
-from rlswitch.types import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30

@@ -9,12 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlswitch.config import EngineConfig, Run, ServerEngineConfig, settings_of
-from rlswitch.durable import written_whole
-from rlswitch.exactness import FREE, OPEN, changes, deciding
-from rlswitch.resume import LoopState, Start, choose, finished, give_up
+from rlswitch.checkpoint.atomic import written_whole
+from rlswitch.checkpoint.exactness import FREE, OPEN, changes, deciding
+from rlswitch.checkpoint.resume import LoopState, Start, choose, finished, give_up
+from rlswitch.config.sections import EngineConfig, ServerEngineConfig
+from rlswitch.errors import ConfigError
+from rlswitch.run import Run, settings_of
 from rlswitch.session import Session
-from rlswitch.types import ConfigError
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ def test_who_goes_back_gives_up_what_came_later(kept, make_run, tmp_path):
 def test_giving_up_that_is_broken_off_leaves_the_run_cut_back(kept, make_run, tmp_path, monkeypatch):
     run = make_run()
     paths = [kept(run, step) for step in (1, 2, 3)]
-    monkeypatch.setattr("rlswitch.resume.remove", lambda path: pytest.exit("killed"))
+    monkeypatch.setattr("rlswitch.checkpoint.resume.remove", lambda path: pytest.exit("killed"))
     with pytest.raises(pytest.exit.Exception):
         give_up(paths)
     monkeypatch.undo()

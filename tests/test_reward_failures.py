@@ -12,10 +12,11 @@ import psutil
 import pytest
 from samples import group_of
 
-from rlswitch.config import RewardConfig
-from rlswitch.monitor import rollout_records
+from rlswitch.config.sections import RewardConfig
+from rlswitch.errors import RewardError
+from rlswitch.records.monitor import rollout_records
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import Group, RewardError, Rollout
+from rlswitch.types import Group, Rollout
 
 pytestmark = pytest.mark.processes
 
@@ -194,7 +195,7 @@ def test_a_killed_trainer_takes_its_workers_along(tmp_path):
 
 TRAINER = """
 import sys
-from rlswitch.config import RewardConfig
+from rlswitch.config.sections import RewardConfig
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Prompt, Rollout
 prompt = Prompt(index=0, messages="x", token_ids=[1])

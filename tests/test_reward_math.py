@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 from samples import group_of
 
-from rlswitch.config import RewardConfig
+from rlswitch.config.sections import RewardConfig
 from rlswitch.rewards import functions
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group

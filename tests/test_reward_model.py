@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rlswitch.recipes.addition.task import build_tokenizer
 from safetensors.torch import load_file, save_file
 from samples import save_classifier
 from transformers import (
@@ -18,12 +19,12 @@ from transformers import (
     BertForSequenceClassification,
 )
 
-from rlswitch.config import Run
-from rlswitch.device import Device
-from rlswitch.ledger import Ledger
-from rlswitch.rewards.reward_model import Classifier, RewardModel, find_classifier
-from rlswitch.tasks.addition import build_tokenizer
-from rlswitch.types import ConfigError, Prompt, ProofError, Rollout
+from rlswitch.errors import ConfigError, ProofError
+from rlswitch.rewards.models.reward_model import Classifier, RewardModel, find_classifier
+from rlswitch.run import Run
+from rlswitch.switch.device import Device
+from rlswitch.switch.ledger import Ledger
+from rlswitch.types import Prompt, Rollout
 
 pytestmark = pytest.mark.slow
 

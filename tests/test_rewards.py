@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlswitch.config import RewardConfig
+from rlswitch.config.sections import RewardConfig
+from rlswitch.errors import ConfigError
 from rlswitch.rewards.functions import exact_match
 from rlswitch.rewards.scorer import Scorer, length_metrics
-from rlswitch.types import ConfigError, Group, Prompt, Rollout
+from rlswitch.types import Group, Prompt, Rollout
 
 
 def group(index: int, texts: list[str], messages=None, finish: str = "stop", **columns) -> Group:

@@ -15,18 +15,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlswitch import cli, room
-from rlswitch.lock import LOCK, only_run_in
-from rlswitch.records import LineFile
-from rlswitch.room import checkpoint_size, refuse_full_disk, room_needed
-from rlswitch.signals import StopSignals
-from rlswitch.sizes import ModelShape
-from rlswitch.types import ConfigError
+from rlswitch.checkpoint import room
+from rlswitch.checkpoint.lock import LOCK, only_run_in
+from rlswitch.checkpoint.room import checkpoint_size, refuse_full_disk, room_needed
+from rlswitch.command import cli
+from rlswitch.errors import ConfigError
+from rlswitch.planning.footprint import ModelShape
+from rlswitch.processes.signals import StopSignals
+from rlswitch.records.jsonl import LineFile
 
 HOLD = """
 import sys
 from pathlib import Path
-from rlswitch.lock import only_run_in
+from rlswitch.checkpoint.lock import only_run_in
 with only_run_in(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()
@@ -111,8 +112,8 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatc
 def test_a_checkpoint_is_as_large_as_was_said_before_the_run(
     make_run, make_trainer, make_groups, tiny_model, tmp_path, algorithm: str, settings: dict
 ):
-    from rlswitch.checkpoint import save
-    from rlswitch.resume import LoopState
+    from rlswitch.checkpoint.checkpoint import save
+    from rlswitch.checkpoint.resume import LoopState
 
     run = make_run(algorithm, options={"kl_coef": 0.1, "reference_refresh": 1}, **settings)
     trainer = make_trainer(run)

@@ -18,12 +18,12 @@ import psutil
 import pytest
 from samples import group_of
 
-from rlswitch.config import RewardConfig
-from rlswitch.rewards import sandbox as module
-from rlswitch.rewards.code import CodeReward, code_block
-from rlswitch.rewards.sandbox import Limits, Sandbox, SandboxError
+from rlswitch.config.sections import RewardConfig
+from rlswitch.errors import ConfigError
+from rlswitch.rewards.sandbox import sandbox as module
+from rlswitch.rewards.sandbox.code import CodeReward, code_block
+from rlswitch.rewards.sandbox.sandbox import Limits, Sandbox, SandboxError
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.types import ConfigError
 
 pytestmark = pytest.mark.processes
 
@@ -297,7 +297,7 @@ def test_the_code_reward_of_a_run_names_its_outcomes(request):
 
 
 def test_the_code_reward_refuses_to_run_without_isolation(monkeypatch):
-    from rlswitch.rewards.builtin import Settings, make_code
+    from rlswitch.rewards.workers.builtin import Settings, make_code
 
     monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
     settings = Settings(format_pattern=None, timeout_s=9.0, memory_bytes=1 << 30, allow_unsandboxed=False)

@@ -10,11 +10,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlswitch.checks import problems
-from rlswitch.config import ServerEngineConfig
-from rlswitch.engines.address import Address, parse_listen, parse_url
-from rlswitch.engines.watch import Patience
-from rlswitch.types import ConfigError, EngineError
+from rlswitch.command.checks import problems
+from rlswitch.config.sections import ServerEngineConfig
+from rlswitch.engines.vllm.address import Address, parse_listen, parse_url
+from rlswitch.engines.vllm.watch import Patience
+from rlswitch.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.processes
 
@@ -80,7 +80,7 @@ def fake() -> Iterator[Callable]:
 
 
 def client_of(address: Address, timeout_s: float = 30.0):
-    from rlswitch.engines.client import Client
+    from rlswitch.engines.vllm.client import Client
 
     return closing(Client(address, Patience("engine.request_timeout_s", timeout_s)))
 
@@ -155,7 +155,7 @@ def test_a_redirect_leads_nowhere(fake) -> None:
 def test_an_unfit_server_is_refused_with_the_command_that_starts_a_fit_one(
     make_run, fake, statuses: dict[str, int], reason: str
 ) -> None:
-    from rlswitch.engines.hosting import refuse_unfit_server
+    from rlswitch.engines.vllm.launcher import refuse_unfit_server
 
     address = fake(lambda path, body: (statuses.get(path, 404), ""))
     run = make_run(engine=ServerEngineConfig(url=str(address)))
@@ -168,7 +168,7 @@ def test_an_unfit_server_is_refused_with_the_command_that_starts_a_fit_one(
 
 
 def test_a_taken_port_is_refused_before_anything_starts(fake) -> None:
-    from rlswitch.engines.hosting import choose_address
+    from rlswitch.engines.vllm.launcher import choose_address
 
     taken = fake(lambda path, body: (200, ""))
     with pytest.raises(ConfigError, match="cannot listen there"):
@@ -177,7 +177,7 @@ def test_a_taken_port_is_refused_before_anything_starts(fake) -> None:
 
 
 def test_one_run_at_a_time_is_attached_to_a_server() -> None:
-    from rlswitch.engines.hosting import claimed
+    from rlswitch.engines.vllm.launcher import claimed
 
     address = Address(host="127.0.0.1", port=1)
     with claimed(address), pytest.raises(ConfigError, match="another run is attached"), claimed(address):
@@ -189,8 +189,8 @@ def test_one_run_at_a_time_is_attached_to_a_server() -> None:
 def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(
     make_run, monkeypatch, tmp_path
 ) -> None:
-    from rlswitch.device import Device
-    from rlswitch.engines.launch import environment
+    from rlswitch.engines.vllm.arguments import environment
+    from rlswitch.switch.device import Device
 
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
     made = environment(make_run(), Device("cpu"), tmp_path, "/s")
@@ -198,8 +198,8 @@ def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(
 
 
 def test_a_users_own_environment_wins_over_what_is_usual(make_run, monkeypatch, tmp_path) -> None:
-    from rlswitch.device import Device
-    from rlswitch.engines.launch import environment
+    from rlswitch.engines.vllm.arguments import environment
+    from rlswitch.switch.device import Device
 
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.delenv(name, raising=False)

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 
 from rlswitch import loop
-from rlswitch.leave import POLITE
-from rlswitch.session import open_session
-from rlswitch.signals import (
+from rlswitch.errors import Preempted, ProofError
+from rlswitch.processes.exit import POLITE
+from rlswitch.processes.signals import (
     Abandoned,
     StopSignals,
     handling,
@@ -24,13 +24,13 @@ from rlswitch.signals import (
     let_through,
     preemptible,
 )
-from rlswitch.types import Preempted, ProofError
+from rlswitch.session import open_session
 
 INTERRUPTED = """
 import os, signal, sys, time
 from contextlib import ExitStack
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever we were started to ignore
-from rlswitch.signals import leave_at_second_interrupt
+from rlswitch.processes.signals import leave_at_second_interrupt
 with ExitStack() as stack:
     leave_at_second_interrupt(stack)
     stack.callback(print, "closed", flush=True)
@@ -181,7 +181,7 @@ def test_a_command_that_nobody_listens_in_is_stopped_in_order():
 
 LEAVING = """
 import atexit, os, signal, sys, time
-from rlswitch.leave import leave
+from rlswitch.processes.exit import leave
 def close():
     os.kill(os.getpid(), getattr(signal, sys.argv[1]))
     time.sleep(0.5)

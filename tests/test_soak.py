@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from rlswitch.bench.soak import FAULT_LOG, SAMPLES, SLACK, Report, judge
+from rlswitch.benchmarks.soak import FAULT_LOG, SAMPLES, SLACK, Report, judge
 
 LAST = "checkpoints/step_000002/policy/model.safetensors"
 

@@ -10,24 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rlswitch.recipes.addition.task import build_tokenizer
 
-from rlswitch.device import Device
 from rlswitch.engines.backend import Backend, Completion, Request
-from rlswitch.engines.base import Engine, Revival, State, request_seed
-from rlswitch.ledger import Ledger
-from rlswitch.proof import Tolerance
-from rlswitch.switch import Switch
-from rlswitch.tasks.addition import build_tokenizer
-from rlswitch.types import (
-    Canary,
-    EngineError,
-    EngineLost,
-    PolicyWeights,
-    Prompt,
-    ProofError,
-    Sampling,
-    SwitchError,
-)
+from rlswitch.engines.engine import Engine, Revival, State
+from rlswitch.errors import EngineError, EngineLost, ProofError, SwitchError
+from rlswitch.proof.checks import Tolerance
+from rlswitch.seeds import request_seed
+from rlswitch.switch.device import Device
+from rlswitch.switch.ledger import Ledger
+from rlswitch.switch.switch import Switch
+from rlswitch.types import Canary, PolicyWeights, Prompt, Sampling
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ from types import SimpleNamespace
 import pytest
 from samples import group_of
 
-from rlswitch.config import RewardConfig
-from rlswitch.device import Device
+from rlswitch.config.sections import RewardConfig
+from rlswitch.errors import RewardError
 from rlswitch.evaluation import evaluate
-from rlswitch.ledger import Ledger
+from rlswitch.rewards.models.tenant import RewardTenant, ask_in_turn
 from rlswitch.rewards.scorer import Mark, Scorer
-from rlswitch.rewards.tenants import RewardTenant, ask_in_turn
-from rlswitch.switch import Switch
-from rlswitch.types import Group, PolicyWeights, RewardError, Rollout
+from rlswitch.switch.device import Device
+from rlswitch.switch.ledger import Ledger
+from rlswitch.switch.switch import Switch
+from rlswitch.types import Group, PolicyWeights, Rollout
 
 FUNCTIONS = """
 def none(prompts, **_):
@@ -230,7 +231,7 @@ def test_a_row_that_the_judging_function_does_not_apply_to_is_not_wrong(scorer, 
 
 def test_a_hand_over_inside_of_work_is_counted_as_switching_only(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("rlswitch.ledger.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("rlswitch.switch.ledger.time", SimpleNamespace(monotonic=lambda: now[0]))
     ledger, heard = Ledger(Device("cpu"), tmp_path), []
     ledger.on_phase = heard.append
     with ledger.work("reward"):

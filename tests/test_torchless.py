@@ -61,10 +61,10 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
     lay(tmp_path, {"rows.jsonl": ROWS})
     code = f"""
         import sys
-        from rlswitch.compose import Source, compose_run
-        from rlswitch.data import read_tables
+        from rlswitch.command.compose import Source, compose_run
+        from rlswitch.data.prompts import read_tables
         from rlswitch.inputs import tokenize
-        from rlswitch.torchless import Torchless
+        from rlswitch.command.torchless import Torchless
         words = {BASE!r}.replace("model=model", "model={tiny_model().path}").split()
         run = compose_run(words, Source.default())
         apart = Torchless().ask(tokenize, run, read_tables(run), run.model.path, print)()
@@ -98,8 +98,8 @@ def test_prompts_are_the_same_without_torch_and_with_it(tiny_model, tmp_path):
 def test_what_the_child_cannot_answer_is_answered_here(body: str, answer: str, tmp_path):
     code = f"""
 import os
-from rlswitch.torchless import Torchless
-from rlswitch.types import ConfigError
+from rlswitch.command.torchless import Torchless
+from rlswitch.errors import ConfigError
 
 parent = os.getpid()
 

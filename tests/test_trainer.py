@@ -14,18 +14,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rlswitch.recipes.addition import task as addition
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlswitch import models
-from rlswitch.batching import to_batch
-from rlswitch.config import Run
-from rlswitch.fingerprint import named_fingerprints, total_fingerprint
-from rlswitch.models import policy_logprobs, sequence_logprobs, token_statistics
-from rlswitch.parking import Parking, nbytes
-from rlswitch.tasks import addition
-from rlswitch.trainer import Trainer
-from rlswitch.types import ConfigError, Group, RLSwitchError, SwitchError
-from rlswitch.weights import Publisher, choose_directory, owner_tag, sweep_dead_runs
+from rlswitch.errors import ConfigError, RLSwitchError, SwitchError
+from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.run import Run
+from rlswitch.training import models
+from rlswitch.training.batching import to_batch
+from rlswitch.training.models import policy_logprobs, sequence_logprobs, token_statistics
+from rlswitch.training.parking import Parking, nbytes
+from rlswitch.training.publish import Publisher, choose_directory, owner_tag, sweep_dead_runs
+from rlswitch.training.trainer import Trainer
+from rlswitch.types import Group
 
 CPU = torch.device("cpu")
 
@@ -583,7 +584,9 @@ def test_only_what_dead_runs_left_behind_is_swept(tmp_path):
 
 
 def test_a_run_that_seems_dead_from_here_keeps_its_weights_while_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr("rlswitch.weights.owner_tag", lambda: f"{os.getpid()}-123")  # the clock was set
+    monkeypatch.setattr(
+        "rlswitch.training.publish.owner_tag", lambda: f"{os.getpid()}-123"
+    )  # the clock was set
     publisher = Publisher("disk", 0, tmp_path)
     sweep_dead_runs(tmp_path)
     assert publisher.root.is_dir()

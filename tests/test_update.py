@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from rlswitch.compose import Source, compose_run
-from rlswitch.schedule import build_schedule, refuse_unfit_schedule, resume_schedule
-from rlswitch.trainer import Trainer
+from rlswitch.command.compose import Source, compose_run
+from rlswitch.training.schedule import build_schedule, refuse_unfit_schedule, resume_schedule
+from rlswitch.training.trainer import Trainer
 
 
 @pytest.fixture

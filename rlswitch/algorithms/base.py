@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
-from rlswitch.options import choice, number
+from rlswitch.config.fields import choice, number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.config import Run
+    from rlswitch.run import Run
     from rlswitch.types import Batch
 
 Memory = dict[str, float]

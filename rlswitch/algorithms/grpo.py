@@ -14,7 +14,7 @@ from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.config import Run
+    from rlswitch.run import Run
     from rlswitch.types import Batch
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlswitch.algorithms.base import Algorithm, Memory
-from rlswitch.options import choice, number
+from rlswitch.config.fields import choice, number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.config import Run
+    from rlswitch.run import Run
     from rlswitch.types import Batch
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm, Memory
-from rlswitch.options import number
+from rlswitch.config.fields import number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.config import Run
+    from rlswitch.run import Run
     from rlswitch.types import Batch
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
-from rlswitch.options import choice, number
+from rlswitch.config.fields import choice, number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.config import Run
+    from rlswitch.run import Run
     from rlswitch.types import Batch
 
 
@@ -32,11 +32,7 @@ class ReinforcePP(Algorithm):
             yield from needs_siblings(run)
 
     def advantages(self, batch: Batch, memory: Memory) -> Tensor:
-        from rlswitch.algorithms.advantages import (
-            discounted_returns,
-            group_relative,
-            rewards_at_last_token,
-        )
+        from rlswitch.algorithms.advantages import discounted_returns, group_relative, rewards_at_last_token
 
         rewards = self.token_rewards(batch, memory)
         if self.group_baseline:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlswitch.engines.processes import Family
+from rlswitch.processes.group import Family
 
 
 @dataclass(frozen=True, slots=True)

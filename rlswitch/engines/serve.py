@@ -11,7 +11,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from rlswitch.engines.processes import SERVER_PID, watch_owner
+from rlswitch.processes.group import SERVER_PID, watch_owner
 
 
 def serve(flags: Sequence[str]) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.config import EngineConfig, Run, ServerEngineConfig
-from rlswitch.device import Device
+from rlswitch.config.sections import EngineConfig, ServerEngineConfig
 from rlswitch.engines.backend import Backend
-from rlswitch.engines.hosting import refuse_unfit_server
-from rlswitch.engines.local import LocalBackend, refuse_missing_features
-from rlswitch.engines.server import ServerBackend
+from rlswitch.engines.vllm.launcher import refuse_unfit_server
+from rlswitch.engines.vllm.local import LocalBackend, refuse_missing_features
+from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.run import Run
+from rlswitch.switch.device import Device
 
 BACKENDS: dict[type[EngineConfig], type[LocalBackend] | type[ServerBackend]] = {
     EngineConfig: LocalBackend,

@@ -7,7 +7,3 @@ completion, and name it in builtin.py's table.
 
 judge.py and reward_model.py are tenants of the switch (tenants.py); template.py is what a judge is asked.
 """
-
-TENANTS = {"judge": "judge", "reward_model": "reward model"}
-"""What reward.functions can name beside functions, and the name in switch.jsonl. Each has a section of
-settings."""

@@ -11,16 +11,17 @@ from itertools import islice, product
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
-from rlswitch.rewards import TENANTS
-from rlswitch.rewards.builtin import ONE_BY_ONE, Settings
+from rlswitch.config.sections import TENANTS
+from rlswitch.errors import ConfigError, RewardError
 from rlswitch.rewards.functions import Completion
-from rlswitch.rewards.pool import Answer, Call, Pool
-from rlswitch.rewards.resolve import GIVEN
-from rlswitch.rewards.worker import shown
-from rlswitch.types import ConfigError, Group, Prompt, RewardError, Rollout
+from rlswitch.rewards.workers.builtin import ONE_BY_ONE, Settings
+from rlswitch.rewards.workers.pool import Answer, Call, Pool
+from rlswitch.rewards.workers.resolve import GIVEN
+from rlswitch.rewards.workers.worker import shown
+from rlswitch.types import Group, Prompt, Rollout
 
 if TYPE_CHECKING:
-    from rlswitch.config import RewardConfig
+    from rlswitch.config.sections import RewardConfig
 
 OWN = ("prompt", "completion", *GIVEN)
 """No column of the dataset is passed by one of these names, as in TRL."""

@@ -9,21 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rlswitch.recipes.addition.task import build_tokenizer
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from rlswitch import proof
 from rlswitch.algorithms.grpo import GRPO
-from rlswitch.config import OPTIONS, Run
-from rlswitch.device import Device
-from rlswitch.engines.base import Engine, State
-from rlswitch.engines.driver import VLLMBackend
-from rlswitch.engines.local import LocalBackend
-from rlswitch.engines.server import ServerBackend
-from rlswitch.ledger import Ledger
-from rlswitch.models import sequence_logprobs
-from rlswitch.tasks.addition import build_tokenizer
+from rlswitch.engines.engine import Engine, State
+from rlswitch.engines.vllm.backend import VLLMBackend
+from rlswitch.engines.vllm.local import LocalBackend
+from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.proof import checks as proof
+from rlswitch.proof.canary import canary_sequences
+from rlswitch.run import OPTIONS, Run
+from rlswitch.switch.device import Device
+from rlswitch.switch.ledger import Ledger
+from rlswitch.training.models import sequence_logprobs
+from rlswitch.training.publish import Publisher
 from rlswitch.types import Canary, PolicyWeights
-from rlswitch.weights import Publisher, canary_sequences
 
 BLOCK = 32
 BACKENDS: dict[str, type[VLLMBackend]] = {"local": LocalBackend, "server": ServerBackend}

@@ -9,8 +9,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from rlswitch.forkserver import start_process
-from rlswitch.sweep import run_job
+from rlswitch.command.sweep import run_job
+from rlswitch.processes.fork_server import start_process
 
 
 class Finished(NamedTuple):

@@ -3,10 +3,11 @@
 import pytest
 from bench import Bench
 
-from rlswitch.device import resident_bytes
-from rlswitch.engines.base import State
-from rlswitch.models import sequence_logprobs
-from rlswitch.types import Prompt, Sampling, SwitchError
+from rlswitch.engines.engine import State
+from rlswitch.errors import SwitchError
+from rlswitch.switch.device import resident_bytes
+from rlswitch.training.models import sequence_logprobs
+from rlswitch.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("bench", ["local", "server"], indirect=True)]
 

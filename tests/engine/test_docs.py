@@ -8,9 +8,9 @@ import pytest
 from runs import finish, program
 from samples import greedy
 
-from rlswitch.device import Device
-from rlswitch.engines.hosting import launched
-from rlswitch.serving import frozen_run
+from rlswitch.engines.vllm.launcher import launched
+from rlswitch.serving.serve import frozen_run
+from rlswitch.switch.device import Device
 
 pytestmark = pytest.mark.engine
 

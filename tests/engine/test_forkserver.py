@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rlswitch.forkserver import serving_vllm, socket_directory, start_process
+from rlswitch.processes.fork_server import serving_vllm, socket_directory, start_process
 
 pytestmark = pytest.mark.engine
 

@@ -7,11 +7,12 @@ import torch
 from bench import Bench
 from safetensors.torch import load_file, save_file
 
-from rlswitch.engines.base import Engine
-from rlswitch.frozen import freeze
-from rlswitch.serving import frozen_run
-from rlswitch.switch import Switch
-from rlswitch.types import Prompt, ProofError, Sampling, SwitchError
+from rlswitch.engines.engine import Engine
+from rlswitch.engines.frozen import freeze
+from rlswitch.errors import ProofError, SwitchError
+from rlswitch.serving.serve import frozen_run
+from rlswitch.switch.switch import Switch
+from rlswitch.types import Prompt, Sampling
 
 pytestmark = pytest.mark.engine
 

@@ -13,8 +13,8 @@ import psutil
 import pytest
 from runs import finish, train
 
-from rlswitch.leave import PREEMPTED
-from rlswitch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
+from rlswitch.processes.exit import PREEMPTED
+from rlswitch.switch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
 
 pytestmark = pytest.mark.engine
 

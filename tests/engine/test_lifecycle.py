@@ -16,7 +16,7 @@ import pytest
 from bench import open_bench
 from runs import start
 
-from rlswitch.engines.processes import shared_memory_of
+from rlswitch.processes.group import shared_memory_of
 
 pytestmark = pytest.mark.engine
 

@@ -13,9 +13,10 @@ from bench import Bench, open_bench
 from worker import HUNG
 
 from rlswitch.engines.backend import Backend
-from rlswitch.engines.base import Engine, Revival, State
-from rlswitch.engines.processes import Family
-from rlswitch.types import EngineError, Group, PolicyWeights, Prompt, Sampling
+from rlswitch.engines.engine import Engine, Revival, State
+from rlswitch.errors import EngineError
+from rlswitch.processes.group import Family
+from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
 
 pytestmark = pytest.mark.engine
 

@@ -8,10 +8,11 @@ import torch
 from bench import Bench
 from safetensors.torch import load_file, save_file
 
-from rlswitch import proof
-from rlswitch.engines.base import Engine, State
-from rlswitch.fingerprint import named_fingerprints, total_fingerprint
-from rlswitch.types import PolicyWeights, Prompt, ProofError, Sampling, SwitchError
+from rlswitch.engines.engine import Engine, State
+from rlswitch.errors import ProofError, SwitchError
+from rlswitch.proof import checks as proof
+from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.types import PolicyWeights, Prompt, Sampling
 
 pytestmark = pytest.mark.engine
 
@@ -149,7 +150,7 @@ def test_verify_off_lets_everything_pass_and_says_so(bench: Bench, monkeypatch) 
 
 
 def test_a_parameter_that_the_engine_keeps_in_float32_is_what_was_published() -> None:
-    from rlswitch.engines.worker import live_fingerprint
+    from rlswitch.engines.vllm.worker import live_fingerprint
 
     model = torch.nn.Module()
     values = {"a": torch.randn(8, 8).bfloat16(), "b": torch.randn(8).bfloat16()}

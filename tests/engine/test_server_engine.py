@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from bench import Bench, open_bench
 
-from rlswitch.config import Run
-from rlswitch.engines.base import Revival
-from rlswitch.engines.hosting import refuse_unfit_server
-from rlswitch.engines.server import ServerBackend
-from rlswitch.types import ConfigError, EngineError, EngineLost, Prompt, Sampling
+from rlswitch.engines.engine import Revival
+from rlswitch.engines.vllm.launcher import refuse_unfit_server
+from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.errors import ConfigError, EngineError, EngineLost
+from rlswitch.run import Run
+from rlswitch.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("bench", ["server"], indirect=True)]
 

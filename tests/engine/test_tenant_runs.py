@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from rlswitch.recipes.addition.task import build_tokenizer
 from samples import greedy, save_classifier
-
-from rlswitch.tasks.addition import build_tokenizer
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlswitch.engines.cpu_worker import SleepingCPUWorker
-from rlswitch.engines.processes import own_family
+from rlswitch.engines.vllm.cpu_worker import SleepingCPUWorker
+from rlswitch.processes.group import own_family
 
 HUNG = "RLSWITCH_TEST_HUNG"
 """In the environment: a worker writes its engine's pids there and never gets further."""

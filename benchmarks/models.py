@@ -1,0 +1,62 @@
+"""Models that are made on the spot, and what this machine cannot do with any."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from rlswitch.switch.device import Device
+
+BUILTIN = {"builtin:small": (256, 4), "builtin:large": (384, 8)}
+"""Width and layers of the models that are made on the spot."""
+
+
+def limits(device: Device) -> dict[str, str]:
+    """What this machine cannot do or need not, by ablation, and why."""
+    found: dict[str, str] = {}
+    if device.kind == "cpu":
+        found["fp8"] = "a CPU has no fp8 kernels in vLLM; it takes a GPU"
+        found["tp2"] = "a CPU is one device here; it takes two GPUs"
+        if not {"avx512_bf16", "amx_bf16"} & cpu_flags():
+            found["bf16"] = "this CPU has no bfloat16 instructions; emulation would be measured"
+    elif torch.cuda.device_count() < 2:
+        found["tp2"] = "one GPU is visible; it takes two"
+    return found
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of this CPU as the kernel names them; empty where there is no /proc."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+
+
+def made_on_the_spot(name: str, directory: Path) -> str:
+    """The directory of a builtin model, made there; any other name as it is."""
+    if name not in BUILTIN:
+        return name
+    from rlswitch.recipes.addition.task import build_tokenizer
+
+    path, (hidden, layers), tokenizer = directory / name.split(":")[1], BUILTIN[name], build_tokenizer()
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        initializer_range=0.1,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(layers)
+        Qwen3ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

@@ -1,0 +1,40 @@
+"""What bench_switch.py, probe.py and soak.py have in common: settings first, what is heavy after them."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rlswitch.command.cli import guarded
+from rlswitch.config.fields import settings_from_words
+from rlswitch.errors import ConfigError
+from rlswitch.processes.exit import DONE, leave
+from rlswitch.processes.fork_server import prepare
+
+
+def run(
+    doc: str | None,
+    settings_type: type,
+    module: str,
+    function: str,
+    problems: Callable[[Any], Iterable[str]] = lambda settings: (),
+) -> None:
+    """Calls rlswitch.benchmarks.`module`.`function`(settings) and leaves with the exit code that it returns.
+
+    `problems`: what is wrong with settings beyond their own bounds, a line each.
+    """
+
+    def command() -> int:
+        if {"-h", "--help"} & set(sys.argv):
+            print(doc)
+            return DONE
+        settings: Any = settings_from_words(settings_type, sys.argv[1:])
+        if wrong := list(problems(settings)):
+            raise ConfigError(*wrong)
+        prepare()
+        work: Any = importlib.import_module(f"rlswitch.benchmarks.{module}")  # torch and vLLM come with it
+        return getattr(work, function)(settings)
+
+    leave(guarded(command))

@@ -1,0 +1,1 @@
+"""The built-in task: two-digit additions, and models that learn them on the spot."""

@@ -1,0 +1,1 @@
+"""Checkpoints that survive a crash at any moment, and exact resume."""

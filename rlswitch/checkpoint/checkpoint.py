@@ -1,0 +1,167 @@
+"""Checkpoints: safetensors and JSON only, complete or not there at all.
+
+checkpoints/step_000050/
+    policy/            loads with from_pretrained, tokenizer included; with LoRA the adapter
+    merged/            with LoRA, if asked for: the whole model
+    critic.safetensors reference.safetensors optimizer.safetensors state.json
+    manifest.json      format, and size and SHA-256 of every other file, written last
+
+durable.py writes the directory as a whole; resume.py says which one a run goes on from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch.checkpoint.atomic import is_about_disk, written_whole
+from rlswitch.checkpoint.exactness import deciding
+from rlswitch.checkpoint.resume import LoopState, read_details, step_directory, step_of, steps_in, whole_in
+from rlswitch.config.sections import CheckpointConfig
+from rlswitch.errors import ConfigError, SaveError
+from rlswitch.training import lora
+from rlswitch.training.schedule import resume_schedule
+from rlswitch.training.trainer import Trainer
+
+
+def is_due(config: CheckpointConfig, step: int, num_steps: int) -> bool:
+    return step == num_steps or (config.every > 0 and step % config.every == 0)
+
+
+def save(
+    directory: Path,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    state: LoopState,
+    keep: int,
+    how_to_go_on: str = "run the same command again",
+) -> Path:
+    """Writes `directory`/step_NNNNNN, then removes all but the newest `keep`. Raises SaveError.
+
+    Whatever breaks it off leaves what was there before, or the new one, complete.
+    """
+    final = step_directory(directory, state.step)
+    try:
+        with written_whole(final) as draft:
+            _write(draft, trainer, tokenizer, state)
+    except Exception as error:
+        if not is_about_disk(error):
+            raise
+        raise SaveError(_failure(final, error, how_to_go_on)) from error
+    steps = steps_in(directory)
+    kept = [path for path in steps if step_of(path) <= state.step][-keep:]  # later ones: of a run given up
+    for old in set(steps) - set(kept):
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def restore(path: Path, trainer: Trainer) -> None:
+    """Puts the checkpoint's tensors into a freshly built trainer."""
+    details = read_details(path)
+    policy = trainer.unwrapped_policy
+    if isinstance(policy, lora.PeftModel):
+        lora.load_adapter(policy, path / "policy")
+    else:
+        tensors: dict[str, Tensor] = {}
+        for file in sorted((path / "policy").glob("*.safetensors")):
+            tensors |= load_file(file)
+        _load_all(policy, tensors, known=set(policy.all_tied_weights_keys), path=path)
+    if trainer.critic is not None:
+        critic = trainer.accelerator.unwrap_model(trainer.critic)
+        frozen = {name for name, parameter in critic.named_parameters() if not parameter.requires_grad}
+        _load_all(critic, load_file(path / "critic.safetensors"), known=frozen, path=path)
+    if trainer.reference is not None and (path / "reference.safetensors").exists():
+        trainer.reference.load(load_file(path / "reference.safetensors", device=trainer.device.kind))
+    # Its tensors alone: learning rates and the like are the run's, which may have changed them.
+    groups = trainer.optimizer.state_dict()["param_groups"]
+    trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), groups))
+    resume_schedule(trainer.schedule, details["optimizer_steps"])
+    trainer.memory.update(details["memory"])
+    if fitted := details.get("micro_batch_tokens"):
+        trainer.micro_batch_tokens = min(trainer.micro_batch_tokens, fitted)
+    trainer.version = details["step"]
+
+
+def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, state: LoopState) -> None:
+    _save_policy(trainer, tokenizer, draft)
+    if trainer.critic is not None:
+        critic = trainer.accelerator.unwrap_model(trainer.critic)
+        save_file(_learned(critic), draft / "critic.safetensors")
+    if trainer.reference is not None and (reference := trainer.reference.state()):
+        save_file(reference, draft / "reference.safetensors")
+    save_file(_split(trainer.optimizer.state_dict()), draft / "optimizer.safetensors")
+    details = asdict(state) | {
+        "settings": deciding(trainer.run),
+        "optimizer_steps": trainer.schedule.last_epoch,
+        "memory": trainer.memory,
+        "micro_batch_tokens": trainer.fitted_tokens,
+    }
+    (draft / "state.json").write_text(json.dumps(details, indent=1))
+
+
+def _failure(final: Path, error: Exception, how_to_go_on: str) -> str:
+    """What is lost, what is not, and how to go on."""
+    other = next(whole_in(final.parent), None)
+    left = f"{other} is whole" if other else "there is none before it"
+    return (
+        f"checkpoint {final} could not be saved ({' '.join(str(error).split())}); {left}; once"
+        f" {final.parent} has room and can be written, {how_to_go_on}"
+    )
+
+
+def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Path) -> None:
+    policy = trainer.unwrapped_policy
+    directories = [draft / "policy"]
+    if isinstance(policy, lora.PeftModel):
+        lora.save_adapter(policy, draft / "policy")
+        if trainer.run.checkpoint.merged:
+            directories.append(draft / "merged")
+            tied = set(lora.base_of(policy).all_tied_weights_keys)
+            # To host memory one by one: the engine may have the device.
+            whole = {name: t.cpu() for name, t in lora.merged_tensors(policy) if name not in tied}
+            lora.base_of(policy).save_pretrained(draft / "merged", state_dict=whole)
+    else:
+        policy.save_pretrained(draft / "policy")
+    for directory in directories:
+        tokenizer.save_pretrained(directory)
+
+
+def _learned(model: nn.Module) -> dict[str, Tensor]:
+    """The state that training changes: of an adapted model the adapters and the head."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def _load_all(model: Any, tensors: dict[str, Tensor], known: set[str], path: Path) -> None:
+    """Loads what was saved; `known` may be missing: tied to something else, or never changed."""
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    lost = [name for name in missing if name not in known]
+    if lost or unexpected:
+        raise ConfigError(
+            f"resume = {path}: it does not fit the model (missing {lost[:2]}, unknown {unexpected[:2]})"
+        )
+
+
+def _split(state: dict[str, Any]) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors."""
+    return {
+        f"{index}.{name}": value.contiguous()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _join(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": groups}

@@ -1,0 +1,1 @@
+"""The command line: parse, compose, check, then run, plan, preview or sweep."""

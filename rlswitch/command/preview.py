@@ -1,0 +1,129 @@
+"""What the rewards say before anything is trained: of the dataset's own answers, and of the base model.
+
+Leaves nothing behind. A reward that does not give the right answers full marks is better found here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from rich import box
+from rich.console import Console, RenderableType
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from rlswitch.engines.frozen import start_frozen
+from rlswitch.errors import EngineError
+from rlswitch.inputs import Inputs
+from rlswitch.rewards.models.tenant import Candidate, ask_in_turn
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.run import Run
+from rlswitch.session import Models, look_at_models, start_tenant
+from rlswitch.switch.device import Device
+from rlswitch.switch.ledger import Ledger
+from rlswitch.switch.switch import Switch
+from rlswitch.text import first_line
+from rlswitch.types import Group, Prompt, Rollout
+
+ANSWER_COLUMNS = ("answer", "solution", "completion")
+GOLD, SAMPLED, SAMPLES = 64, 4, 2
+"""Rows whose own answer is scored; rows that the model is asked, and how often each."""
+
+
+def show(run: Run, inputs: Inputs) -> None:
+    """Prints how the rewards score gold answers and a few samples; trains nothing."""
+    models = look_at_models(run, inputs, print)
+    console = Console(highlight=False)
+    prompts = inputs.held_out or inputs.first
+    scored = {"gold answers": gold(prompts[:GOLD], models.tokenizer)}
+    if not scored["gold answers"]:
+        console.print(f"no gold answers: the dataset has none of the columns {', '.join(ANSWER_COLUMNS)}")
+    try:
+        scored["the model's"] = sample(run, models, prompts[:SAMPLED])
+    except EngineError as error:
+        console.print(f"no samples of the model: {first_line(error)}")
+    score(inputs.scorer, models.candidates, scored.values())
+    for part in render(scored, inputs.scorer):
+        console.print(part)
+
+
+def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[Group]:
+    """Each row's own answer as its completion."""
+    groups = []
+    for prompt in prompts:
+        column = next((name for name in ANSWER_COLUMNS if prompt.columns.get(name) is not None), None)
+        if column is not None:
+            text = str(prompt.columns[column])
+            token_ids = tokenizer.encode(text, add_special_tokens=False)
+            rollout = Rollout(
+                prompt=prompt,
+                sample=0,
+                token_ids=token_ids,
+                logprobs=[0.0] * len(token_ids),
+                text=text,
+                finish_reason="stop",
+                policy_version=0,
+            )
+            groups.append(Group(prompt=prompt, rollouts=[rollout]))
+    return groups
+
+
+def score(scorer: Scorer, candidates: Sequence[Candidate], scored: Iterable[list[Group]]) -> None:
+    """Fills in all rewards; the models among them are started one by one, and ended again."""
+    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
+        directory = Path(name)
+        switch = Switch(Ledger(Device.detect(), directory))
+        tenants = [start_tenant(it, switch, directory, directory, print, stack) for it in candidates]
+        for groups in scored:
+            pending = scorer.submit(groups)
+            ask_in_turn(tenants, pending, switch)
+            scorer.collect(pending)
+
+
+def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
+    """A few completions by the checkpoint as it is, from the real engine, which is ended again.
+
+    Raises EngineError when it cannot be started.
+    """
+    run = replace(run, switch=replace(run.switch, verify="off"))  # it is asked once, and then closed
+    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name:
+        where = (Ledger(Device.detect(), Path(name)), Path(name, "engine.log"), Path(name))
+        engine = start_frozen("rollout engine", run, models.path, models.tokenizer, *where, print)
+        with closing(engine):
+            return engine.generate(prompts, run.sampling(SAMPLES, step=0))
+
+
+def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[RenderableType]:
+    """A table of means, lowest and highest by function, and every sample with its rewards."""
+    table = Table("rewards", box=box.SIMPLE)
+    for heading in ("of", "rollouts", "errors", "mean", "lowest", "highest"):
+        table.add_column(heading, justify="left" if heading == "of" else "right")
+    for source, groups in scored.items():
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        failed = [rollout for group in groups for rollout in group.failed]
+        for name in scorer.names if rollouts else ():
+            given = [rollout.rewards[name] for rollout in rollouts if name in rollout.rewards]
+            numbers = [fmean(given), min(given), max(given)] if given else []
+            errors = sum(name in rollout.errors for rollout in failed)
+            cells = [f"{number:.3f}" for number in numbers]
+            table.add_row(name, source, str(len(rollouts) + len(failed)), str(errors), *cells)
+    yield table
+    samples = Table("prompt", "completion", *scorer.names, box=box.SIMPLE)
+    for group in scored.get("the model's", []):
+        for rollout in group.rollouts:
+            scores = (
+                f"{rollout.rewards[name]:.3f}" if name in rollout.rewards else "" for name in scorer.names
+            )
+            samples.add_row(_tail(group.prompt), rollout.text[-80:], *scores)
+    if samples.rows:
+        yield samples
+
+
+def _tail(prompt: Prompt) -> str:
+    messages = prompt.messages
+    return (messages if isinstance(messages, str) else messages[-1]["content"])[-80:]

@@ -1,0 +1,1 @@
+"""Prompts: rows of a file or a hub, tokenized; the models' directories; built-in tasks."""

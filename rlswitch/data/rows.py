@@ -1,0 +1,219 @@
+"""Sources: the rows of a file, a directory, a built-in task or a dataset of the hub.
+
+JSON and CSV files are read here, not by `datasets`: it guesses types from strings, and the answer
+"007" would reach the reward functions as 7, "NA" as nothing and "2020-01-01 00:00:00" as a date.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlswitch.config.fields import did_you_mean
+from rlswitch.data.builtin import refuse_unknown_task, task_of
+from rlswitch.errors import ConfigError
+
+HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
+"""Of a model or a dataset: name or owner/name."""
+
+_TEXT = (".jsonl", ".json", ".csv")
+_SUFFIXES = (*_TEXT, ".parquet")
+_MAX_LINES = 5  # of one kind of mistake in one source
+
+
+@dataclass(slots=True)
+class Source:
+    """A place that a setting names."""
+
+    key: str
+    path: str
+    split_key: str
+    split: str | None  # None: the only one there is
+    name: str | None
+
+    @property
+    def file(self) -> Path:
+        return Path(os.path.expanduser(self.path))  # not Path.expanduser: that raises for an unknown user
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its rows are read here, and not by `datasets`."""
+        return self.file.suffix in _TEXT and os.path.isfile(self.file)
+
+    def problem(self, what: str) -> ConfigError:
+        """The error to raise for `what`, blamed on the setting."""
+        return ConfigError(f"{self.key} = {self.path}: {what}")
+
+
+@dataclass(slots=True)
+class Table:
+    """The rows of a source, all with the same columns."""
+
+    source: Source
+    rows: list[dict[str, Any]]
+    lines: list[int] = field(default_factory=list)  # of each row, where the source has lines
+
+    def where(self, row: int) -> str:
+        """Where a user finds the row: its file and line, or its number."""
+        if self.lines:
+            return f"{Path(self.source.path).name}:{self.lines[row]}"
+        return f"row {row} of {self.source.path}"
+
+
+def read(source: Source) -> Table:
+    """The rows of `source`, at least one; raises ConfigError where it cannot be read."""
+    refuse_missing(source)
+    try:
+        if source.is_text:
+            table = (_read_csv if source.file.suffix == ".csv" else _read_json)(source, source.file)
+        elif task := task_of(source.path):
+            table = Table(source, _rows(task.load_datasets(), source))
+        else:
+            table = Table(source, _rows(_load(source), source))
+    except OSError as error:
+        raise source.problem(f"cannot be read ({error.strerror or error})") from error
+    if not table.rows:
+        raise source.problem("has 0 rows; give at least one")
+    return table
+
+
+def refuse_missing(source: Source) -> None:
+    """Raises ConfigError where there can be no rows: told in no time, before `datasets` is imported."""
+    file, is_file = source.file, os.path.isfile(source.file)
+    refuse_unknown_task(source.key, source.path)
+    if is_file and file.suffix not in _SUFFIXES:
+        raise source.problem(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
+    is_hub_id = file.suffix not in _SUFFIXES and HUB_ID.fullmatch(source.path)
+    if not (os.path.exists(file) or is_hub_id or source.path.startswith("builtin:")):
+        raise source.problem(f"no such file{nearest_file(file)}")
+    if (is_file or os.path.exists(file / "state.json")) and source.split not in (None, "train"):
+        raise ConfigError(
+            f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
+            f" {source.split_key} out, or name another file with data.eval_path"
+        )
+
+
+def nearest_file(missing: Path) -> str:
+    """`; did you mean 'x'?` for what lies beside a missing file under a similar name."""
+    with suppress(OSError, ValueError):
+        return did_you_mean(missing.name, os.listdir(missing.parent))
+    return ""
+
+
+def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:
+    """The rows of a Dataset, or of the split that `source` asks for."""
+    if not isinstance(loaded, dict):
+        return list(loaded)
+    split = next(iter(loaded)) if len(loaded) == 1 and not source.split else source.split
+    if split not in loaded:
+        raise ConfigError(
+            f"{source.split_key} = {split or 'null'}: {source.path} has the splits"
+            f" {', '.join(loaded)}{did_you_mean(str(split), loaded)}; set one of them"
+        )
+    return list(loaded[split])
+
+
+def _load(source: Source) -> Any:
+    """What `datasets` makes of a parquet file, a directory or a hub id."""
+    import datasets
+
+    file = source.file
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it raises says it all
+    if os.path.exists(file):
+        datasets.disable_progress_bars()  # of a download they are of use
+    try:
+        if file.is_file():
+            return datasets.load_dataset("parquet", data_files=str(file), split="train")
+        if (file / "dataset_dict.json").exists() or (file / "state.json").exists():
+            return datasets.load_from_disk(str(file))
+        path = str(file) if file.is_dir() else source.path
+        return datasets.load_dataset(path, source.name, split=source.split)
+    except Exception as error:  # datasets raises nearly every type: all mean the same to a user
+        for part in sorted(file.rglob("*.jsonl")) if file.is_dir() else []:
+            _read_json(source, part)  # names the bad line, which datasets does not
+        if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
+            what = "no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset it"
+            raise source.problem(what) from error
+        if isinstance(error, ValueError) and "unknown split" in str(error).lower():
+            what = f"{source.split_key} = {source.split}: {source.path}: {reason(error)}"
+            raise ConfigError(what) from error
+        raise source.problem(f"cannot load it ({reason(error)})") from error
+
+
+def reason(error: BaseException) -> str:
+    """One line from the innermost cause: `datasets` wraps it in a sentence that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _read_json(source: Source, file: Path) -> Table:
+    """One object per line, or one list of objects."""
+    raw = file.read_bytes()
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise source.problem(f"{file.name}:{line} is not UTF-8 ({error.reason})") from error
+    table, problems = Table(source, []), []
+    is_list = text.lstrip().startswith("[")
+    for line, part in enumerate([text] if is_list else text.split("\n"), 1):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            at = f"{file.name}:{line + error.lineno - 1}"
+            problems.append(f"{at} is not valid JSON ({error.msg}, column {error.colno})")
+            continue
+        except (ValueError, RecursionError) as error:  # a number of 5000 digits, a list 100,000 deep
+            problems.append(f"{file.name}:{line} cannot be read ({reason(error)})")
+            continue
+        table.rows += value if is_list else [value]
+        table.lines += [] if is_list else [line]
+    for row, value in enumerate(table.rows):
+        if not isinstance(value, dict):
+            problems.append(f"{table.where(row)} is not an object but {shown(value)}")
+    if problems:
+        raise ConfigError(*few(f"{source.key} = {source.path}", problems))
+    columns = dict.fromkeys(key for row in table.rows for key in row)
+    table.rows = [{key: row.get(key) for key in columns} for row in table.rows]
+    return table
+
+
+def _read_csv(source: Source, file: Path) -> Table:
+    """Every value stays a string; a short row ends in nulls."""
+    table = Table(source, [])
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        try:
+            header = reader.fieldnames or []
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise csv.Error(f"two columns are called '{twice[0]}', one would hide the other")
+            for row in reader:
+                if None in row:
+                    raise csv.Error("more values than the header has columns")
+                table.rows.append(row)
+                table.lines.append(reader.line_num)
+        except (csv.Error, UnicodeDecodeError) as error:
+            at = f"{file.name}:{reader.line_num}"
+            raise source.problem(f"{at} is not valid UTF-8 CSV ({error})") from error
+    return table
+
+
+def shown(value: Any) -> str:
+    """The beginning of a wrong value, as JSON, for a message."""
+    return json.dumps(value, default=repr)[:40]
+
+
+def few(blame: str, problems: list[str]) -> list[str]:
+    """The first problems, each with what is to blame, and how many more there are."""
+    more = len(problems) - _MAX_LINES
+    lines = [*problems[:_MAX_LINES], *([f"{more} more rows are wrong too"] if more > 0 else [])]
+    return [f"{blame}: {line}" for line in lines]

@@ -1,0 +1,1 @@
+"""The only folder that imports vLLM: in process or behind its HTTP server."""

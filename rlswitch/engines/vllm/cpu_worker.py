@@ -1,0 +1,128 @@
+"""A vLLM CPU worker that really sleeps.
+
+Stock vLLM only warns when told to sleep on a CPU. Its engine core and executor run their whole state
+machine all the same, so a worker that gives the memory back makes the loop testable without a GPU:
+level 1 frees the KV cache (the weights already are in host memory), level 2 the weights as well.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from rlswitch.engines.vllm.worker import engine_facts, live_fingerprint, meeting_files, recording
+from rlswitch.processes.group import own_family, watch_owner
+from rlswitch.switch.device import trim_heap
+
+EMPTY = torch.empty(0)
+
+
+class SleepingCPUWorker(CPUWorker):
+    """CPUWorker with sleep, wake_up and discard that move memory, and the proof's methods."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.files = meeting_files(self.distributed_init_method)
+        watch_owner(self.files)
+        self.token = secrets.token_hex(8)
+        self.received: dict[str, int] = {}
+        self.kv_sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.parameter_forms: dict[str, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
+
+    def sleep(self, level: int = 1) -> None:
+        self.discard(("kv_cache", "weights") if level == 2 else ("kv_cache",))
+
+    def discard(self, tags: tuple[str, ...]) -> None:
+        if "kv_cache" in tags:
+            self._drop_kv_cache()
+        if "weights" in tags:
+            self._drop_weights()
+        trim_heap()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        if tags is None or "weights" in tags:
+            self._restore_weights()
+        if tags is None or "kv_cache" in tags:
+            self._restore_kv_cache()
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.received = {}
+        with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
+            super().reload_weights(*args, **kwargs)
+        self._repack_shared_weights()
+
+    def fingerprint(self) -> dict[str, Any]:
+        packed = any(layer.weight.numel() == 0 for layer in self._packed_linears())
+        live = None if packed else live_fingerprint(self.get_model(), self.model_config.dtype)
+        return {"received": self.received, "live": live}
+
+    def facts(self) -> dict[str, Any]:
+        return engine_facts(self.vllm_config)
+
+    def memory(self) -> dict[str, Any]:
+        sizes = [storage.nbytes() for storage in self._kv_storages().values()]
+        return {
+            "pid": os.getpid(),
+            "token": self.token,
+            "family": own_family(),
+            "files": self.files,
+            "kv_bytes": sum(sizes),
+        }
+
+    def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
+        return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}
+
+    def _drop_kv_cache(self) -> None:
+        for key, storage in self._kv_storages().items():
+            self.kv_sizes[key] = (storage, storage.nbytes())
+            storage.resize_(0)  # the layers' views stay, and are filled again by _restore_kv_cache
+
+    def _restore_kv_cache(self) -> None:
+        for storage, size in self.kv_sizes.values():
+            storage.resize_(size)
+            # Touches every page: the memory is held from here on, as on a GPU.
+            torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
+        self.kv_sizes.clear()
+
+    def _drop_weights(self) -> None:
+        for name, parameter in self.get_model().named_parameters():
+            if parameter.numel():
+                form = (parameter.shape, parameter.stride(), parameter.dtype)
+                self.parameter_forms[name] = form
+                parameter.data = EMPTY.to(parameter.dtype)
+        for layer in self._packed_linears():
+            layer.cpu_linear = _asleep  # the closure held the packed copy of the weight
+
+    def _restore_weights(self) -> None:
+        parameters = dict(self.get_model().named_parameters())
+        for name, (shape, stride, dtype) in self.parameter_forms.items():
+            data = torch.empty_strided(shape, stride, dtype=dtype)
+            # Level 2 forgets. NaN makes a tensor that the next push misses show at once.
+            parameters[name].data = data.fill_(float("nan")) if data.is_floating_point() else data
+        self.parameter_forms.clear()
+
+    def _packed_linears(self) -> Iterator[Any]:
+        for layer in self.get_model().modules():
+            if "cpu_linear" in vars(layer):
+                yield layer
+
+    def _repack_shared_weights(self) -> None:
+        """vLLM 0.32 leaves a tied lm_head on its old packed copy: reload_weights sees no tensor for it.
+
+        Every rollout after the first push would come from a stale head. Remove this when
+        vLLM's own reload rebuilds the head (tests/engine/test_sabotage.py tells).
+        """
+        for layer in self._packed_linears():
+            if layer.weight.numel():
+                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+
+
+def _asleep(x: Tensor, weight: Tensor, bias: Tensor | None) -> NoReturn:
+    raise RuntimeError("forward pass on an engine whose weights are asleep")

@@ -1,0 +1,102 @@
+"""What runs inside vLLM's worker process on a GPU, and the parts the CPU worker shares.
+
+vLLM calls these methods through `collective_rpc`, by name.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.v1.worker.gpu_worker import Worker
+
+from rlswitch.processes.group import own_family, watch_owner
+from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.switch.device import Device
+
+
+class ProvenWorker(Worker):
+    """vLLM's GPU worker, which also tells what weights it received and holds."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.files = meeting_files(self.distributed_init_method)
+        watch_owner(self.files)
+        self.token = secrets.token_hex(8)
+        self.received: dict[str, int] = {}
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        self.received = {}
+        with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
+            super().reload_weights(*args, **kwargs)
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        Device("cuda").reclaim()  # vLLM itself does so from 0.27 on (vllm#49857)
+        super().wake_up(tags)
+
+    def fingerprint(self) -> dict[str, Any]:
+        sharded = self.parallel_config.tensor_parallel_size > 1
+        requantised = self.model_config.quantization is not None  # other bytes than were published
+        live = None if sharded or requantised else live_fingerprint(self.get_model(), self.model_config.dtype)
+        return {"received": self.received, "live": live}
+
+    def facts(self) -> dict[str, Any]:
+        return engine_facts(self.vllm_config)
+
+    def memory(self) -> dict[str, Any]:
+        storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
+        return {
+            "pid": os.getpid(),
+            "token": self.token,
+            "family": own_family(),
+            "files": self.files,
+            "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
+            "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
+        }
+
+
+def meeting_files(distributed_init_method: str) -> list[str]:
+    """The file that torch's processes meet in, which vLLM leaves in /tmp."""
+    path = distributed_init_method.removeprefix("file://")
+    return [path] if os.path.basename(path).startswith("vllm_dist_") else []
+
+
+def engine_facts(config: VllmConfig) -> dict[str, Any]:
+    """What a run has to know of its engine, as vLLM resolved it; plain values, they travel as JSON."""
+    return {
+        "block_size": config.cache_config.block_size,
+        "dtype": str(config.model_config.dtype).removeprefix("torch."),
+        "enable_prefix_caching": config.cache_config.enable_prefix_caching,
+        "enable_sleep_mode": config.model_config.enable_sleep_mode,
+        "logprobs_mode": config.model_config.logprobs_mode,
+        "max_model_len": config.model_config.max_model_len,
+    }
+
+
+@contextmanager
+def recording(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, int]]:
+    """Fingerprints every tensor that the loader hands to `model` while the context is open."""
+    received: dict[str, int] = {}
+    load = model.load_weights
+
+    def recorded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            received.update(named_fingerprints([(name, tensor.to(device))], dtype))
+            yield name, tensor
+
+    model.load_weights = lambda weights, **kwargs: load(recorded(weights), **kwargs)
+    try:
+        yield received
+    finally:
+        del model.load_weights  # uncovers the class's own method
+
+
+def live_fingerprint(model: nn.Module, dtype: torch.dtype) -> int:
+    """Hash of the parameters that the kernels read, in the engine's dtype; shared storage counts once."""
+    return total_fingerprint(named_fingerprints(model.named_parameters(), dtype).values())

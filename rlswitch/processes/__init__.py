@@ -1,0 +1,1 @@
+"""Processes: the fork server, groups that end together, signals and exit codes."""

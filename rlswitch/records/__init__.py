@@ -1,0 +1,1 @@
+"""What a run writes and shows: JSONL files, trackers, the console."""

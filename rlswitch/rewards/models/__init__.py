@@ -1,0 +1,1 @@
+"""Rewards that are models and take their turn on the device: judge and reward model."""

@@ -1,0 +1,189 @@
+"""Runs Python that a model wrote: isolated by the kernel, under limits, and ended as a whole.
+
+own session; own PID, network, IPC and mount namespaces; user nobody, or a user namespace
+CPU seconds, wall seconds, address space, processes, file size, open files, output
+an environment of six variables; no descriptor but the first three
+a read-only file system of the interpreter and /usr; a /tmp of its own, in memory
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from rlswitch.errors import RLSwitchError
+
+KEEPER = Path(__file__).with_name("supervisor.py")
+VISIBLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+
+
+class SandboxError(RLSwitchError, RuntimeError):
+    """The program could not be run as it has to be: says nothing about the program."""
+
+
+PATIENCE = 3.0
+"""On a busy machine a right program waits for a core: what it computes decides, not how long that takes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one program may take."""
+
+    seconds: float = 10.0
+    """Of CPU time, per process; of wall time PATIENCE times as many."""
+    memory_bytes: int = 4 << 30
+    """Of address space, per process."""
+    processes: int = 64
+    file_bytes: int = 16 << 20
+    open_files: int = 64
+    output_bytes: int = 1 << 20
+    """Standard output and error together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of a program."""
+
+    problem: str | None
+    """Why it did not end by itself with exit code 0: `exit code 1: ZeroDivisionError: ...`,
+    `killed by SIGSEGV`, `ran longer than 10 s`, `did not end within 30 s`, `printed more than 1048576
+    bytes`."""
+    output: str
+    errors: str
+
+
+class Sandbox:
+    """Runs programs, each in a sandbox of its own."""
+
+    def __init__(self, limits: Limits, allow_unsandboxed: bool = False):
+        """Raises SandboxError when the kernel gives no isolation here, unless `allow_unsandboxed`."""
+        self._limits = limits
+        self._isolate = True
+        try:
+            if problem := self.run("").problem:
+                raise SandboxError(f"Python does not start in the sandbox ({problem})")
+        except SandboxError as error:
+            if not allow_unsandboxed:
+                raise
+            self.missing: str | None = str(error)
+            self._isolate = False
+        else:
+            self.missing = None
+
+    def run(self, source: str, stdin: str = "", argv: tuple[str, ...] = ()) -> Outcome:
+        """Runs `source` as a Python program in a private, empty directory."""
+        reader, writer = os.pipe()
+        spec = self._spec(source, stdin, argv)
+        began = time.monotonic()
+        try:
+            keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(KEEPER), str(writer)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[writer],
+                env=ENVIRONMENT | {"TMPDIR": os.environ.get("TMPDIR", "/tmp")},
+                start_new_session=True,
+            )
+        finally:
+            os.close(writer)
+        with keeper, os.fdopen(reader, "rb") as status:
+            assert keeper.stdin and keeper.stdout and keeper.stderr
+            problem = None
+            try:
+                with suppress(BrokenPipeError):  # it has died already: it will have said why
+                    keeper.stdin.write(json.dumps(spec).encode() + b"\n")
+                    keeper.stdin.flush()
+                problem, output, errors = self._listen(keeper.stdout, keeper.stderr, began)
+            finally:
+                keeper.stdin.close()  # ends whatever still runs
+                keeper.wait()
+            return self._outcome(problem, status.readline(), output, errors)
+
+    def _listen(self, stdout: IO[bytes], stderr: IO[bytes], began: float) -> tuple[str | None, bytes, bytes]:
+        """Reads both until the keeper closes them, or a limit is passed: the problem, and what was read."""
+        pieces: dict[int, list[bytes]] = {stdout.fileno(): [], stderr.fileno(): []}
+        size = 0
+        with selectors.DefaultSelector() as selector:
+            for fd in pieces:
+                selector.register(fd, selectors.EVENT_READ)
+            problem = None
+            while selector.get_map() and problem is None:
+                left = began + self._limits.seconds * PATIENCE - time.monotonic()
+                for key, _ in selector.select(max(left, 0.0)):
+                    piece = os.read(key.fd, 1 << 16)
+                    pieces[key.fd].append(piece)
+                    size += len(piece)
+                    if not piece:
+                        selector.unregister(key.fd)
+                if size > self._limits.output_bytes:
+                    problem = f"printed more than {self._limits.output_bytes} bytes"
+                elif left <= 0:
+                    problem = f"did not end within {self._limits.seconds * PATIENCE:g} s"
+        output, errors = (b"".join(pieces[file.fileno()]) for file in (stdout, stderr))
+        return problem, output[: self._limits.output_bytes], errors[: self._limits.output_bytes]
+
+    def _outcome(self, problem: str | None, status: bytes, output: bytes, errors: bytes) -> Outcome:
+        ended = json.loads(status) if status else {}
+        if "refused" in ended:
+            raise SandboxError(f"the sandbox could not be set up ({ended['refused']})")
+        text = errors.decode(errors="replace")
+        if problem is None and not ended:
+            raise SandboxError(f"the keeper of the sandbox died{': ' if text else ''}{text[-200:]}")
+        if problem is None and "signal" in ended and ended["cpu"] >= self._limits.seconds:
+            problem = f"ran longer than {self._limits.seconds:g} s"
+        elif problem is None and "signal" in ended:
+            problem = f"killed by {signal_name(ended['signal'])}"
+        elif problem is None and ended["exit"] != 0:
+            last = text.strip().splitlines()[-1:]
+            problem = ": ".join([f"exit code {ended['exit']}", *last])[:200]
+        return Outcome(problem=problem, output=output.decode(errors="replace"), errors=text)
+
+    def _spec(self, source: str, stdin: str, argv: tuple[str, ...]) -> dict[str, object]:
+        limits = self._limits
+        return {
+            "argv": [sys.executable, "-s", "-B", "main.py", *argv],
+            "env": ENVIRONMENT,
+            "limits": {
+                "RLIMIT_CPU": math.ceil(limits.seconds),
+                "RLIMIT_AS": limits.memory_bytes,
+                "RLIMIT_FSIZE": limits.file_bytes,
+                "RLIMIT_NOFILE": limits.open_files,
+                "RLIMIT_CORE": 0,
+                # outside a namespace it would count everything that the user runs
+                **({"RLIMIT_NPROC": limits.processes} if self._isolate else {}),
+            },
+            "isolate": self._isolate,
+            "visible": list(dict.fromkeys(p for p in (*VISIBLE, *interpreter_paths()) if os.path.exists(p))),
+            "files": {"main.py": source, "stdin": stdin},
+            "keep": [],
+        }
+
+
+def interpreter_paths() -> list[str]:
+    """Where this Python and its packages live: what a sandboxed program has to see of the disk."""
+    return [path for path in (sys.base_prefix, sys.prefix) if Path(path) not in (Path("/"), Path("/usr"))]
+
+
+def signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,147 @@
+"""Finding the reward functions that reward.functions names, and asking what they can be called with."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import sys
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rlswitch.config.fields import did_you_mean
+from rlswitch.config.sections import TENANTS
+from rlswitch.data.rows import nearest_file
+from rlswitch.errors import ConfigError
+from rlswitch.rewards.workers.builtin import BUILTIN, Settings
+
+GIVEN = ("prompts", "completions", "completion_ids")
+"""What every function gets beside the dataset's columns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Function:
+    """One entry of reward.functions, found."""
+
+    name: str
+    entry: str
+    call: Callable[..., Any]
+
+    @property
+    def is_async(self) -> bool:
+        call = self.call
+        return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
+            getattr(call, "__call__", None)  # noqa: B004  (an object with an async __call__)
+        )
+
+    def problem_with(self, columns: Sequence[str]) -> str | None:
+        """What is wrong with calling it with these columns of the dataset."""
+        try:
+            # a C function has no signature (ValueError): its first call will tell
+            with suppress(ValueError):
+                inspect.signature(self.call).bind(**dict.fromkeys((*GIVEN, *columns)))
+        except TypeError as error:
+            return (
+                f"reward.functions = {self.entry}: cannot be called ({error}); it gets"
+                f" {', '.join((*GIVEN, *columns))}; let it take the unnamed as **columns"
+            )
+        return None
+
+    def takes(self, name: str) -> bool:
+        with suppress(ValueError):
+            parameters = inspect.signature(self.call).parameters.values()
+            return any(it.name == name or it.kind is it.VAR_KEYWORD for it in parameters)
+        return False
+
+
+def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function], list[str]]:
+    """The functions, under names of their own, and a line for each entry that is none.
+
+    A tenant is no function and keeps its name, whatever a function is called.
+    """
+    functions: list[Function] = []
+    problems: list[str] = []
+    tenants = [entry for entry in entries if entry in TENANTS]
+    for entry in entries:
+        if entry in tenants:
+            continue
+        try:
+            name, call = _find(entry, settings)
+        except ConfigError as error:
+            problems += error.problems
+        else:
+            unique = _unique(name, [*tenants, *(other.name for other in functions)])
+            functions.append(Function(unique, entry, call))
+    return functions, problems
+
+
+def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
+    blame = f"reward.functions = {entry}:"
+    refuse_missing(entry)
+    place, colon, name = entry.rpartition(":")
+    if not colon:
+        return entry, BUILTIN[entry](settings)
+    try:
+        module = _load_file(_file(place)) if place.endswith(".py") else import_module(place)
+        call = getattr(module, name, None)
+    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{blame} cannot import '{place}' ({what})") from error
+    if call is None:
+        hint = did_you_mean(name, [key for key, value in vars(module).items() if callable(value)])
+        raise ConfigError(f"{blame} '{place}' has no '{name}'{hint}")
+    if not callable(call) or inspect.isclass(call):
+        raise ConfigError(f"{blame} is a {type(call).__name__}; name a function")
+    return name, call
+
+
+def refuse_missing(entry: str) -> None:
+    """Raises ConfigError for an unknown name and a missing file; runs nothing."""
+    blame = f"reward.functions = {entry}:"
+    place, colon, _ = entry.rpartition(":")
+    names = [*BUILTIN, *TENANTS]
+    if not colon and entry not in names:
+        known = f"{', '.join(names)}{did_you_mean(entry, names)}"
+        what = "no function named" if entry.endswith(".py") else "no such built-in function"
+        raise ConfigError(
+            f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"
+        )
+    if place.endswith(".py") and not os.path.isfile(_file(place)):
+        raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}{nearest_file(_file(place))}")
+
+
+def _file(place: str) -> Path:
+    return Path(os.path.expanduser(place))
+
+
+def _load_file(path: Path) -> ModuleType:
+    """The module in a file, run once per process however many functions it gives."""
+    path = path.resolve()
+    name = f"rlswitch_reward_{path.stem}_{zlib.crc32(bytes(path)):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: dataclasses look their module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _unique(name: str, taken: Sequence[str]) -> str:
+    """`name`, or name_2, name_3, ... when an earlier function has it."""
+    unique, n = name, 1
+    while unique in taken:
+        n += 1
+        unique = f"{name}_{n}"
+    return unique

@@ -1,0 +1,132 @@
+"""What runs in a worker process: the reward functions, and answers in plain JSON.
+
+A message is a pickled tuple; the first word says what is asked:
+
+    ("load", entries, settings)       -> {"names": [...], "is_async": [...], "problems": [...]}
+    ("check", columns)                -> {"problems": [...]}
+    ("score", functions, arguments)   -> {"results": [one per function]}
+
+A result is {"error": why}, or {"scores": [...], "bad": [(row, why)], "extra": {column: [...]}}.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from rlswitch.rewards.workers.resolve import Function, resolve
+
+LARGEST = 3.4e38
+"""Of float32, which rewards become in training."""
+
+
+def main(fd: int) -> None:
+    """Answers until the other side hangs up."""
+    connection, owner = Connection(fd), os.getpid()
+    functions: list[Function] = []
+    with asyncio.Runner() as runner:  # one loop for all: a client a function keeps is bound to its first
+        while True:
+            try:
+                verb, *rest = connection.recv()
+            except EOFError:
+                return
+            if verb == "load":
+                functions, problems = resolve(*rest)
+                reply: dict[str, Any] = {"problems": problems, "names": [f.name for f in functions]}
+                reply["is_async"] = [f.is_async for f in functions]
+            elif verb == "check":
+                found = (function.problem_with(rest[0]) for function in functions)
+                reply = {"problems": [problem for problem in found if problem]}
+            else:
+                reply = {"results": score([functions[i] for i in rest[0]], rest[1], runner)}
+            if os.getpid() != owner:
+                os._exit(0)  # a process that a function has forked, and let return
+            connection.send_bytes(json.dumps(reply).encode())
+
+
+def score(
+    functions: Sequence[Function], arguments: Mapping[str, Any], runner: asyncio.Runner
+) -> list[dict[str, Any]]:
+    """The results of one function, or of several async ones, which wait together."""
+    if not functions[0].is_async:  # outside the loop: it may want one of its own
+        return [_result(function, arguments) for function in functions]
+
+    async def gather() -> list[dict[str, Any]]:
+        return await asyncio.gather(*(_async_result(function, arguments) for function in functions))
+
+    return runner.run(gather())
+
+
+def _result(function: Function, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    extra: dict[str, list[str]] = {}
+    try:
+        return _numbers(function.call(**arguments, **_offered(function, extra)), arguments, extra)
+    except BaseException as error:
+        return _raised(error)
+
+
+async def _async_result(function: Function, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    extra: dict[str, list[str]] = {}
+    try:
+        return _numbers(await function.call(**arguments, **_offered(function, extra)), arguments, extra)
+    except BaseException as error:
+        return _raised(error)
+
+
+def _offered(function: Function, extra: dict[str, list[str]]) -> dict[str, Any]:
+    """TRL's log_extra, where the function has an argument for it: a column for rollouts.jsonl."""
+
+    def log_extra(column: str, values: Sequence[Any]) -> None:
+        extra[column] = [str(value)[:500] for value in values]
+
+    return {"log_extra": log_extra} if function.takes("log_extra") else {}
+
+
+def _raised(error: BaseException) -> dict[str, Any]:
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}:{last.lineno}"
+    return {"error": f"raised {type(error).__name__}: {error} (at {where})"[:500]}
+
+
+def _numbers(returned: Any, arguments: Mapping[str, Any], extra: Mapping[str, list[str]]) -> dict[str, Any]:
+    """What a function returned as finite floats, None where it does not apply or is not a number."""
+    rows = len(arguments["prompts"])
+    if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
+        return {"error": f"returned {shown(returned)} instead of a list of {rows} numbers"}
+    values = list(returned)
+    if len(values) != rows:
+        return {"error": f"returned {len(values)} rewards for {rows} completions"}
+    scores = [None if value is None else _float(value) for value in values]
+    bad = [
+        (row, f"returned {shown(value)} instead of a number")
+        for row, (value, score) in enumerate(zip(values, scores, strict=True))
+        if score is not None and not math.isfinite(score)
+    ]
+    for row, _ in bad:
+        scores[row] = None
+    kept = {column: texts for column, texts in extra.items() if len(texts) == rows}
+    return {"scores": scores, "bad": bad, "extra": kept}
+
+
+def _float(value: Any) -> float:
+    """The number that `value` is; nan when it is none: a string, or what float32 would make infinite."""
+    if not isinstance(value, SupportsFloat):
+        return math.nan
+    try:
+        number = float(value)
+        return number if abs(number) <= LARGEST else math.nan
+    except Exception:  # an array of many elements, an integer beyond the range of floats
+        return math.nan
+
+
+def shown(value: Any) -> str:
+    """`value` in at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

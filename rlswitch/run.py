@@ -1,0 +1,119 @@
+"""A whole run: its sections, and what can be chosen by name.
+
+Nothing here imports torch or vLLM: a typo is reported before either could have been loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from rlswitch.algorithms.base import Algorithm
+from rlswitch.algorithms.grpo import GRPO
+from rlswitch.algorithms.ppo import PPO
+from rlswitch.algorithms.reinforce import Reinforce
+from rlswitch.algorithms.reinforce_pp import ReinforcePP
+from rlswitch.algorithms.rloo import RLOO
+from rlswitch.config.fields import Leaf, choice, leaves_of, number
+from rlswitch.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    JudgeConfig,
+    ModelConfig,
+    RewardConfig,
+    RewardModelConfig,
+    RolloutConfig,
+    ServerEngineConfig,
+    SwitchConfig,
+    TrainerConfig,
+)
+from rlswitch.types import Sampling
+
+
+@dataclass(kw_only=True, slots=True)
+class Run:
+    """A whole run: what train.py composes, checks and hands to rlswitch.loop.train."""
+
+    recipe: str | None = None
+    output_dir: str | None = None
+    """null: runs/<recipe>, followed by the overrides that make this run differ from the recipe."""
+    num_steps: int = number(100, at_least=1)
+    """Rollouts and updates to make; a finished run goes on when this is raised."""
+    seed: int = number(0, at_least=0, below=2**32)
+    resume: str = "auto"
+    """auto: from the newest valid checkpoint in output_dir; changed: also with other settings than it was
+    saved with; never; the path of a checkpoint; or changed:PATH."""
+    mode: str = choice("train", "plan", "rewards")
+    logger: list[str] = field(default_factory=lambda: ["wandb"])
+    """Trackers of accelerate by name: wandb (offline without a key), tensorboard, ...; [] for none."""
+    project: str = "rlswitch"
+    """Project name for the trackers."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    algorithm: Algorithm
+    engine: EngineConfig
+    switch: SwitchConfig = field(default_factory=SwitchConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
+
+    def sampling(self, num_samples: int, step: int) -> Sampling:
+        """As the rollouts are sampled, so many of each prompt, with the seeds of `step`."""
+        return Sampling(
+            num_samples=num_samples,
+            max_new_tokens=self.rollout.max_new_tokens,
+            temperature=self.rollout.temperature,
+            seed=self.seed,
+            step=step,
+        )
+
+
+OPTIONS: dict[str, dict[str, type]] = {
+    "algorithm": {
+        "ppo": PPO,
+        "grpo": GRPO,
+        "rloo": RLOO,
+        "reinforce_pp": ReinforcePP,
+        "reinforce": Reinforce,
+    },
+    "engine": {"local": EngineConfig, "server": ServerEngineConfig},
+}
+"""What can be chosen by name: one line here makes a new algorithm or engine an option."""
+
+
+MANDATORY = {
+    "model.path": "a Hugging Face directory or hub id, or builtin:addition",
+    "data.path": "a hub id, a JSONL, CSV or parquet file, or builtin:addition",
+}
+
+
+def register(recipe: str | None = None) -> None:
+    """Tells Hydra the dataclasses. The name of the recipe goes in as a default: Run.recipe holds it."""
+    store = ConfigStore.instance()
+    store.store("run", OmegaConf.merge(OmegaConf.structured(Run), {"recipe": recipe}))
+    for group, options in OPTIONS.items():
+        for name, node in options.items():
+            store.store(name, node, group=group)
+
+
+def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
+    """Every dotted key when these "group/option" are chosen; None: every key that any option has."""
+    found = leaves_of(Run)
+    for group, options in OPTIONS.items():
+        names = options if configs is None else [it.removeprefix(f"{group}/") for it in configs]
+        for name in names:
+            found |= leaves_of(options[name], f"{group}.") if name in options else {}
+    return found

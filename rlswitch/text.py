@@ -1,0 +1,65 @@
+"""Metrics and texts as a person reads them: plain strings, for the console and the report."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+
+BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+
+
+def fitted(facts: Sequence[str], width: int) -> str:
+    """As many facts as fit on a line: none is cut in the middle of a number."""
+    line = ""
+    for fact in facts:
+        longer = f"{line}  {fact}" if line else fact
+        if len(longer) > width:
+            break
+        line = longer
+    return line
+
+
+def sparkline(values: Sequence[float], width: int) -> str:
+    """The values as `width` block characters at most, each the mean of its stretch."""
+    values = list(values)
+    count = min(width, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in a line; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortened(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
+
+
+def prompt_text(messages: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt as one text: chat messages become `role: content` lines."""
+    if isinstance(messages, str):
+        return messages
+    return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in messages)
+
+
+def printable(text: str, keep_newlines: bool = False) -> str:
+    """Control, format and unassigned characters escaped: what is left cannot move a cursor."""
+    return "".join(
+        char
+        if unicodedata.category(char)[0] != "C" or (keep_newlines and char == "\n")
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def duration(seconds: float) -> str:
+    """`4.2 s`, `8m 26s`, `1h 02m`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"

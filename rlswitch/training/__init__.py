@@ -1,0 +1,1 @@
+"""The trainer: models, log-probabilities, batches, LoRA, publishing and parking."""

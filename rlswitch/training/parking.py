@@ -1,0 +1,99 @@
+"""What the trainer moves to host memory while the engine has the GPU, and brings back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from rlswitch.switch.device import Device
+
+SLACK = 0.03  # of the GPU: CUDA context, fragmentation, kernels' workspaces
+
+
+class Parking:
+    """Parks as configured: nothing, the optimizer's state, or everything. Gradients are freed anyway.
+
+    `auto` parks only what would not fit beside the engine: copying what fits costs seconds each step
+    for nothing. On a CPU the device is host memory, so there is nowhere to park and nothing moves.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        device: Device,
+        parts: Callable[[], Iterator[nn.Module]],
+        optimizer: torch.optim.Optimizer,
+    ):
+        self.policy = policy
+        self.device = device
+        self.parts = parts
+        self.optimizer = optimizer
+        self.engine_bytes = 0
+        """What the engine needs when it is awake; set once it has been measured."""
+        self.pinned: dict[int, Tensor] = {}
+        self.parked: list[Tensor] = []
+
+    def park(self) -> int:
+        """Moves the chosen tensors to pinned host memory in place; returns the bytes moved."""
+        if self.parked:  # the hand-over before was refused half-way
+            return 0
+        self.parked = [t for t in self._chosen() if t.device.type == "cuda"]
+        for tensor in self.parked:
+            buffer = self.pinned.get(id(tensor))
+            if buffer is None:
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+                self.pinned[id(tensor)] = buffer
+            buffer.copy_(tensor.data, non_blocking=True)
+        if self.parked:
+            torch.cuda.synchronize()
+        for tensor in self.parked:
+            tensor.data = self.pinned[id(tensor)]
+        return nbytes(self.parked)
+
+    def bring_back(self) -> int:
+        """The reverse of park; returns the bytes moved."""
+        moved = nbytes(self.parked)
+        for tensor in self.parked:
+            tensor.data = tensor.data.to(self.device.torch, non_blocking=True)
+        if self.parked:
+            torch.cuda.synchronize()
+        self.parked = []
+        return moved
+
+    def unreleased(self) -> str | None:
+        if self.device.kind != "cuda" or self.policy != "everything":
+            return None
+        held = torch.cuda.memory_allocated()
+        limit = SLACK * self.device.total_bytes()
+        if held <= limit:
+            return None
+        return f"{held / 2**30:.2f} GiB of tensors are still on the GPU after everything was parked"
+
+    def _chosen(self) -> list[Tensor]:
+        parameters = [p for part in self.parts() for p in part.parameters()]
+        states = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.dim() > 0
+        ]
+        policy = self.policy
+        if policy == "auto" and self.device.kind == "cuda":
+            policy = parked_by_auto(
+                nbytes(parameters), nbytes(states), self.engine_bytes, self.device.total_bytes()
+            )
+        return {"optimizer": states, "everything": parameters + states}.get(policy, [])
+
+
+def parked_by_auto(parameters: int, states: int, engine: int, device: int) -> str:
+    """What `auto` parks on a GPU of `device` bytes beside an engine: nothing, optimizer, everything."""
+    room = (1 - SLACK) * device - engine
+    if parameters + states <= room:
+        return "nothing"
+    return "optimizer" if parameters <= room else "everything"
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,0 +1,62 @@
+"""The learning rate over a run: transformers' schedules, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import SchedulerType
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+from rlswitch.errors import ConfigError
+from rlswitch.run import Run
+
+OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+"""What a schedule gets from the run itself."""
+
+
+def build_schedule(run: Run, optimizer: Optimizer) -> LambdaLR:
+    """The schedule of `trainer.lr_schedule`, one tick per optimizer step. Raises ConfigError."""
+    config = run.trainer
+    name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
+    build = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    takes = inspect.signature(build).parameters
+    given: dict[str, Any] = {"num_warmup_steps": config.warmup_steps}
+    if "num_training_steps" in takes:
+        given["num_training_steps"] = run.num_steps * config.epochs * config.minibatches
+    free = [key for key in takes if key not in OURS]
+    for key in config.lr_schedule_kwargs:
+        if key not in free:
+            known = ", ".join(free) or "nothing"
+            raise ConfigError(
+                f"trainer.lr_schedule_kwargs.{key}: the schedule {config.lr_schedule} does not take it; it"
+                f" takes {known}"
+            )
+    try:
+        return build(optimizer, **given, **config.lr_schedule_kwargs)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"trainer.lr_schedule = {config.lr_schedule}: {error}; set what it needs in"
+            f" trainer.lr_schedule_kwargs ({', '.join(free)})"
+        ) from error
+
+
+def resume_schedule(schedule: LambdaLR, steps: int) -> None:
+    """Puts a fresh schedule where it is after `steps` optimizer steps, and its optimizer's rates with it.
+
+    Recomputed, not restored: a run that is resumed with more steps or another rate follows its own curve.
+    """
+    schedule.last_epoch, schedule._step_count = steps, steps + 1
+    schedule._last_lr = [
+        base * rate(steps) for base, rate in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, schedule._last_lr, strict=True):
+        group["lr"] = rate
+
+
+def refuse_unfit_schedule(run: Run) -> None:
+    """Raises ConfigError where the schedule cannot be built, before anything is loaded."""
+    build_schedule(run, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run.trainer.lr))
