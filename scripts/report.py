@@ -1,4 +1,4 @@
-"""python scripts/report.py RUN_DIR: writes RUN_DIR/report.html, self-contained."""
+"""python scripts/report.py RUN_DIR: write RUN_DIR/report.html, one self-contained file."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rlswitch.report import write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Writes RUN_DIR/report.html, self-contained.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output_dir of a run")
+    parser = argparse.ArgumentParser(description="Write RUN_DIR/report.html, one self-contained file.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run directory")
     try:
         print(write_report(parser.parse_args().run_dir))
     except (ConfigError, OSError) as error:
