@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlswitch.errors import ConfigError
-from rlswitch.report import write_report
+from rlswitch.report.page import write_report
 
 
 def main() -> int:
