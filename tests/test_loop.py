@@ -68,6 +68,8 @@ def test_every_step_pushes_proves_samples_and_learns_and_an_evaluation_shares_th
         *("generate", "sleep 2"),
         *(*again, "generate", "reset"),
     ]
+    sleeps = [(it["from"], it["to"]) for it in records(out / "switch.jsonl") if it["phase"] == "sleep"]
+    assert sleeps[1:] == [("rollout engine", "trainer")] * 3, "the trainer has the device to itself"
     metrics = records(out / "metrics.jsonl")
     assert [(it["step"], it["training/policy_version"]) for it in metrics] == [(0, 0), (1, 0), (2, 1), (3, 2)]
     assert all(it["switch/verified"] == 1 for it in metrics)
