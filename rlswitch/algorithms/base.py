@@ -143,7 +143,7 @@ class Algorithm(ABC):
         from rlswitch.algorithms.advantages import whiten
 
         advantages = self.advantages(batch, memory)
-        batch.advantages = whiten(advantages, batch.mask) if self.whiten_advantages else advantages
+        batch.advantages = whiten(advantages, batch.loss_mask) if self.whiten_advantages else advantages
 
     @final
     def current_kl_coef(self, memory: Memory) -> float:
@@ -161,14 +161,14 @@ class Algorithm(ABC):
 
     @final
     def token_rewards(self, batch: Batch, memory: Memory) -> Tensor:
-        """The reward on the last token, and the KL penalty on every token if it is in the reward; [B, T]."""
+        """The reward on the last learned token, less the KL penalty on every one if kl_in=reward; [B, T]."""
         from rlswitch.algorithms.advantages import rewards_at_last_token
         from rlswitch.algorithms.kl import kl_divergence
 
-        rewards = rewards_at_last_token(batch.rewards, batch.mask)
+        rewards = rewards_at_last_token(batch.rewards, batch.loss_mask)
         if self.needs_reference and self.kl_in == "reward":
             kl = kl_divergence(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator)
-            rewards = rewards - self.current_kl_coef(memory) * kl * batch.mask
+            rewards = rewards - self.current_kl_coef(memory) * batch.learned(kl)
         return rewards
 
     @final
@@ -180,19 +180,19 @@ class Algorithm(ABC):
         from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
         from rlswitch.algorithms.mismatch import correction_weights
 
-        log_ratio = logprobs - batch.old_logprobs
+        logprobs, old = batch.learned(logprobs), batch.learned(batch.old_logprobs)
+        log_ratio = logprobs - old
         if self.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, batch.mask)
+            log_ratio = sequence_log_ratio(log_ratio, batch.loss_mask)
         bounds = {"clip_low": self.ratio_clip_low, "clip_high": self.ratio_clip_high}
         if self.surrogate == "weighted":
             loss, metrics = weighted_surrogate(logprobs, log_ratio, batch.advantages, **bounds)
         else:
             loss, metrics = clipped_surrogate(log_ratio, batch.advantages, dual_clip=self.dual_clip, **bounds)
         if self.mismatch_correction != "off":
-            gap = batch.old_logprobs - batch.rollout_logprobs
             weights = correction_weights(
-                gap,
-                batch.mask,
+                old - batch.rollout_logprobs,
+                batch.loss_mask,
                 kind=self.mismatch_correction,
                 level=self.mismatch_level,
                 low=self.mismatch_min,
@@ -200,9 +200,10 @@ class Algorithm(ABC):
             )
             loss = loss * weights
             metrics["mismatch/weight_mean"] = weights
-        loss = loss - self.entropy_coef * entropy
+        loss = loss - self.entropy_coef * batch.learned(entropy)
         if self.needs_reference:
-            kl = kl_divergence(logprobs, batch.reference_logprobs, self.kl_estimator)
+            reference = batch.learned(batch.reference_logprobs)
+            kl = kl_divergence(logprobs, reference, self.kl_estimator)
             metrics["actor/kl_ref"] = kl
             if self.kl_in == "loss":
                 loss = loss + self.current_kl_coef(memory) * kl

@@ -33,4 +33,4 @@ class GRPO(Algorithm):
 
         rewards = self.token_rewards(batch, memory).sum(-1)
         scores = group_relative(rewards, batch.group, scale_by_std=self.scale_by_std)
-        return scores[:, None] * batch.mask
+        return scores[:, None] * batch.loss_mask

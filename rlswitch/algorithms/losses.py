@@ -1,6 +1,6 @@
 """Losses per token and the weights that turn them into one number: pure functions of tensors.
 
-Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T].
+Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T], the learned tokens.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def weighted_surrogate(
 
 
 def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """GSPO's ratio (arXiv:2507.18071, equation 7): the mean over a completion's tokens, on each; [B, T]."""
+    """GSPO's ratio (arXiv:2507.18071, equation 7): a completion's mean over its learned tokens; [B, T]."""
     assert log_ratio.dim() == 2 and log_ratio.shape == mask.shape and mask.dtype == torch.bool
     assert log_ratio.is_floating_point()
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    return ((log_ratio * mask).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
+    return (log_ratio.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
 
 
 def _ratio_metrics(
@@ -84,9 +84,9 @@ def value_loss(
 
 
 def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
-    """Weight of each token in the loss of a minibatch, [B, T]; the loss is the sum of loss x weight.
+    """Weight of each token in the loss of a minibatch, [B, T], for `weighted_sum`.
 
-    Computed once for a whole minibatch, so it does not matter how that is cut into micro-batches.
+    Computed once for a whole minibatch, so how it is cut into micro-batches does not matter.
     token-mean: DAPO (arXiv:2503.14476); seq-mean-token-mean: GRPO; seq-mean-token-sum-norm: a constant
     `max_length` instead of each completion's own length, Dr.GRPO (arXiv:2503.20783).
     """
@@ -101,3 +101,8 @@ def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
         return ones / lengths / rollouts
     assert aggregation == "seq-mean-token-sum-norm", aggregation
     return ones / max_length / rollouts
+
+
+def weighted_sum(loss: Tensor, weights: Tensor) -> Tensor:
+    """The sum of loss x weight, both [B, T], over the tokens that have a weight."""
+    return (loss * weights).masked_fill(weights == 0, 0.0).sum()

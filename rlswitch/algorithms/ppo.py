@@ -41,7 +41,7 @@ class PPO(Algorithm):
         advantages, batch.returns = gae(
             self.token_rewards(batch, memory),
             batch.values,
-            batch.mask,
+            batch.loss_mask,
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
         )

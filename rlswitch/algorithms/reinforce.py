@@ -33,4 +33,4 @@ class Reinforce(Algorithm):
         baseline = memory.get("baseline", mean)
         if math.isfinite(mean):  # such a step is left out, and is to leave nothing behind
             memory["baseline"] = self.baseline_decay * baseline + (1 - self.baseline_decay) * mean
-        return (scores - baseline)[:, None] * batch.mask
+        return (scores - baseline)[:, None] * batch.loss_mask

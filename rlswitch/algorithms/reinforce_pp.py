@@ -37,5 +37,5 @@ class ReinforcePP(Algorithm):
         rewards = self.token_rewards(batch, memory)
         if self.group_baseline:
             centred = group_relative(batch.rewards, batch.group, scale_by_std=False)
-            rewards = rewards + rewards_at_last_token(centred - batch.rewards, batch.mask)
-        return discounted_returns(rewards, batch.mask, gamma=self.gamma)
+            rewards = rewards + rewards_at_last_token(centred - batch.rewards, batch.loss_mask)
+        return discounted_returns(rewards, batch.loss_mask, gamma=self.gamma)

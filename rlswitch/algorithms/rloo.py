@@ -30,4 +30,4 @@ class RLOO(Algorithm):
         from rlswitch.algorithms.advantages import leave_one_out
 
         scores = leave_one_out(self.token_rewards(batch, memory).sum(-1), batch.group)
-        return scores[:, None] * batch.mask
+        return scores[:, None] * batch.loss_mask

@@ -17,7 +17,7 @@ class Sums:
 
     def add_tokens(self, metrics: dict[str, Tensor], mask: Tensor) -> None:
         for name, values in metrics.items():
-            self.per_token[name] += float((values.detach() * mask).sum())
+            self.per_token[name] += float(values.detach().masked_fill(~mask, 0.0).sum())
             self.tokens[name] += int(mask.sum())
 
 

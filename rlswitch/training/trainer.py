@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlswitch.algorithms.base import Memory
-from rlswitch.algorithms.losses import token_weights, value_loss
+from rlswitch.algorithms.losses import token_weights, value_loss, weighted_sum
 from rlswitch.algorithms.mismatch import mismatch_metrics
 from rlswitch.errors import RLSwitchError, SwitchError
 from rlswitch.run import Run
@@ -219,7 +219,7 @@ class Trainer:
     def _step(self, batch: Batch, chosen: Tensor, totals: Totals) -> None:
         """One optimizer step on the rollouts `chosen` [N] of the batch, unless it would not be finite."""
         algorithm, minibatch = self.run.algorithm, batch.rows(chosen)
-        counted = minibatch.mask
+        counted = minibatch.loss_mask
         if algorithm.mask_truncated:
             counted = counted & ~minibatch.truncated[:, None]
         minibatch.weights = token_weights(
@@ -279,7 +279,7 @@ class Trainer:
                 rows.old_logprobs = logprobs.detach()
                 batch.old_logprobs[chosen[index], : logprobs.shape[1]] = rows.old_logprobs
             loss, metrics = algorithm.policy_loss(rows, logprobs, entropy, self.memory)
-            policy_loss = (loss * rows.weights).sum()
+            policy_loss = weighted_sum(loss, rows.weights)
             self.accelerator.backward(policy_loss)
             sums.per_step["actor/pg_loss"] += policy_loss.item()
             metrics["actor/entropy"] = entropy
@@ -287,11 +287,11 @@ class Trainer:
                 with self.accelerator.autocast():
                     values = self.critic(rows)
                 loss, more = value_loss(values, rows.values, rows.returns, clip=algorithm.value_clip)
-                critic_loss = (loss * rows.weights).sum()
+                critic_loss = weighted_sum(loss, rows.weights)
                 self.accelerator.backward(critic_loss)
                 sums.per_step["critic/vf_loss"] += critic_loss.item()
                 metrics |= more
-            sums.add_tokens(metrics, rows.mask)
+            sums.add_tokens(metrics, rows.loss_mask)
         return sums
 
     def _logprobs(self, batch: Batch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
@@ -306,7 +306,7 @@ class Trainer:
 
     def _evaluate(self, batch: Batch, score: Callable[[Batch], Tensor]) -> Tensor:
         """`score` of every row [B, T] without gradients, by micro-batches."""
-        result = torch.zeros(batch.mask.shape, device=batch.mask.device)
+        result = torch.zeros(batch.completion_mask.shape, device=batch.token_ids.device)
 
         def evaluate() -> Tensor:
             with torch.no_grad(), self.accelerator.autocast():
@@ -352,9 +352,9 @@ class Trainer:
 
     def _batch_metrics(self, batch: Batch) -> dict[str, float]:
         assert batch.old_logprobs is not None
-        metrics = mismatch_metrics(batch.rollout_logprobs, batch.old_logprobs, batch.mask)
+        metrics = mismatch_metrics(batch.rollout_logprobs, batch.old_logprobs, batch.loss_mask)
         if batch.values is not None and batch.returns is not None:
-            values, returns = batch.values[batch.mask], batch.returns[batch.mask]
+            values, returns = batch.values[batch.loss_mask], batch.returns[batch.loss_mask]
             unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
             metrics["critic/explained_var"] = float(1 - unexplained) if returns.std() > 0 else 0.0
             metrics["critic/values_mean"] = float(values.mean())
