@@ -141,7 +141,7 @@ class Batch:
     reference_logprobs: Tensor = LATER  # [B, T]
     values: Tensor = LATER  # [B, T] the critic's, before the update
     advantages: Tensor = LATER  # [B, T]
-    returns: Tensor = LATER  # [B, T] the critic's targets
+    returns: Tensor | None = None  # [B, T] the critic's targets
     weights: Tensor = LATER  # [B, T] of each token in the loss of a minibatch
 
     def __len__(self) -> int:

@@ -51,7 +51,7 @@ def keep_step(tmp_path: Path, build, tiny_model) -> Callable[..., Path]:
 
 def update(trainer: Trainer, make_groups) -> None:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
 
 

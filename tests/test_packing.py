@@ -54,7 +54,7 @@ def gradients(make_run, make_trainer, make_groups) -> Callable[..., tuple[dict, 
             )
         )
         batch = trainer.prepare(make_groups())
-        trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+        batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
         return trainer.update(batch), seen, trainer
 
     return make

@@ -114,7 +114,7 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
             self.version += 1
             return {}
 
-    trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: None)
+    trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: SimpleNamespace())
 
     @contextmanager
     def opened(_run, _inputs, received):
@@ -139,7 +139,7 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
 
     monkeypatch.setattr(loop, "open_session", opened)
     monkeypatch.setattr(loop, "collect", lambda session: [])
-    monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
+    monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: (None, None))
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
         loop.train(run, None, StopSignals())
     assert saved == ["begun", "done 2"]

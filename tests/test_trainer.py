@@ -43,7 +43,7 @@ def build(make_run, make_trainer) -> Callable[..., Trainer]:
 
 def step(trainer: Trainer, groups: list[Group]) -> dict[str, float]:
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     return trainer.update(batch)
 
 
@@ -147,7 +147,7 @@ def test_a_step_without_clipping_or_spread_moves_towards_the_better_completion(b
     trainer = build(trainer={"lr": 1e-3})
     groups = make_groups()
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
     after, _ = policy_logprobs(trainer.policy, batch, 1.0)
     gain = ((after - batch.old_logprobs) * batch.advantages).sum()
@@ -178,7 +178,7 @@ def test_equal_rewards_move_the_critic_and_not_the_policy(build, make_groups):
     step(trainer, make_groups())
     groups = make_groups(version=1)
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     batch.advantages = torch.zeros_like(batch.advantages)
     parts = (trainer.policy, trainer.critic)
     before = [[p.detach().clone() for p in part.parameters()] for part in parts]
@@ -235,7 +235,7 @@ POISON = [
 def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(build, make_groups, algorithm, name, poison):
     trainer, untouched = (build(algorithm, trainer={"lr": 1e-3, "minibatches": 2}) for _ in range(2))
     batch = trainer.prepare(make_groups())
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     getattr(batch, name).view(-1)[0] = poison
     before = parameters(trainer)
     metrics = trainer.update(batch)

@@ -22,7 +22,7 @@ def build(make_run, make_trainer) -> Callable[..., Trainer]:
 
 def step(trainer: Trainer, make_groups) -> dict[str, float]:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     return trainer.update(batch)
 
 

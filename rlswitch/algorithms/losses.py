@@ -14,7 +14,7 @@ def clipped_surrogate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's pessimistic policy loss (arXiv:1707.06347, equation 7) with a clip for each side; [B, T].
 
-    `dual_clip` > 1 bounds the ratio that a negative advantage can be multiplied by (arXiv:1912.09729).
+    `dual_clip` > 1 bounds the ratio of tokens with a negative advantage (arXiv:1912.09729); 0: no bound.
     """
     assert log_ratio.shape == advantages.shape and log_ratio.dim() == 2
     assert log_ratio.is_floating_point() and advantages.is_floating_point()
@@ -32,7 +32,7 @@ def weighted_surrogate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """CISPO (arXiv:2506.13585, equation 4): REINFORCE with a clipped, constant importance weight; [B, T].
 
-    Every token keeps its gradient; the clip bounds how much it weighs.
+    Every token keeps its gradient; the clip bounds its weight.
     """
     assert logprobs.shape == log_ratio.shape == advantages.shape and logprobs.dim() == 2
     assert logprobs.is_floating_point() and advantages.is_floating_point()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def mismatch_metrics(rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """The gap at one policy version, all [B, T]; importance ratios are trainer over rollout, per token.
+    """Metrics of the gap over the learned tokens; the log-probabilities are [B, T].
 
-    `mismatch/kl` is the k3 estimate of KL(rollout || trainer); `mismatch/is_ess` is the effective
-    sample size of the ratios as a share of the tokens (1: no mismatch).
+    `mismatch/kl` is the k3 estimate of KL(rollout || trainer); `mismatch/is_ess` is the effective sample
+    size of the ratios as a share of the tokens (1: no mismatch).
     """
     assert rollout_logprobs.shape == trainer_logprobs.shape == mask.shape
     assert mask.dim() == 2 and mask.dtype == torch.bool

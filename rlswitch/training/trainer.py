@@ -286,6 +286,7 @@ class Trainer:
             if self.critic is not None:
                 with self.accelerator.autocast():
                     values = self.critic(rows)
+                assert rows.returns is not None, "an algorithm with a critic returns its targets"
                 loss, more = value_loss(values, rows.values, rows.returns, clip=algorithm.value_clip)
                 critic_loss = weighted_sum(loss, rows.weights)
                 self.accelerator.backward(critic_loss)
