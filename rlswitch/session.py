@@ -146,7 +146,7 @@ class Session:
     def _throughput(
         self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
     ) -> dict[str, float]:
-        sampled, trained = int(batch.loss_mask.sum()), int(batch.attention_mask.sum())
+        sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *(pid for it in self.tenants for pid in it.pids)]
         if self.device.kind == "cuda":

@@ -155,6 +155,11 @@ class Batch:
         """`values` [B, T] with zero off the loss mask, whatever stood there; no gradient passes there."""
         return values.masked_fill(~self.loss_mask, 0.0)
 
+    @property
+    def sampled_tokens(self) -> int:
+        """How many tokens the policy sampled: the environment's and padding excluded."""
+        return int(self.loss_mask.sum())
+
     def mean_advantages(self) -> Tensor:
         """Mean advantage of each rollout's learned tokens; [B]."""
         return self.learned(self.advantages).sum(-1) / self.loss_mask.sum(-1).clamp(min=1)

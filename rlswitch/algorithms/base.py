@@ -183,14 +183,14 @@ class Algorithm(ABC):
         from rlswitch.algorithms.mismatch import correction_weights
 
         logprobs, old = batch.learned(logprobs), batch.learned(batch.old_logprobs)
-        log_ratio = logprobs - old
+        advantages, log_ratio = batch.learned(batch.advantages), logprobs - old
         if self.ratio_level == "sequence":
             log_ratio = sequence_log_ratio(log_ratio, batch.loss_mask)
         bounds = {"clip_low": self.ratio_clip_low, "clip_high": self.ratio_clip_high}
         if self.surrogate == "weighted":
-            loss, metrics = weighted_surrogate(logprobs, log_ratio, batch.advantages, **bounds)
+            loss, metrics = weighted_surrogate(logprobs, log_ratio, advantages, **bounds)
         else:
-            loss, metrics = clipped_surrogate(log_ratio, batch.advantages, dual_clip=self.dual_clip, **bounds)
+            loss, metrics = clipped_surrogate(log_ratio, advantages, dual_clip=self.dual_clip, **bounds)
         if self.mismatch_correction != "off":
             weights = correction_weights(
                 old - batch.rollout_logprobs,
