@@ -100,7 +100,7 @@ class Canary:
 class PolicyWeights:
     """One published version of the policy: its checkpoint and the proof of its arrival.
 
-    A frozen engine's checkpoint counts as version 0 (rlswitch/engines/frozen.py).
+    A frozen engine's own checkpoint is version 0 (rlswitch/engines/start.py).
     """
 
     version: int

@@ -16,8 +16,10 @@ from rlswitch.checkpoint.checkpoint import LoopState
 from rlswitch.errors import ConfigError
 from rlswitch.planning.footprint import ModelShape
 from rlswitch.training import lora
-from rlswitch.training.models import load_policy, policy_logprobs, sequence_logprobs
-from rlswitch.training.trainer import Trainer, trained
+from rlswitch.training.logprobs import policy_logprobs, sequence_logprobs
+from rlswitch.training.models import load_policy
+from rlswitch.training.schedule import trained
+from rlswitch.training.trainer import Trainer
 
 SEQUENCES = [[13, 1, 2, 10, 3, 4, 11, 7], [13, 5, 11, 0]]
 

@@ -18,8 +18,9 @@ from rlswitch.algorithms.losses import sequence_log_ratio, token_weights, value_
 from rlswitch.algorithms.mismatch import correction_weights, mismatch_metrics
 from rlswitch.run import OPTIONS
 from rlswitch.training.batching import to_batch
+from rlswitch.training.logprobs import policy_logprobs
 from rlswitch.training.metrics import Sums
-from rlswitch.training.models import Critic, policy_logprobs
+from rlswitch.training.models import Critic
 from rlswitch.training.reference import FrozenModel
 from rlswitch.training.schedule import build_schedule
 from rlswitch.types import Batch, Group, Prompt, Rollout

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlswitch.command.compose import Source, compose_run
-from rlswitch.training.schedule import build_schedule, refuse_unfit_schedule, resume_schedule
+from rlswitch.training.schedule import build_schedule, check_schedule, resume_schedule
 from rlswitch.training.trainer import Trainer
 
 
@@ -150,7 +150,7 @@ def scheduled(name: str, **arguments) -> list[float]:
          "num_steps=10", *words],
         Source.default(),
     )  # fmt: skip
-    refuse_unfit_schedule(run)
+    check_schedule(run)
     return rates(run)
 
 

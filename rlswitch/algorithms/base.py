@@ -171,6 +171,16 @@ class Algorithm(ABC):
         return rewards
 
     @final
+    def loss_weights(self, batch: Batch, max_new_tokens: int) -> Tensor:
+        """Weight of each token in the loss of a minibatch, [B, T]; zero where nothing is to be learned."""
+        from rlswitch.algorithms.losses import token_weights
+
+        mask = batch.loss_mask
+        if self.mask_truncated:
+            mask = mask & ~batch.truncated[:, None]
+        return token_weights(mask, self.loss_aggregation, max_new_tokens)
+
+    @final
     def policy_loss(
         self, batch: Batch, logprobs: Tensor, entropy: Tensor, memory: Memory
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -19,8 +19,9 @@ from rlswitch.config.sections import TENANTS, ModelConfig
 from rlswitch.data.hub import builtin_model
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
+from rlswitch.training.logprobs import LOGITS_AT_ONCE
 from rlswitch.training.lora import add_adapters
-from rlswitch.training.models import LOGITS_AT_ONCE, outline
+from rlswitch.training.models import outline
 
 GIB = 2**30
 ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
