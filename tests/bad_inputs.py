@@ -1023,7 +1023,7 @@ MODEL = [
     bad(
         "adapters that a push could not carry",
         "model.lora_rank=2 model.lora_targets=[embed_tokens]",
-        "model.lora_targets = ['embed_tokens']: embed_tokens ...; a push could not carry its adapter merged;"
+        "model.lora_targets = ['embed_tokens']: embed_tokens ...; its adapter cannot be merged for a push;"
         " name linear layers, as q_proj, or [] for all",
         needs_torch=True,
     ),

@@ -18,6 +18,9 @@ from rlswitch.training.models import load_causal
 class Reference(ABC):
     """A frozen earlier version of the policy, used through `with reference.model() as model`."""
 
+    parts: list[nn.Module]
+    """Modules besides the policy that take memory on the device."""
+
     @abstractmethod
     def model(self) -> AbstractContextManager[nn.Module]:
         """A context in which the returned model computes as the reference."""
@@ -33,11 +36,6 @@ class Reference(ABC):
     @abstractmethod
     def load(self, state: dict[str, Tensor]) -> None:
         """Restores `state()`."""
-
-    @property
-    @abstractmethod
-    def parts(self) -> list[nn.Module]:
-        """Modules besides the policy that take memory on the device."""
 
 
 def load_reference(
@@ -57,7 +55,7 @@ class FrozenModel(Reference):
     def __init__(self, frozen: PreTrainedModel, policy: nn.Module):
         frozen.eval().requires_grad_(False)
         self._frozen, self._policy = frozen, policy
-        self._refreshed = False
+        self._refreshed, self.parts = False, [frozen]
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
@@ -78,16 +76,12 @@ class FrozenModel(Reference):
                     tensor.copy_(state[name])
         self._refreshed = True
 
-    @property
-    def parts(self) -> list[nn.Module]:
-        return [self._frozen]
-
 
 class OtherAdapter(Reference):
     """The policy's frozen weights with an earlier adapter, or with none: no second model."""
 
     def __init__(self, policy: nn.Module):
-        self._policy = policy
+        self._policy, self.parts = policy, []
         self._adapter: dict[str, Tensor] | None = None
 
     @contextmanager
@@ -103,7 +97,3 @@ class OtherAdapter(Reference):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self._adapter = dict(state)
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        return []
