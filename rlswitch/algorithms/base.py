@@ -116,13 +116,13 @@ class Algorithm(ABC):
             )
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             yield (
-                "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+                "algorithm.kl_estimator = k1: in the loss its gradient is zero on average and would penalise"
                 " nothing; set k2 or k3, or algorithm.kl_in=reward"
             )
         if self.kl_coef > 0 and self.kl_in == "reward" and self.kl_estimator != "k1":
             yield (
-                f"algorithm.kl_estimator = {self.kl_estimator}: as a reward it does not know on which side of"
-                " the reference the policy is, it would hardly hold it; set k1, or algorithm.kl_in=loss"
+                f"algorithm.kl_estimator = {self.kl_estimator}: in the reward it is alike on both sides of"
+                " the reference and would hardly pull the policy back; set k1, or algorithm.kl_in=loss"
             )
 
     @final
