@@ -35,6 +35,14 @@ VARIANTS: list[dict[str, Any]] = [
     {"surrogate": "weighted", "mismatch_correction": "mis", "mismatch_level": "sequence"},
     {"mismatch_correction": "icepop", "ratio_level": "sequence", "entropy_coef": 0.1},
 ]
+OWN: dict[str, dict[str, Any]] = {
+    "grpo": {"scale_by_std": False},
+    "ppo": {"gamma": 0.9, "gae_lambda": 0.5},
+    "reinforce": {"baseline_decay": 0.5},
+    "reinforce_pp": {"gamma": 0.9, "group_baseline": True},
+    "rloo": {},
+}
+"""Settings of one algorithm alone, away from their defaults."""
 JUNK = st.sampled_from([0.0, 3.0, -7.0, 1e4, -1e4, 1e30, -1e30, math.inf, -math.inf])
 GAPS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=6), min_size=2, max_size=5)
 """For each rollout the holes before its first learned token, between every two, and after the last."""
@@ -110,17 +118,16 @@ def assert_equal(found: Any, expected: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def options_of(name: str, variant: dict[str, Any]) -> Any:
-    return OPTIONS["algorithm"][name](**variant)
-
-
 # -- the maths ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS["algorithm"]))
-@given(twins=TWINS, variant=st.sampled_from(VARIANTS))
-def test_holes_change_no_advantage_no_return_and_no_memory(name: str, twins: Twins, variant: dict[str, Any]):
-    algorithm, memories, results = options_of(name, variant), ({}, {}), []
+@given(twins=TWINS, variant=st.sampled_from(VARIANTS), own=st.booleans())
+def test_holes_change_no_advantage_no_return_and_no_memory(
+    name: str, twins: Twins, variant: dict[str, Any], own: bool
+):
+    algorithm = OPTIONS["algorithm"][name](**variant | (OWN[name] if own else {}))
+    memories, results = ({}, {}), []
     for batch, memory in zip(twins.batches(), memories, strict=True):
         results.append(algorithm.estimate_advantages(batch, memory))
     for compact, holed in zip(*results, strict=True):
@@ -134,7 +141,7 @@ def test_holes_change_no_advantage_no_return_and_no_memory(name: str, twins: Twi
 def test_holes_change_no_loss_no_gradient_and_no_metric(
     name: str, twins: Twins, variant: dict[str, Any], aggregation: str
 ):
-    algorithm = options_of(name, variant | {"loss_aggregation": aggregation})
+    algorithm = OPTIONS["algorithm"][name](**variant, loss_aggregation=aggregation)
     logprobs, entropies, advantages = twins.tokens(), twins.tokens(), twins.tokens()
     losses, gradients, metrics = [], [], []
     for form, batch in enumerate(twins.batches()):
