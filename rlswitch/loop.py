@@ -36,7 +36,7 @@ def train(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
 
             switch.give_to(trainer)  # the engine, or a judge, sleeps; the trainer comes back
             batch = trainer.prepare(groups)  # refuses rollouts of another policy version
-            run.algorithm.estimate_advantages(batch, trainer.memory)
+            batch.advantages, batch.returns = run.algorithm.estimate_advantages(batch, trainer.memory)
             metrics = trainer.update(batch)
 
             if evaluation.is_due(run.evaluation, trainer.version, run.num_steps):

@@ -41,9 +41,9 @@ from rlswitch.run import Run
 from rlswitch.switch.device import Device, resident_bytes
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
-from rlswitch.training.models import refuse_unfit_model
+from rlswitch.training.models import check_model
 from rlswitch.training.publish import Publisher, choose_directory
-from rlswitch.training.schedule import refuse_unfit_schedule
+from rlswitch.training.schedule import check_schedule
 from rlswitch.training.trainer import Trainer
 from rlswitch.types import Batch, Group, Prompt
 
@@ -89,7 +89,7 @@ class Session:
         advantages: list[float] = []
         if groups and batch is not None and batch.advantages is not None:
             metrics |= self.scorer.metrics(groups) | self._throughput(groups, batch, metrics)
-            advantages = (batch.advantages.sum(-1) / batch.mask.sum(-1).clamp(min=1)).tolist()
+            advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
         if groups:
             self.health.check(step, metrics, self.trainer.skipped, groups)
@@ -146,7 +146,7 @@ class Session:
     def _throughput(
         self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
     ) -> dict[str, float]:
-        sampled, trained = int(batch.mask.sum()), int(batch.attention_mask.sum())
+        sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *(pid for it in self.tenants for pid in it.pids)]
         if self.device.kind == "cuda":
@@ -269,9 +269,9 @@ def choose_start(run: Run, itemsize: int, output_dir: Path, pushes: int) -> Star
 
 def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Models:
     """Makes built-in models. Raises ConfigError for what could not be built, or started, later."""
-    refuse_unfit_schedule(run)
+    check_schedule(run)
     path = resolve_model(replace(run.model, path=inputs.model_path), say)
-    refuse_unfit_model(run, path)
+    check_model(run, path)
     tokenizer = load_tokenizer(run.model, path)
     candidates: list[Candidate] = []
     for name in inputs.scorer.tenants:
@@ -340,7 +340,6 @@ def build_trainer(
         models.path,
         getattr(torch, engine_dtype(run.model.dtype, device)),
         models.tokenizer.pad_token_id,
-        device,
         ledger,
         publisher,
         canary,

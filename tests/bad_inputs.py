@@ -351,14 +351,14 @@ SETTINGS = [
     bad(
         "a KL estimator without a gradient",
         "algorithm.kl_coef=0.1 algorithm.kl_estimator=k1 algorithm.kl_in=loss",
-        "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+        "algorithm.kl_estimator = k1: in the loss its gradient is zero on average and would penalise"
         " nothing; set k2 or k3, or algorithm.kl_in=reward",
     ),
     bad(
         "a KL estimator without a direction",
         "algorithm=rloo algorithm.kl_coef=0.1 algorithm.kl_estimator=k3",
-        "algorithm.kl_estimator = k3: as a reward it does not know on which side of the reference the policy"
-        " is, it would hardly hold it; set k1, or algorithm.kl_in=loss",
+        "algorithm.kl_estimator = k3: in the reward it is alike on both sides of the"
+        " reference and would hardly pull the policy back; set k1, or algorithm.kl_in=loss",
     ),
     bad(
         "two bounds, one of them without effect",
@@ -1023,7 +1023,7 @@ MODEL = [
     bad(
         "adapters that a push could not carry",
         "model.lora_rank=2 model.lora_targets=[embed_tokens]",
-        "model.lora_targets = ['embed_tokens']: embed_tokens ...; a push could not carry its adapter merged;"
+        "model.lora_targets = ['embed_tokens']: embed_tokens ...; its adapter cannot be merged for a push;"
         " name linear layers, as q_proj, or [] for all",
         needs_torch=True,
     ),

@@ -51,7 +51,7 @@ def keep_step(tmp_path: Path, build, tiny_model) -> Callable[..., Path]:
 
 def update(trainer: Trainer, make_groups) -> None:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
 
 
@@ -226,13 +226,13 @@ def test_without_any_checkpoint_there_is_none(tmp_path):
 
 def test_micro_batches_stay_as_small_as_memory_made_them(build, tiny_model, tmp_path):
     small, roomy = build("ppo"), build("ppo")
-    small.micro_batch_tokens = 20
+    small.limit.tokens = 20
     state = LoopState(step=0, model=small.run.model.path)
     restore(save(tmp_path / "checkpoints", small, tiny_model().tokenizer, state, keep=1), roomy)
-    assert roomy.micro_batch_tokens == 20
+    assert roomy.limit.tokens == 20
     fine, other = build("ppo"), build("ppo", trainer=LEARNING | {"micro_batch_tokens": 99999})
     restore(save(tmp_path / "checkpoints", fine, tiny_model().tokenizer, state, keep=1), other)
-    assert other.micro_batch_tokens == 99999  # it was set, and nothing has run out
+    assert other.limit.tokens == 99999  # it was set, and nothing has run out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them(

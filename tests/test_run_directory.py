@@ -118,7 +118,7 @@ def test_a_checkpoint_is_as_large_as_was_said_before_the_run(
     run = make_run(algorithm, options={"kl_coef": 0.1, "reference_refresh": 1}, **settings)
     trainer = make_trainer(run)
     batch = trainer.prepare(make_groups())
-    run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
     path = save(tmp_path / "c", trainer, tiny_model().tokenizer, LoopState(step=1), keep=1)
     saved = sum(file.stat().st_size for file in path.rglob("*.safetensors"))

@@ -85,7 +85,7 @@ def restore(path: Path, trainer: Trainer) -> None:
     resume_schedule(trainer.schedule, details["optimizer_steps"])
     trainer.memory.update(details["memory"])
     if fitted := details.get("micro_batch_tokens"):
-        trainer.micro_batch_tokens = min(trainer.micro_batch_tokens, fitted)
+        trainer.limit.tokens = min(trainer.limit.tokens, fitted)
     trainer.version = details["step"]
 
 
@@ -101,7 +101,7 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
         "settings": deciding(trainer.run),
         "optimizer_steps": trainer.schedule.last_epoch,
         "memory": trainer.memory,
-        "micro_batch_tokens": trainer.fitted_tokens,
+        "micro_batch_tokens": trainer.limit.reduced,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
 

@@ -41,8 +41,8 @@ NEEDED_BY_PROOF = (
 def problems(run: Run) -> Iterator[str]:
     """All of them: single settings first, then what does not go together."""
     yield from field_problems(run)
-    yield from run.algorithm.shared_problems(run)
-    yield from run.algorithm.problems(run)
+    yield from run.algorithm.shared_problems(run.rollout)
+    yield from run.algorithm.problems(run.rollout)
     yield from vllm_problems(run)
     if isinstance(run.engine, ServerEngineConfig):
         yield from address_problems(run.engine)

@@ -20,8 +20,9 @@ from rlswitch.engines.vllm.arguments import llm_arguments
 from rlswitch.planning.machine import GIB, DeviceFacts
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
+from rlswitch.training.logprobs import LOGITS_AT_ONCE
 from rlswitch.training.lora import add_adapters
-from rlswitch.training.models import LOGITS_AT_ONCE, outline
+from rlswitch.training.models import outline
 from rlswitch.training.parking import parked_by_auto
 from rlswitch.training.publish import SHM, choose_directory
 

@@ -23,7 +23,7 @@ from rlswitch.proof.canary import canary_sequences
 from rlswitch.run import OPTIONS, Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
-from rlswitch.training.models import sequence_logprobs
+from rlswitch.training.logprobs import sequence_logprobs
 from rlswitch.training.publish import Publisher
 from rlswitch.types import Canary, PolicyWeights
 
