@@ -14,8 +14,7 @@ import yaml
 
 from rlswitch.charts import Series, chart_grid, line_chart, smoothed, stacked_chart
 from rlswitch.errors import ConfigError
-from rlswitch.records.facts import accuracies
-from rlswitch.records.jsonl import PARTS, Summary, numbers, read, time_by_part
+from rlswitch.records.jsonl import PARTS, Summary, accuracies, numbers, read, time_by_part
 from rlswitch.report_style import CSS
 from rlswitch.report_switch import switch_section
 from rlswitch.text import duration, printable, prompt_text, shortened

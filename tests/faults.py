@@ -819,21 +819,9 @@ REWARDS = [
 OUTSIDERS = [
     Fault(
         "A tracker raises",
-        "at each of its calls",
-        "one warning; the run goes on without it",
-        "test_monitor.py::test_a_tracker_that_raises_is_left_with_one_warning",
-    ),
-    Fault(
-        "A tracker hangs",
-        "in a call",
-        "the run does not wait",
-        "test_monitor.py::test_a_tracker_that_hangs_does_not_hold_the_run",
-    ),
-    Fault(
-        "A tracker does not finish",
-        "at the end",
-        "it is given up with a warning",
-        "test_monitor.py::test_a_slow_finish_is_given_up",
+        "at its start, a record or its end, also SystemExit",
+        "one warning; the run continues without it, and the other trackers too",
+        "test_monitor.py::test_the_first_failure_drops_a_tracker_and_leaves_the_others",
     ),
     Fault(
         "No key for W&B",

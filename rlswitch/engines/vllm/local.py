@@ -21,7 +21,7 @@ from rlswitch.errors import ConfigError, EngineError, EngineLost
 from rlswitch.processes.fork_server import serving_vllm
 from rlswitch.processes.group import Family, kin_of
 from rlswitch.processes.output import log_to_file, redirected_output, tail
-from rlswitch.processes.signals import let_through
+from rlswitch.processes.signals import reraise_interrupts
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.text import first_line
@@ -52,7 +52,7 @@ class LocalBackend(VLLMBackend):
             with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
                 from vllm import LLM
 
-                with let_through(), guard([], self.patience):  # vLLM itself waits without a limit
+                with reraise_interrupts(), guard([], self.patience):  # vLLM itself waits without a limit
                     self.llm = LLM(**llm_arguments(run, model_path, device))
         except BaseException as error:
             for process in set(multiprocessing.active_children()) - set(before):
