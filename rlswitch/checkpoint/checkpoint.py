@@ -62,7 +62,12 @@ def save(
     except Exception as error:
         if not is_disk_error(error):
             raise
-        raise SaveError(_failure(final, error, how_to_resume)) from error
+        other = next(valid_checkpoints(directory), None)
+        left = f"{other} is intact" if other else "there is no earlier one"
+        raise SaveError(
+            f"checkpoint {final} could not be saved ({first_line(error)}); {left}; make sure that"
+            f" {directory} has space and can be written to, then {how_to_resume}"
+        ) from error
     steps = steps_in(directory)
     kept = [path for path in steps if step_of(path) <= state.step][-keep:]  # later ones are abandoned
     for old in set(steps) - set(kept):
@@ -112,15 +117,6 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
         "micro_batch_tokens": trainer.fitted_tokens,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
-
-
-def _failure(final: Path, error: Exception, how_to_resume: str) -> str:
-    other = next(valid_checkpoints(final.parent), None)
-    left = f"{other} is intact" if other else "there is no earlier one"
-    return (
-        f"checkpoint {final} could not be saved ({first_line(error)}); {left}; make sure that {final.parent}"
-        f" has space and can be written to, then {how_to_resume}"
-    )
 
 
 def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Path) -> None:

@@ -2,10 +2,8 @@
 
 vLLM runs its engine core and workers in processes of their own, and so does a sweep its jobs. Spawned, each
 imports the same libraries again, one after the other: for a small model most of the time to the first token.
-The server imports them while this process does, computes nothing and touches no GPU. While `serving_vllm` is
-open, every process that vLLM spawns is forked from it. docs/starting.md has the numbers.
-
-vLLM has the idea too (VLLM_WORKER_MULTIPROC_METHOD=forkserver), but only for its API server, not for LLM.
+The server imports them while this process does, computes nothing and touches no GPU. docs/starting.md has the
+numbers. vLLM's own VLLM_WORKER_MULTIPROC_METHOD=forkserver only works for its API server, not for LLM.
 """
 
 from __future__ import annotations
@@ -42,9 +40,6 @@ DIRECTORY = "RLSWITCH_FORK_SERVER_DIRECTORY"
 
 _get_context = multiprocessing.get_context
 _forkserver: Any = forkserver._forkserver
-
-
-# -- the server ------------------------------------------------------------------------------------
 
 
 def prepare() -> None:
@@ -97,9 +92,6 @@ def serving_vllm(warm: bool) -> Iterator[None]:
         yield
     finally:
         multiprocessing.get_context = _get_context
-
-
-# -- its processes ---------------------------------------------------------------------------------
 
 
 def start_process(

@@ -95,11 +95,8 @@ def own_family() -> list[int]:
 
 def kin_of(workers: Iterable[dict[str, Any]]) -> tuple[list[int], list[str]]:
     """Pids and files of an engine, as its workers' `memory` reports them."""
-    workers = list(workers)
-    return (
-        [pid for worker in workers for pid in worker["family"]],
-        [file for worker in workers for file in worker["files"]],
-    )
+    found = [(worker["family"], worker["files"]) for worker in workers]
+    return [pid for pids, _ in found for pid in pids], [file for _, files in found for file in files]
 
 
 def watch_owner(files: Sequence[str] = ()) -> None:

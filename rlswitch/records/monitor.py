@@ -51,7 +51,6 @@ class Monitor:
         self._began = time.monotonic()
         self._non_finite: set[str] = set()
         self._sampled_at: int | None = None
-        self._closed = False
         output_dir.mkdir(parents=True, exist_ok=True)
         settings = write_config(run, output_dir / "config.yaml")
         for name in (METRICS, ROLLOUTS):
@@ -68,7 +67,19 @@ class Monitor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close("done" if kind is None else f"stopped: {kind.__name__}")
+        """Finishes the trackers and prints the summary."""
+        names = self._trackers.names
+        if names:
+            self._display.phase("finishing " + ", ".join(names))
+        self._trackers.finish()
+        rows = self._view.summary_rows(time.monotonic() - self._began)
+        rows += [("run", str(self.output_dir))]
+        rows += [("report", f"python scripts/report.py {self.output_dir}")]
+        if "wandb" in names and wandb_is_offline():
+            rows += [("W&B", f"offline; wandb sync {self.output_dir}/wandb/offline-run-*")]
+        self._display.close("done" if kind is None else f"stopped: {kind.__name__}", rows)
+        self._metrics.close()
+        self._rollouts.close()
 
     def log(
         self,
@@ -103,24 +114,6 @@ class Monitor:
         """Prints a line that stays on the console."""
         self._display.log_line(line)
 
-    def close(self, outcome: str = "done") -> None:
-        """Finishes the trackers and prints the summary; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        names = self._trackers.names
-        if names:
-            self._display.phase("finishing " + ", ".join(names))
-        self._trackers.finish()
-        rows = self._view.summary_rows(time.monotonic() - self._began)
-        rows += [("run", str(self.output_dir))]
-        rows += [("report", f"python scripts/report.py {self.output_dir}")]
-        if "wandb" in names and wandb_is_offline():
-            rows += [("W&B", f"offline; wandb sync {self.output_dir}/wandb/offline-run-*")]
-        self._display.close(outcome, rows)
-        self._metrics.close()
-        self._rollouts.close()
-
     def _sample(self, step: int, groups: Sequence[Group]) -> Rollout | None:
         """A completion every SAMPLE_EVERY steps, each time of another prompt."""
         due = self._sampled_at is None or step - self._sampled_at >= SAMPLE_EVERY
@@ -140,13 +133,10 @@ def metrics_record(step: int, values: Mapping[str, float]) -> dict[str, Any]:
 def rollout_records(step: int, groups: Sequence[Group], advantages: Sequence[float]) -> list[dict[str, Any]]:
     """One record per rollout; those whose reward failed come last, with `errors` in its place."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    assert not advantages or len(advantages) == len(rollouts), "one advantage per rollout"
-    records = []
-    for i, rollout in enumerate(rollouts):
-        record = rollout_record(step, rollout) | {"reward": _finite_or_none(rollout.reward)}
-        if advantages:
-            record["advantage"] = _finite_or_none(advantages[i])
-        records.append(record)
+    records = [rollout_record(step, it) | {"reward": _finite_or_none(it.reward)} for it in rollouts]
+    if advantages:
+        for record, advantage in zip(records, advantages, strict=True):
+            record["advantage"] = _finite_or_none(advantage)
     failed = [rollout for group in groups for rollout in group.failed]
     return [*records, *(rollout_record(step, it) | {"errors": it.errors} for it in failed)]
 
