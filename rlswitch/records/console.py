@@ -34,7 +34,6 @@ COLORS = {
     "checkpoint": "#7c8490",
     "other": "#565c66",
 }
-BAR, TICK = "\u2588", "\u2713"
 LABEL_WIDTH = 6
 
 STEP_FACTS = {
@@ -248,9 +247,10 @@ def panel_rows(view: View, width: int) -> list[tuple[str, Text]]:
         rows.append(("acc", Text.assemble((f"{value:.3f}", "bold"), (change, "dim"))))
     rows.append(("policy", Text(fitted(facts(metrics, POLICY_FACTS), width))))
     if view.parts:
-        rows += [("time", stacked_bar(shares(view.parts), width)), ("", legend(shares(view.parts), width))]
-    rows += [("switch", switch_line(metrics)), ("speed", Text(fitted(facts(metrics, SPEED_FACTS), width)))]
-    return rows
+        time_shares = shares(view.parts)
+        rows += [("time", stacked_bar(time_shares, width)), ("", legend(time_shares, width))]
+    rows.append(("switch", switch_line(metrics)))
+    return [*rows, ("speed", Text(fitted(facts(metrics, SPEED_FACTS), width)))]
 
 
 def switch_line(metrics: Mapping[str, float]) -> Text:
@@ -263,25 +263,25 @@ def switch_line(metrics: Mapping[str, float]) -> Text:
     if "switch/verified" in metrics:
         proven = metrics["switch/verified"] > 0
         line.append("  push")
-        line.append(f" proven {TICK}" if proven else " not verified", COLORS["update"] if proven else "dim")
+        line.append(" proven \u2713" if proven else " not verified", COLORS["update"] if proven else "dim")
     if "mismatch/logp_abs_diff_max" in metrics:
         line.append(f"  mismatch max {metrics['mismatch/logp_abs_diff_max']:.1e}")
     return line
 
 
-def stacked_bar(shares: Mapping[str, float], width: int) -> Text:
+def stacked_bar(time_shares: Mapping[str, float], width: int) -> Text:
     """One line of `width` cells; every part that took time has at least one."""
-    cells = {part: max(1, int(share * width)) for part, share in shares.items()}
+    cells = {part: max(1, int(share * width)) for part, share in time_shares.items()}
     largest = max(cells, key=lambda part: cells[part])
     cells[largest] = max(1, cells[largest] + width - sum(cells.values()))
-    return Text.assemble(*((BAR * count, COLORS[part]) for part, count in cells.items()))
+    return Text.assemble(*(("\u2588" * count, COLORS[part]) for part, count in cells.items()))
 
 
-def legend(shares: Mapping[str, float], width: int) -> Text:
+def legend(time_shares: Mapping[str, float], width: int) -> Text:
     """The parts by name, the largest first, as many as fit."""
-    ranked = sorted(shares.items(), key=lambda item: -item[1])
+    ranked = sorted(time_shares.items(), key=lambda item: -item[1])
     text = Text(fitted([f"{part} {share:.0%}" for part, share in ranked if share > 0.005], width))
-    for part in shares:
+    for part in time_shares:
         text.highlight_words([part], COLORS[part])
     return text
 
