@@ -288,7 +288,7 @@ PROCESSES = [
     Fault(
         "The run is told to stop in the middle of its rollouts",
         "SIGTERM",
-        "they are given up, the step before is saved, exit 75; going on it ends with the same bytes",
+        "they are dropped, the previous step is saved, exit 75; resumed, the run ends with the same bytes",
         "engine/test_killed.py::test_a_run_killed_in_every_phase_ends_like_one_that_never_was",
     ),
     Fault(
@@ -568,7 +568,7 @@ FILES = [
         Fault(
             f"A checkpoint is {damage}",
             "each kind of its files",
-            "it is passed over with a line that names the file, and the one before is taken",
+            "a line names the file, and the checkpoint before it is used",
             f"test_checkpoint.py::test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken[{damage}]",
         )
         for damage in ("truncated", "flipped", "missing")
@@ -606,7 +606,7 @@ FILES = [
     Fault(
         "The disk is full while saving",
         "the save breaks off at each of its steps",
-        "the error is raised; the checkpoint before is whole and is found",
+        "the error is raised; the previous checkpoint is valid and is found",
         "test_interrupted_save.py::test_a_save_broken_off_anywhere_leaves_the_old_checkpoint_or_the_new_one",
     ),
     Fault(

@@ -241,7 +241,9 @@ def read_details(path: Path) -> dict[str, Any]:
 
 def deciding(run: Run) -> dict[str, Any]:
     """The settings that decide a run's numbers, by dotted key, as JSON values without secrets."""
-    found = {key: value for key, value in flattened(redacted(resolved(run))).items() if not _is_free(key)}
+    free = tuple(f"{key}." for keys in FREE.values() for key in keys)
+    settings = flattened(redacted(resolved(run)))
+    found = {key: value for key, value in settings.items() if not f"{key}.".startswith(free)}
     return found | ({EVALUATES: run.evaluation.every} if run.data.cuts_held_out_rows else {})
 
 
@@ -259,10 +261,6 @@ def changes(saved: Mapping[str, Any], run: Run) -> list[tuple[str, str, str]]:
 
 def _same(key: str, old: Any, new: Any) -> bool:
     return bool(old) == bool(new) if key == EVALUATES else old == new
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for keys in FREE.values() for free in keys)
 
 
 def _text(key: str, settings: Mapping[str, Any]) -> str:
