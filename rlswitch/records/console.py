@@ -20,20 +20,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from rlswitch.records.jsonl import Summary, accuracies, shares, time_by_part
+from rlswitch.records.jsonl import PART_COLORS, Summary, accuracies, shares, time_by_part
 from rlswitch.text import duration, fitted, printable, prompt_text, shortened, sparkline
 from rlswitch.types import Rollout
 
-COLORS = {
-    "rollout": "#5b8def",
-    "reward": "#b07cc6",
-    "prepare": "#4fb0b5",
-    "update": "#5fad6b",
-    "switch": "#e5a13a",
-    "evaluation": "#9aa3af",
-    "checkpoint": "#7c8490",
-    "other": "#565c66",
-}
 LABEL_WIDTH = 6
 
 STEP_FACTS = {
@@ -178,9 +168,9 @@ class LiveDisplay(Display):
     def __init__(self, console: Console, view: View):
         super().__init__(console, view)
         self._phase, self._phase_began = "starting", time.monotonic()
-        self._spinner = Spinner("dots", style=COLORS["switch"])
+        self._spinner = Spinner("dots", style=PART_COLORS["switch"])
         self._sample: Rollout | None = None
-        bar = BarColumn(None, complete_style=COLORS["rollout"], finished_style=COLORS["update"])
+        bar = BarColumn(None, complete_style=PART_COLORS["rollout"], finished_style=PART_COLORS["update"])
         columns = (TextColumn("{task.completed}/{task.total}"), bar, TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=console, expand=True)
         self._steps = self._progress.add_task("", total=view.num_steps)
@@ -238,7 +228,7 @@ def panel_rows(view: View, width: int) -> list[tuple[str, Text]]:
     metrics, rows = view.metrics, []
     if view.rewards:
         spark = sparkline(view.rewards, min(24, width // 3))
-        line = Text.assemble((f"{view.rewards[-1]:.3f}", "bold"), "  ", (spark, COLORS["update"]))
+        line = Text.assemble((f"{view.rewards[-1]:.3f}", "bold"), "  ", (spark, PART_COLORS["update"]))
         if "reward/std" in metrics:
             line.append(f"  std {metrics['reward/std']:.3f}", "dim")
         rows.append(("reward", line))
@@ -259,11 +249,13 @@ def switch_line(metrics: Mapping[str, float]) -> Text:
     if "switch/total_s" in metrics:
         line.append(f"{metrics['switch/total_s']:.2f} s")
     if "switch/share" in metrics:
-        line.append(f"  {metrics['switch/share']:.1%} of the step", "bold " + COLORS["switch"])
+        line.append(f"  {metrics['switch/share']:.1%} of the step", "bold " + PART_COLORS["switch"])
     if "switch/verified" in metrics:
         proven = metrics["switch/verified"] > 0
         line.append("  push")
-        line.append(" proven \u2713" if proven else " not verified", COLORS["update"] if proven else "dim")
+        line.append(
+            " proven \u2713" if proven else " not verified", PART_COLORS["update"] if proven else "dim"
+        )
     if "mismatch/logp_abs_diff_max" in metrics:
         line.append(f"  mismatch max {metrics['mismatch/logp_abs_diff_max']:.1e}")
     return line
@@ -274,7 +266,7 @@ def stacked_bar(time_shares: Mapping[str, float], width: int) -> Text:
     cells = {part: max(1, int(share * width)) for part, share in time_shares.items()}
     largest = max(cells, key=lambda part: cells[part])
     cells[largest] = max(1, cells[largest] + width - sum(cells.values()))
-    return Text.assemble(*(("\u2588" * count, COLORS[part]) for part, count in cells.items()))
+    return Text.assemble(*(("\u2588" * count, PART_COLORS[part]) for part, count in cells.items()))
 
 
 def legend(time_shares: Mapping[str, float], width: int) -> Text:
@@ -282,7 +274,7 @@ def legend(time_shares: Mapping[str, float], width: int) -> Text:
     ranked = sorted(time_shares.items(), key=lambda item: -item[1])
     text = Text(fitted([f"{part} {share:.0%}" for part, share in ranked if share > 0.005], width))
     for part in time_shares:
-        text.highlight_words([part], COLORS[part])
+        text.highlight_words([part], PART_COLORS[part])
     return text
 
 

@@ -12,6 +12,9 @@ from typing import Any, BinaryIO
 
 PARTS = ("rollout", "reward", "prepare", "update", "switch", "evaluation", "checkpoint")
 """The timed parts of a step, in order; `other` is the rest of timing_s/step."""
+HEX = "5b8def b07cc6 4fb0b5 5fad6b e5a13a 9aa3af 7c8490 565c66"
+PART_COLORS = {part: f"#{color}" for part, color in zip((*PARTS, "other"), HEX.split(), strict=True)}
+"""Colours of the parts in the console and the report, on light and dark backgrounds."""
 
 
 class LineFile:
