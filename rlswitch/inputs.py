@@ -27,7 +27,7 @@ from rlswitch.data.prompts import Prompts, load_prompts, read_tables, refuse_bad
 from rlswitch.data.rows import HUB_ID, Source, Table, nearest_file, read, reason, refuse_missing
 from rlswitch.engines.vllm.address import free_port
 from rlswitch.errors import ConfigError
-from rlswitch.records.monitor import tracker_problems
+from rlswitch.records.trackers import tracker_problems
 from rlswitch.rewards.models.checks import refuse_unfit_tenants
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.workers.resolve import refuse_missing as refuse_missing_function

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rlswitch.checkpoint import checkpoint, resume
-from rlswitch.checkpoint.lock import only_run_in
 from rlswitch.checkpoint.resume import LoopState, Start
-from rlswitch.checkpoint.room import checkpoint_size, refuse_full_disk, room_needed
+from rlswitch.checkpoint.run_directory import check_disk_space, checkpoint_size, only_run_in, room_needed
 from rlswitch.data.hub import load_tokenizer, resolve_model
 from rlswitch.data.prompts import Prompts
 from rlswitch.engines.engine import Engine, Revival
@@ -200,7 +199,7 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
     inputs.prompts.seek(state.cursor)
     monitor = stack.enter_context(Monitor(run, output_dir, begin.kept, state.wandb_id))
     ledger = Ledger(device, output_dir, begin.kept, state.step)
-    say = inputs.scorer.say = monitor.say
+    say = inputs.scorer.say = monitor.log_line
     ledger.on_phase = monitor.phase
     publisher = Publisher(run.switch.transport, nbytes, output_dir)
     stack.callback(publisher.close)
@@ -241,7 +240,14 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
         tokenizer=models.tokenizer,
         output_dir=output_dir,
         stop_signals=stop_signals,
-        health=Health(output_dir, begin, say),
+        health=Health(
+            output_dir,
+            say,
+            lambda: next(resume.valid_checkpoints(output_dir / "checkpoints"), None),
+            begin.kept,
+            state.skipped_in_a_row,
+            state.flat_in_a_row,
+        ),
         saved_step=begin.kept,
     )
 
@@ -262,7 +268,7 @@ def choose_start(run: Run, itemsize: int, output_dir: Path, pushes: int) -> Star
     start = resume.choose(run, output_dir, print)
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
     kept = len(resume.steps_in(output_dir / "checkpoints"))
-    refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
+    check_disk_space(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
     resume.give_up(start.given_up)
     return start
 

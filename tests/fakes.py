@@ -181,7 +181,7 @@ def build_session(
     engine.release()
     output_dir = Path(run.output_dir or "")
     monitor = stack.enter_context(Monitor(run, output_dir))
-    scorer = Scorer(run.reward, say=monitor.say)
+    scorer = Scorer(run.reward, say=monitor.log_line)
     stack.callback(scorer.close)
     return Session(
         run=run,
@@ -198,6 +198,6 @@ def build_session(
         tokenizer=tokenizer,
         output_dir=output_dir,
         stop_signals=stop_signals,
-        health=Health(output_dir, start, monitor.say),
+        health=Health(output_dir, monitor.log_line, lambda: None, start.kept),
         saved_step=start.kept,
     )

@@ -820,21 +820,9 @@ REWARDS = [
 OUTSIDERS = [
     Fault(
         "A tracker (W&B, TensorBoard) raises",
-        "raise in each of its calls",
-        "warns once and continues without it",
-        "test_monitor.py::test_a_tracker_that_raises_is_left_with_one_warning",
-    ),
-    Fault(
-        "A tracker hangs",
-        "hang in a call",
-        "does not wait for it",
-        "test_monitor.py::test_a_tracker_that_hangs_does_not_hold_the_run",
-    ),
-    Fault(
-        "A tracker does not finish",
-        "hang at the end",
-        "gives up with a warning",
-        "test_monitor.py::test_a_slow_finish_is_given_up",
+        "raise in any of its calls, also SystemExit",
+        "warns once and continues without it, and with the other trackers",
+        "test_monitor.py::test_the_first_failure_drops_a_tracker_and_leaves_the_others",
     ),
     Fault(
         "W&B has no key",

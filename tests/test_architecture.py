@@ -45,7 +45,7 @@ VENDORS = {
     "vllm": {"engines/vllm/"},
     "aiohttp": {"engines/vllm/"},
     "wandb": {"records/"},
-    "accelerate": {"training/trainer.py", "records/monitor.py"},
+    "accelerate": {"training/trainer.py", "records/"},
     "peft": {"training/lora.py"},
     "vl_convert": {"report/"},
     "jinja2": {"report/"},

@@ -15,7 +15,7 @@ from worker import HUNG
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.engine import Engine, Revival, State
 from rlswitch.errors import EngineError
-from rlswitch.processes.group import Family
+from rlswitch.processes.group import ProcessGroup
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
 
 pytestmark = pytest.mark.engine
@@ -30,7 +30,7 @@ class Mortal:
     def __init__(self, bench: Bench):
         self.bench = bench
         self.said: list[str] = []
-        self.families: list[Family] = [bench.backend.family]
+        self.families: list[ProcessGroup] = [bench.backend.family]
         self.engine: Engine = bench.engine()
         self.engine.revival = Revival(start=self.start, limit=2, say=self.said.append)
 
