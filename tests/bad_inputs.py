@@ -1065,7 +1065,7 @@ MODEL = [
 
 def no_vllm(patch: pytest.MonkeyPatch) -> None:
     """vLLM is not installed"""
-    patch.setattr("rlswitch.command.environment._has_vllm", lambda where: False)
+    patch.setattr("rlswitch.command.arguments.find_spec", lambda name: None)
 
 
 def old_vllm(patch: pytest.MonkeyPatch) -> None:

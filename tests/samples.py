@@ -2,20 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 from rlswitch.types import Group, Prompt, Rollout
-
-
-class HereAlone:
-    """Stands for rlswitch.command.torchless.Torchless and has no process: the question is answered here."""
-
-    ask = functools.partial
-
-    def close(self) -> None:
-        pass
 
 
 def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, **columns: Any) -> Group:

@@ -15,7 +15,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from samples import HereAlone
 
 from rlswitch.algorithms.base import Algorithm
 from rlswitch.command import cli
@@ -44,7 +43,7 @@ def empty_directory(tmp_path, monkeypatch):
 @pytest.fixture
 def trained(monkeypatch):
     """The runs that reached the loop; it raises what is put into `trained.error`."""
-    seen = SimpleNamespace(runs=[], error=None, check_environment=list)
+    seen = SimpleNamespace(runs=[], error=None)
 
     def train(run: Run, inputs: None = None, stop_signals: None = None) -> None:
         seen.runs.append(run)
@@ -53,10 +52,7 @@ def trained(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=train))
     monkeypatch.setitem(sys.modules, "rlswitch.planning.plan", SimpleNamespace(show=train))
-    monkeypatch.setitem(sys.modules, "rlswitch.command.environment", seen)
-    monkeypatch.setattr("rlswitch.command.cli.Torchless", HereAlone)
     monkeypatch.setattr("rlswitch.inputs.open_inputs", lambda *_: nullcontext())
-    monkeypatch.setattr("rlswitch.command.cli.prepare", lambda: None)  # no vLLM is imported for nothing
     return seen
 
 
@@ -130,10 +126,10 @@ def test_a_crash_leaves_its_traceback_and_full_error_any_traceback(trained, caps
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_broken_environment_is_answered_before_the_loop(trained, capsys):
-    trained.check_environment = lambda: ["vLLM is not installed"]
+def test_a_missing_vllm_is_reported_before_the_loop(trained, capsys, monkeypatch):
+    monkeypatch.setattr("rlswitch.command.arguments.find_spec", lambda name: None)
     assert cli.main(["recipe=ppo"]) == 2
-    assert capsys.readouterr().err == f"{ERROR}vLLM is not installed\n"
+    assert capsys.readouterr().err.startswith(f"{ERROR}vLLM is not installed: ")
     assert not trained.runs
 
 
@@ -209,8 +205,6 @@ def execute(script: str, words: list[str]) -> None:
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """Runs a sweep whose jobs are a small program, and returns its exit code."""
-    sound = SimpleNamespace(check_environment=list)
-    monkeypatch.setitem(sys.modules, "rlswitch.command.environment", sound)
     monkeypatch.setattr("rlswitch.processes.fork_server.SUPPORTED", False)  # a new interpreter each
 
     def run(program: str, *words: str) -> int:

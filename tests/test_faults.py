@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from bad_inputs import BAD_INPUTS, BASE, ROWS, SECTIONS, BadInput
 from faults import FAULTS
-from samples import HereAlone
 
 from rlswitch.command import cli
 
@@ -23,7 +22,7 @@ TESTS = Path(__file__).parent
 ERROR = "rlswitch: error: "
 LIGHT = [*SECTIONS["The command line"], *SECTIONS["Settings"]]
 """Told by the settings alone."""
-HEAVY = 13
+HEAVY = 40
 """So many answers may wait for torch."""
 
 
@@ -77,9 +76,8 @@ def test_a_bad_input_is_answered_in_its_line(
     given: BadInput, here, tmp_path, tiny_model, monkeypatch, capsys
 ) -> None:
     lay(here, {"rows.jsonl": ROWS, **given.files})
-    monkeypatch.setattr("rlswitch.command.cli.Torchless", HereAlone)
     for target in (
-        "rlswitch.command.cli.prepare",
+        "rlswitch.inputs.prepare",
         "rlswitch.command.sweep.prepare",
         "rlswitch.command.sweep.run_hydra",
     ):
@@ -89,6 +87,7 @@ def test_a_bad_input_is_answered_in_its_line(
     if given.needs_torch:
         monkeypatch.setattr("rlswitch.session.Monitor", forbidden)
     else:
+        monkeypatch.setattr("rlswitch.inputs.tokenize", forbidden)
         monkeypatch.setitem(sys.modules, "rlswitch.loop", SimpleNamespace(train=forbidden))
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     if given.machine:

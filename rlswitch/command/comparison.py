@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from rlswitch.charts import COLORS, Series, standalone_chart
 from rlswitch.records import jsonl as records
 
-if TYPE_CHECKING:
-    from rlswitch.command.sweep import Job
-
 TARGET = 0.8
 """Accuracy whose first time is reported."""
 HEADINGS = ("", "runs", "start", "final", "lowest - highest", f"seconds to {TARGET:g}", "steps to it")
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """How one job of a sweep ended."""
+
+    number: int
+    overrides: list[str]
+    exit_code: int
+    seconds: float
+    directory: str
+    steps: int | None = None
+    reward: float | None = None
+    """The last reward/mean."""
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """The last val/<dataset>/acc of each dataset."""
+
+    def read_metrics(self) -> None:
+        for row in records.read(Path(self.directory, "metrics.jsonl")):
+            self.steps = row["step"]
+            self.reward = row.get("reward/mean", self.reward)
+            self.accuracies |= {k: v for k, v in row.items() if k.startswith("val/") and k.endswith("/acc")}
 
 
 @dataclass(frozen=True, slots=True)

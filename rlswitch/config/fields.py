@@ -9,7 +9,8 @@ Bounds live beside the default, so the check and the documentation cannot drift 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
@@ -42,18 +43,13 @@ def choice(default: str, *others: str) -> Any:
 
 
 def field_problems(node: Any, prefix: str = "") -> Iterator[str]:
-    """One line for every field under `node` that is not finite, out of its bounds or not a choice."""
+    """A line for every field under `node` that is out of its bounds, not finite or not a choice."""
     for item in fields(node):
         value, key = getattr(node, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             yield from field_problems(value, f"{key}.")
-        elif (choices := item.metadata.get("choices")) and value not in choices:
-            yield f"{key} = {value}: not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                yield f"{key} = {value}: must be a finite number"
-                continue
-            yield from _bound_problems(key, value, item.metadata.get("bounds") or {})
+        else:
+            yield from _value_problems(key, value, item.metadata)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -71,9 +67,9 @@ class Leaf:
     annotation: Any
 
     def mismatch(self, value: Any) -> str | None:
-        """What the value must be, if it is not: OmegaConf decides, except that true is not text."""
-        if isinstance(value, str) and "${" in value:
-            return None  # known, and checked, once composed
+        """What type the value must have, if it does not: OmegaConf decides, except that true is not text."""
+        if _is_reference(value):
+            return None
         if self.annotation in (str, str | None) and isinstance(value, bool):
             return "must be text; put it in quotes"
         try:
@@ -81,6 +77,20 @@ class Leaf:
         except OmegaConfBaseException:
             return f"must be {TYPES[self.annotation]}"
         return None
+
+    def problem(self, key: str, value: Any) -> str | None:
+        """The line for a value of the right type that is out of bounds or not a choice."""
+        if _is_reference(value):
+            return None
+        config = OmegaConf.structured(self.owner)
+        config[self.name] = value
+        metadata = next(item.metadata for item in fields(self.owner) if item.name == self.name)
+        return next(_value_problems(key, config[self.name], metadata), None)
+
+
+def _is_reference(value: Any) -> bool:
+    """Whether its value is known, and can be checked, only once composed."""
+    return isinstance(value, str) and "${" in value
 
 
 TYPES = {
@@ -147,13 +157,23 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(candidates)}?" if candidates else ""
 
 
-def _bound_problems(key: str, value: float, bounds: dict[str, float | None]) -> Iterator[str]:
-    checks = {
-        "above": ("greater than", lambda limit: value > limit),
-        "below": ("less than", lambda limit: value < limit),
-        "at_least": ("at least", lambda limit: value >= limit),
-        "at_most": ("at most", lambda limit: value <= limit),
-    }
-    for name, limit in bounds.items():
-        if limit is not None and not checks[name][1](limit):
-            yield f"{key} = {value}: must be {checks[name][0]} {limit:g}"
+def _value_problems(key: str, value: Any, metadata: Mapping[str, Any]) -> Iterator[str]:
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        yield f"{key} = {value}: not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        bounds = metadata.get("bounds", {}) if math.isfinite(value) else {}
+        if not math.isfinite(value):
+            yield f"{key} = {value}: must be a finite number"
+        for name, limit in bounds.items():
+            words, holds = BOUNDS[name]
+            if limit is not None and not holds(value, limit):
+                yield f"{key} = {value}: must be {words} {limit:g}"
+
+
+BOUNDS = {
+    "above": ("greater than", operator.gt),
+    "below": ("less than", operator.lt),
+    "at_least": ("at least", operator.ge),
+    "at_most": ("at most", operator.le),
+}

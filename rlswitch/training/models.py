@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlswitch.config.sections import ModelConfig
-from rlswitch.data.hub import read_config, refuse_longer_than_context, unreadable
+from rlswitch.data.hub import read_config, check_fits_context, unreadable
 from rlswitch.errors import ConfigError
 from rlswitch.run import Run
 from rlswitch.text import first_line
@@ -63,7 +63,7 @@ def outline(
 def refuse_unfit_model(run: Run, path: str) -> None:
     """Raises ConfigError for what could not be built once the engine has started, adapters included."""
     model = outline(run.model, path)
-    refuse_longer_than_context(run, model.config)
+    check_fits_context(run, model.config)
     if run.model.lora_rank:
         lora.add_adapters(model, run.model, path, causal=True)
 
