@@ -1,4 +1,4 @@
-"""Prints a line and exits with 1 for each package whose build does not match torch: importing it would fail."""
+"""Exits with 1, and a line each, for packages whose build does not match torch: importing them would fail."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMPANIONS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def build_of(package: metadata.Distribution) -> str:
-    """`cpu`, `cu13` (of cu130) or nothing. Wheel metadata may leave it out, the package's version.py does not."""
+    """`cpu`, `cu13` (of cu130) or nothing. Wheel metadata may omit it, a package's version.py does not."""
     file = package.locate_file(f"{package.name}/version.py")
     text = file.read_text() if file.is_file() else package.version  # type: ignore[attr-defined]
     found = re.search(r"\+(cpu|cu\d\d)", text)
@@ -19,7 +19,7 @@ def build_of(package: metadata.Distribution) -> str:
 
 
 def problems(path: list[str]) -> list[str]:
-    """A line for each companion that was built for another CUDA than torch, or for CUDA beside a CPU torch."""
+    """A line for each companion built for another CUDA than torch, or for CUDA beside a CPU torch."""
     found = {package.name: package for package in metadata.distributions(path=path)}
     if "torch" not in found:
         return []

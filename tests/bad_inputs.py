@@ -999,8 +999,8 @@ MODEL = [
     bad(
         "a tokenizer of another model",
         "",
-        "model.path = model: its tokenizer has token ... ('...'), but the model embeds only 10 tokens; use the"
-        " tokenizer that belongs to the model",
+        "model.path = model: its tokenizer has token ... ('...'), but the model embeds only 10 tokens; use"
+        " the tokenizer that belongs to the model",
         model={"config.json": {"vocab_size": 10, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}},
         needs_torch=True,
     ),

@@ -73,8 +73,8 @@ def check_environment() -> None:
     problems = []
     if find_spec("vllm") is None:
         problems.append(
-            "vLLM is not installed: nothing could generate; run `make train`, which makes its own environment,"
-            " or `pip install --no-deps -r requirements/cpu.txt` (requirements/cuda.txt on a CUDA device)"
+            "vLLM is not installed: nothing could generate; run `make train`, which creates its own"
+            " environment, or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
         )
     if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":  # accelerate launch, torchrun
         problems.append(

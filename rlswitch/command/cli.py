@@ -26,8 +26,8 @@ from rlswitch.run import Run, register
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 DISK_FULL_ADVICE = "free some space and run the same command again (resume=auto once a checkpoint is saved)"
 REINSTALL = (
-    "torch, transformers and vLLM do not fit together in this environment; run `make train`, which makes its own,"
-    " or `pip install --no-deps -r requirements/cpu.txt` (requirements/cuda.txt on a CUDA device)"
+    "torch, transformers and vLLM do not fit together; run `make train`, which creates its own environment, or"
+    " `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
 )
 
 

@@ -118,8 +118,7 @@ def load_prompts(
     """The stream of training prompts, and the held-out prompts in the order of their rows.
 
     With evaluation.every = 0 no rows are cut off the training split, but rows that a setting names as held
-    out stay so. Logs every set of rows that is left out. Raises ConfigError with everything that is wrong with
-    the tables.
+    out stay so. Logs every set of rows that is left out. Raises ConfigError with all problems of all tables.
     """
     training, *others = gather(partial(_tokenize, table, run, tokenizer, log) for table in tables)
     found, held_out = len(training), []
