@@ -71,8 +71,8 @@ COMMAND_LINE = [
         "algorithm = gropo: there is no such algorithm; did you mean 'grpo'? (available: ...)",
         "engine = lokal: there is no such engine; did you mean 'local'? (available: local, server)",
         "x = 1: unknown setting",
-        "algorithm.gamma = 2.0: must be at most 1",
-        "trainer.lr = -1.0: must be greater than 0",
+        "algorithm.gamma = 2: must be at most 1",
+        "trainer.lr = -1: must be greater than 0",
     ),
     bad(
         "a misspelt key",
@@ -242,7 +242,7 @@ SETTINGS = [
     bad("false for text", "resume=false", "resume = false: must be text; put it in quotes"),
     bad("null for a list", "logger=null", "logger = null: must be a list of text: [a, b], or [] for none"),
     bad("a number for a mapping", "engine.vllm=3", "engine.vllm = 3: must be a mapping: {key: value}"),
-    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1.0: must be greater than 0"),
+    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1: must be greater than 0"),
     bad("a learning rate that is none", "trainer.lr=nan", "trainer.lr = nan: must be a finite number"),
     bad("an infinite one", "trainer.lr=inf", "trainer.lr = inf: must be a finite number"),
     bad("a negative seed", "seed=-1", "seed = -1: must be at least 0"),
@@ -252,7 +252,7 @@ SETTINGS = [
         "rollout.temperature=1e-12",
         "rollout.temperature = 1e-12: must be at least 0.01",
     ),
-    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1.0: must be less than 1"),
+    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1: must be less than 1"),
     bad(
         "more memory than there is",
         "engine.gpu_memory_utilization=1.4",
@@ -261,7 +261,7 @@ SETTINGS = [
     bad(
         "a clip range of nothing",
         "algorithm.ratio_clip_low=0",
-        "algorithm.ratio_clip_low = 0.0: must be greater than 0",
+        "algorithm.ratio_clip_low = 0: must be greater than 0",
     ),
     bad(
         "a dtype that does not exist",

@@ -297,3 +297,50 @@ def test_a_sweep_under_nohup_outlives_its_terminal(swept, tmp_path):
         assert swept(hang_up, "recipe=ppo", "seed=1,2", f"output_dir={tmp_path / 'sweep'}") == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+STAGES = """
+import json, os, sys
+import rlswitch.inputs, rlswitch.loop
+from rlswitch.command import cli
+
+package = os.path.dirname(rlswitch.__file__) + "/"
+called, stack = [], []
+
+def ours(frame):
+    while frame is not None and not frame.f_code.co_filename.startswith(package):
+        frame = frame.f_back
+    return frame and frame.f_code.co_filename.removeprefix(package)
+
+def trace(frame, event, argument):
+    file = frame.f_code.co_filename
+    if event == "call" and file.startswith(package) and ours(frame.f_back) == "command/cli.py":
+        called.append(file.removeprefix(package))
+
+def train(run, inputs, stop_signals):
+    sys.setprofile(None)
+    frame = sys._getframe()
+    while frame := frame.f_back:
+        stack.append(ours(frame))
+    parts = [type(it).__name__ for it in (run, inputs, stop_signals)]
+    print(json.dumps({"called": list(dict.fromkeys(called)), "stack": stack, "parts": parts}))
+
+rlswitch.loop.train = train
+words = "recipe=ppo engine.fork_server=false logger=[]".split()
+sys.setprofile(trace)
+sys.exit(cli.main(words))
+"""
+ASIDE = {"processes/signals.py", "checkpoint/resume.py"}
+"""Asked on the way (has somebody sent a signal, is the run complete?), and no stage of it."""
+
+
+@pytest.mark.processes
+def test_from_the_command_line_to_the_loop_it_is_few_files():
+    done = in_process_of_its_own(program=["-c", STAGES])
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    stages = [file for file in seen["called"] if file not in ASIDE and file != "command/cli.py"]
+    assert stages == ["command/arguments.py", "command/compose.py", "inputs.py"]
+    assert set(seen["stack"]) == {"command/cli.py", None}
+    assert seen["parts"] == ["Run", "Inputs", "StopSignals"]
+    assert len(["train.py", "command/cli.py", *stages, "loop.py"]) <= 6

@@ -38,7 +38,7 @@ NEEDED_BY_PROOF = (
 """Arguments of vLLM without which a push could not be proven."""
 
 
-def run_problems(run: Run) -> Iterator[str]:
+def problems(run: Run) -> Iterator[str]:
     """All of them: single settings first, then what does not go together."""
     yield from field_problems(run)
     yield from run.algorithm.shared_problems(run)

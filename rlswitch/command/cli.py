@@ -25,9 +25,10 @@ from rlswitch.run import Run, register
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 DISK_FULL_ADVICE = "free some space and run the same command again (resume=auto once a checkpoint is saved)"
+PACKAGE = str(Path(__file__).resolve().parents[1])
 REINSTALL = (
-    "torch, transformers and vLLM do not fit together; run `make train`, which creates its own environment, or"
-    " `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
+    "torch, transformers and vLLM do not fit together; run `make train`, which creates its own environment,"
+    " or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
 )
 
 
@@ -122,10 +123,10 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def failed_import(error: BaseException | None) -> bool:
-    """Whether a library raised `error`, or what caused it, while it was being imported."""
+    """Whether a library could not be imported, or raised `error`, or its cause, while it was."""
     while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        if any(frame.name == "<module>" for frame in frames):
+        modules = [it.filename for it in traceback.extract_tb(error.__traceback__) if it.name == "<module>"]
+        if isinstance(error, ImportError) or (modules and not modules[-1].startswith(PACKAGE)):
             return True
         error = error.__cause__
     return False

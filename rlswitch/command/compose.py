@@ -30,7 +30,7 @@ from omegaconf.errors import (
 )
 from yaml import YAMLError
 
-from rlswitch.command.checks import run_problems
+from rlswitch.command.checks import problems
 from rlswitch.config.fields import TYPES, Leaf, did_you_mean, leaves_of, nearest_key
 from rlswitch.errors import ConfigError
 from rlswitch.run import MANDATORY, OPTIONS, Run, register, settings_of
@@ -147,7 +147,7 @@ def compose_run(words: Iterable[str], source: Source) -> Run:
     if unresolved := list(_unresolved_problems(config, leaves)):
         raise ConfigError(*wrong, *unresolved)
     run: Any = OmegaConf.to_object(config)
-    if wrong := [*wrong, *run_problems(run)]:
+    if wrong := [*wrong, *problems(run)]:
         raise ConfigError(*dict.fromkeys(wrong))
     return replace(run, output_dir=run.output_dir or default_output_dir(run, settings))
 
@@ -286,7 +286,7 @@ def _tree_problems(tree: dict[str, Any], prefix: str, leaves: dict[str, Leaf]) -
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in leaves:
-            problem = None if value == "???" else leaves[key].mismatch(value)
+            problem = None if value == "???" else leaves[key].problem(value)
         elif isinstance(value, dict):
             yield from _tree_problems(value, f"{key}.", leaves)
             continue
@@ -319,9 +319,8 @@ def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
         return None if item.is_free else item.line(_unknown(item.key, leaves, added="+" in item.sign))
     if item.sign == "+" and not item.is_free:
         return item.line(f"is a setting already; write {item.key}={item.text}")
-    if mismatch := leaf.mismatch(item.value):
-        return item.line(mismatch)
-    return leaf.problem(item.key, item.value)
+    problem = leaf.problem(item.value)
+    return item.line(problem) if problem else None
 
 
 def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:

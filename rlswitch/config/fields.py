@@ -33,8 +33,7 @@ def number(
     at_most: float | None = None,
 ) -> Any:
     """A numeric field with its bounds; `above` and `below` are strict."""
-    bounds = {"above": above, "below": below, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={"bounds": bounds})
+    return field(default=default, metadata={"bounds": (above, below, at_least, at_most)})
 
 
 def choice(default: str, *others: str) -> Any:
@@ -48,8 +47,8 @@ def field_problems(node: Any, prefix: str = "") -> Iterator[str]:
         value, key = getattr(node, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             yield from field_problems(value, f"{key}.")
-        else:
-            yield from _value_problems(key, value, item.metadata)
+        elif problem := _value_problem(value, item.metadata):
+            yield f"{key} = {value}: {problem}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -65,32 +64,20 @@ class Leaf:
     owner: type
     name: str
     annotation: Any
+    metadata: Mapping[str, Any]
 
-    def mismatch(self, value: Any) -> str | None:
-        """What type the value must have, if it does not: OmegaConf decides, except that true is not text."""
-        if _is_reference(value):
-            return None
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`: its type, which OmegaConf judges (but true is not text), or its bounds."""
+        if isinstance(value, str) and "${" in value:
+            return None  # known, and checked, once composed
         if self.annotation in (str, str | None) and isinstance(value, bool):
             return "must be text; put it in quotes"
+        config = OmegaConf.structured(self.owner)
         try:
-            OmegaConf.structured(self.owner)[self.name] = value
+            config[self.name] = value
         except OmegaConfBaseException:
             return f"must be {TYPES[self.annotation]}"
-        return None
-
-    def problem(self, key: str, value: Any) -> str | None:
-        """The line for a value of the right type that is out of bounds or not a choice."""
-        if _is_reference(value):
-            return None
-        config = OmegaConf.structured(self.owner)
-        config[self.name] = value
-        metadata = next(item.metadata for item in fields(self.owner) if item.name == self.name)
-        return next(_value_problems(key, config[self.name], metadata), None)
-
-
-def _is_reference(value: Any) -> bool:
-    """Whether its value is known, and can be checked, only once composed."""
-    return isinstance(value, str) and "${" in value
+        return _value_problem(config[self.name], self.metadata)
 
 
 TYPES = {
@@ -117,7 +104,7 @@ def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
         if isinstance(annotation, type) and is_dataclass(annotation):
             found |= leaves_of(annotation, f"{key}.")
         else:
-            found[key] = Leaf(owner=owner, name=item.name, annotation=annotation)
+            found[key] = Leaf(owner=owner, name=item.name, annotation=annotation, metadata=item.metadata)
     return found
 
 
@@ -136,10 +123,8 @@ def settings_from_words(owner: type[T], words: Iterable[str]) -> T:
             values[key] = [item for item in text.strip("[]").split(",") if item]
         else:
             values[key] = text if leaf.annotation is str else yaml.safe_load(text)
-        if fault := leaf.mismatch(values[key]):
-            problems.append(f"{word}: {fault}")
-    if not problems:
-        problems = list(field_problems(owner(**values)))
+        if problem := leaf.problem(values[key]):
+            problems.append(f"{key} = {text}: {problem}")
     if problems:
         raise ConfigError(*problems)
     return owner(**values)
@@ -157,23 +142,25 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(candidates)}?" if candidates else ""
 
 
-def _value_problems(key: str, value: Any, metadata: Mapping[str, Any]) -> Iterator[str]:
+def _value_problem(value: Any, metadata: Mapping[str, Any]) -> str | None:
     choices = metadata.get("choices")
     if choices and value not in choices:
-        yield f"{key} = {value}: not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        bounds = metadata.get("bounds", {}) if math.isfinite(value) else {}
-        if not math.isfinite(value):
-            yield f"{key} = {value}: must be a finite number"
-        for name, limit in bounds.items():
-            words, holds = BOUNDS[name]
-            if limit is not None and not holds(value, limit):
-                yield f"{key} = {value}: must be {words} {limit:g}"
+        return f"not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not math.isfinite(value):
+        return "must be a finite number"
+    broken = [
+        f"must be {words} {limit:g}"
+        for (words, holds), limit in zip(BOUNDS, metadata.get("bounds", ()), strict=False)
+        if limit is not None and not holds(value, limit)
+    ]
+    return broken[0] if broken else None
 
 
-BOUNDS = {
-    "above": ("greater than", operator.gt),
-    "below": ("less than", operator.lt),
-    "at_least": ("at least", operator.ge),
-    "at_most": ("at most", operator.le),
-}
+BOUNDS = (
+    ("greater than", operator.gt),
+    ("less than", operator.lt),
+    ("at least", operator.ge),
+    ("at most", operator.le),
+)

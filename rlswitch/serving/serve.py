@@ -15,7 +15,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlswitch.command.checks import address_problems, run_problems
+from rlswitch.command.checks import address_problems, problems
 from rlswitch.config.sections import EngineConfig, ModelConfig, ServerEngineConfig, SwitchConfig
 from rlswitch.data.hub import context_of, load_tokenizer, read_config, resolve_model
 from rlswitch.data.prompts import encode
@@ -119,7 +119,7 @@ def frozen_run(
     if engine.max_model_len is None:
         engine.max_model_len = _context(run.model)
     run.data.max_prompt_tokens = run.rollout.max_new_tokens = 1  # of a training run: not asked here
-    if found := list(run_problems(run)):
+    if found := list(problems(run)):
         raise ConfigError(*found)
     refuse_unfit_engine(run, resolve_model(run.model, print))
     return run
