@@ -276,7 +276,7 @@ SETTINGS = [
     bad(
         "a pattern that is no regular expression",
         "reward.format_pattern='('",
-        "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at position"
+        "reward.format_pattern = (: not a regular expression (missing ), unterminated subpattern at position"
         " 0); set one that a whole completion has to match",
     ),
     bad(
@@ -323,20 +323,19 @@ SETTINGS = [
     bad(
         "micro-batches that no rollout fits into",
         "trainer.micro_batch_tokens=20",
-        "trainer.micro_batch_tokens = 20: one rollout can be 24 tokens long and would never fit; set at"
-        " least 24",
+        "trainer.micro_batch_tokens = 20: a rollout can have 24 tokens and would not fit; set at least 24",
     ),
     bad(
         "an engine too short for a rollout",
         "engine.max_model_len=20",
-        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 would not fit;"
-        " set engine.max_model_len=24 or shorten one of them",
+        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 tokens do not"
+        " fit; set engine.max_model_len=24, or lower one of them",
     ),
     bad(
         "a punishment longer than a completion",
         "reward.overlong_buffer=9",
-        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, every completion would be"
-        " punished; set less",
+        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, so every completion would be"
+        " penalised; set less",
     ),
     bad(
         "a KL target without a reference",
@@ -376,7 +375,7 @@ SETTINGS = [
     bad(
         "a merged checkpoint without adapters",
         "checkpoint.merged=true",
-        "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+        "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
         " model.lora_rank above 0, or checkpoint.merged=false",
     ),
     bad(
@@ -708,18 +707,18 @@ REWARDS = [
     bad(
         "no reward at all",
         "reward.functions=[]",
-        "reward.functions = []: nothing to learn from; name at least one reward function",
+        "reward.functions = []: no reward to learn from; name at least one function",
     ),
     bad(
         "more weights than functions",
         "reward.weights=[1,2]",
-        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one each, or [] for all 1",
+        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one for each, or [] for all 1",
     ),
     bad(
         "a format that asks for nothing",
         "reward.functions=format",
-        "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular expression"
-        " that a whole completion has to match",
+        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a whole"
+        " completion has to match",
     ),
     bad(
         "a misspelt function",

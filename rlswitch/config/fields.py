@@ -3,7 +3,7 @@
     lr: float = number(1e-6, above=0)
     transport: str = choice("auto", "shm", "disk")       # the first one is the default
 
-Bounds live beside the default, so the check and the documentation cannot drift apart.
+Bounds stand beside the default, so the check and the documentation cannot drift apart.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def field_problems(node: Any, prefix: str = "") -> Iterator[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or nothing when none is near."""
+    """`; did you mean 'x'?` for the most similar known word, or nothing."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -67,7 +67,7 @@ class Leaf:
     metadata: Mapping[str, Any]
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with `value`: its type, which OmegaConf judges (but true is not text), or its bounds."""
+        """What is wrong with `value`: its type by OmegaConf's rules (but true is not text), or its bounds."""
         if isinstance(value, str) and "${" in value:
             return None  # known, and checked, once composed
         if self.annotation in (str, str | None) and isinstance(value, bool):
@@ -92,7 +92,7 @@ TYPES = {
     list[float]: "a list of numbers: [1, 0.5], or [] for none",
     dict[str, Any]: "a mapping: {key: value}",
 }
-"""What a user calls each type that a setting can have."""
+"""The types that a setting can have, in words."""
 
 
 def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
@@ -109,14 +109,14 @@ def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
 
 
 def settings_from_words(owner: type[T], words: Iterable[str]) -> T:
-    """`owner` as `key=value` words set it; a list is `a,b`. Raises ConfigError with a line per mistake."""
+    """An `owner` with the values of `key=value` words; a list is `a,b`. Raises ConfigError, one line each."""
     known, problems = leaves_of(owner), list[str]()
     values: dict[str, Any] = {}
     for word in words:
         key, sign, text = word.partition("=")
         if key not in known or not sign:
             what = f"{word}: unknown setting" if sign else f"{word}: expected key=value"
-            problems.append(f"{what}{did_you_mean(key, known)} (there is: {', '.join(known)})")
+            problems.append(f"{what}{did_you_mean(key, known)} (available: {', '.join(known)})")
             continue
         leaf = known[key]
         if leaf.annotation == list[str]:
