@@ -938,24 +938,23 @@ MODEL = [
     bad(
         "weights that were not copied to their end",
         "",
-        "model.path = model: model.safetensors has 60 bytes instead of 72; copy it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={
-            "model.safetensors": (44).to_bytes(8, "little")
-            + b'{"a":{"dtype":"F32","data_offsets":[0,20]}} '
+            "model.safetensors": (56).to_bytes(8, "little")
+            + b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}} '
             + b"x" * 8
         },
     ),
     bad(
         "a pointer of Git LFS for weights",
         "",
-        "model.path = model: model.safetensors is truncated or not safetensors: ...; copy it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"},
     ),
     bad(
         "weights whose header is no JSON",
         "",
-        "model.path = model: model.safetensors cannot be read as safetensors (JSONDecodeError: ...); copy"
-        " it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={"model.safetensors": (2).to_bytes(8, "little") + b"no"},
     ),
     bad(
@@ -976,8 +975,8 @@ MODEL = [
     bad(
         "a model with code of its own",
         "",
-        "model.path = model: its configuration is custom code; set model.trust_remote_code=true to run it, if"
-        " you trust its authors",
+        "model.path = model: its configuration is custom code, which runs only for model.path, with"
+        " model.trust_remote_code=true; set that if you trust its authors",
         model={"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}},
         needs_torch=True,
     ),

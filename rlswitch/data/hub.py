@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from rlswitch.data.builtin import builtin_model, check_builtin
 from rlswitch.data.rows import HUB_ID, nearest_file, reason
 from rlswitch.errors import ConfigError
@@ -19,13 +21,9 @@ if TYPE_CHECKING:  # it takes seconds to import
     from rlswitch.config.sections import ModelConfig
     from rlswitch.run import Run
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit that safetensors sets for the header of a file."""
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 """Without any of these files transformers builds an empty tokenizer: every prompt would have no tokens."""
-MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError)
-"""What reading JSON of the wrong shape raises."""
 
 
 def resolve_model(config: ModelConfig, log: Callable[[str], None], key: str = "model.path") -> str:
@@ -86,22 +84,14 @@ def _from_pretrained(kind: Any, part: str, model: ModelConfig, path: str, key: s
 
 def unreadable(model: ModelConfig, key: str, error: Exception, part: str = "configuration") -> ConfigError:
     """The error for a model whose `part` cannot be loaded."""
-    if "trust_remote_code" not in str(error):
-        kind = "sequence classifier" if key == "reward_model.path" else "causal language model"
-        problem = (
-            f"its {part} cannot be read ({reason(error)}); set a directory with a whole {kind}, or a hub id"
-            " that is cached or reachable"
-        )
-    elif key == "model.path":
-        problem = (
-            f"its {part} is custom code; set model.trust_remote_code=true to run it, if you trust its authors"
-        )
+    if "trust_remote_code" in str(error):
+        problem = "is custom code, which runs only for model.path, with model.trust_remote_code=true"
+        advice = "set that if you trust its authors" if key == "model.path" else "set another model"
     else:
-        problem = (
-            f"its {part} is custom code, which model.trust_remote_code allows for model.path only; set"
-            " another model"
-        )
-    return ConfigError(f"{key} = {model.path}: {problem}")
+        kind = "sequence classifier" if key == "reward_model.path" else "causal language model"
+        problem = f"cannot be read ({reason(error)})"
+        advice = f"set a directory with a whole {kind}, or a hub id that is cached or reachable"
+    return ConfigError(f"{key} = {model.path}: its {part} {problem}; {advice}")
 
 
 def _foreign_token_problem(tokenizer: PreTrainedTokenizerBase, file: Path) -> str:
@@ -170,7 +160,7 @@ def model_directory_problems(directory: Path) -> Iterator[str]:
         json.loads((directory / "config.json").read_text())
         index = directory / "model.safetensors.index.json"
         parts = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except MALFORMED as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         yield f"its JSON files cannot be read ({reason(error)}); copy the model again"
         return
     if not any(path for pattern in TOKENIZERS for path in directory.glob(pattern)):
@@ -183,23 +173,8 @@ def model_directory_problems(directory: Path) -> Iterator[str]:
         only = f", only {pickles[0]}: loading a pickle could run code" if pickles else ""
         yield f"has no *.safetensors{only}; save the model with save_pretrained"
     for file in files:
-        yield from (f"{file.name} {problem}; copy it again" for problem in _weights_problems(file))
-
-
-def _weights_problems(file: Path) -> Iterator[str]:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
-                yield f"is truncated or not safetensors: its header would have {length} of {size} bytes"
-                return
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except MALFORMED as error:
-        yield f"cannot be read as safetensors ({reason(error)})"
-        return
-    if size != expected:
-        yield f"has {size} bytes instead of {expected}"
+        try:
+            with safe_open(file, "np"):  # reads the header, and compares the file's size with it
+                pass
+        except (OSError, SafetensorError) as error:
+            yield f"{file.name} is incomplete or not safetensors ({first_line(error)}); copy it again"
