@@ -167,11 +167,12 @@ COMMAND_LINE = [
         "mine/recipe/keys.yaml: data = x: a section, not a setting; set its keys one by one, ...",
         "mine/recipe/keys.yaml: algorithm.gama = 1: unknown setting; did you mean 'algorithm.gamma'?",
         "mine/recipe/keys.yaml: algorithm.gamma = x: must be a number",
+        "mine/recipe/keys.yaml: num_steps = 0: must be at least 1",
         "seed = -1: must be at least 0",
         files={
             "mine/recipe/keys.yaml": "# @package _global_\ndefaults:\n  - override /algorithm: ppo\n"
             "trainr: {lr: 1}\nswitch: {verify: off}\nlogger: wandb\nengine: local\ndata: x\n"
-            "algorithm: {gama: 1, gamma: x}\n"
+            "algorithm: {gama: 1, gamma: x}\nnum_steps: 0\n"
         },
     ),
     bad(
