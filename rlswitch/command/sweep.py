@@ -7,14 +7,12 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep
@@ -22,18 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from rlswitch.command.arguments import Arguments, check_environment, run_hydra
-from rlswitch.command.comparison import Job, write_comparison
 from rlswitch.command.compose import Setting, Source, compose_run, quoted, read
+from rlswitch.command.jobs import Job, RunJob, run_child
 from rlswitch.errors import ConfigError
-from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, POLITE, PREEMPTED, WRONG_CONFIG
-from rlswitch.processes.fork_server import prepare, start_process
-from rlswitch.processes.signals import handling
+from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG
+from rlswitch.processes.fork_server import prepare
 
 STATUS = {DONE: "done", WRONG_CONFIG: "wrong input", NOT_PROVEN: "not proven", PREEMPTED: "preempted"}
 SWEEP_ROOTS = ("output_dir", "hydra.sweep.dir")
-
-RunJob = Callable[[list[str]], object]
-"""Runs a job, given its words, in the job's own process, and exits that process with the job's exit code."""
 
 
 def sweep(arguments: Arguments, run_job: RunJob) -> int:
@@ -140,30 +134,6 @@ def _run(run_job: RunJob, notes: Path, source: Source) -> float:
     return math.nan if code or job.reward is None else job.reward
 
 
-def run_child(target: RunJob, words: list[str]) -> tuple[int, int]:
-    """The exit code of a process that runs `target(words)`, and the signal that was passed on to it, or 0.
-
-    It writes to the same terminal in its own process group: Ctrl-C reaches it once, through us.
-    """
-    children: list[int] = []
-    received: list[int] = []
-
-    def pass_on(signum: int, _frame: Any) -> None:
-        received.append(signum)
-        for child in children:
-            os.kill(child, signum)
-
-    with handling((signal.SIGINT, *POLITE), pass_on):
-        child = start_process(target, [words])
-        assert child.pid is not None
-        children.append(child.pid)
-        for signum in received:  # one arrived while the child was starting
-            os.kill(child.pid, signum)
-        child.join()
-    code = child.exitcode or 0
-    return (128 - code if code < 0 else code), (received[0] if received else 0)
-
-
 def _print_summary(jobs: Sequence[Job], root: Path) -> None:
     """A table of the jobs without the overrides that all of them share, then one of the means over seeds."""
     shared = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
@@ -184,6 +154,8 @@ def _print_summary(jobs: Sequence[Job], root: Path) -> None:
     # Without a terminal rich assumes 80 columns and would break the overrides apart.
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     console.print(table)
+    from rlswitch.command.comparison import write_comparison  # imports pandas
+
     if comparison := write_comparison(jobs, root):
         console.print(comparison)
         console.print(f"compared in {root}/comparison.md and comparison.svg")
