@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from samples import tiny_config
+from transformers import Qwen3ForCausalLM
 
 from rlswitch.command import cli
 from rlswitch.config.sections import ModelConfig
@@ -146,15 +147,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
     """The difference of two depths leaves embedding, head and loss out of the comparison."""
 
     def saved(layers: int) -> int:
-        config = Qwen3Config(
-            vocab_size=16,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=64,
-        )
+        config = tiny_config(hidden_size=128, intermediate_size=384, num_hidden_layers=layers, head_dim=64)
         model = Qwen3ForCausalLM(config).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
