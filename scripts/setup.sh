@@ -188,7 +188,7 @@ install_base() {
     install "the $(grep -c '==' "$lock") packages of $lock" --no-deps --requirement "$lock"
     install "rlswitch" --no-deps --no-build-isolation --editable .
     say "checking that torch, transformers and vLLM import"
-    "$py" -P rlswitch/command/environment.py >&2 || die "the packages in .venv are not compatible"
+    "$py" -P scripts/check_environment.py >&2 || die "the packages in .venv are not compatible"
     logged "$py" -P -c 'import torch, transformers, vllm
 print(*(f"{it.__name__} {it.__version__}" for it in (torch, transformers, vllm)), sep=", ")' ||
         die "the import failed: $(reason); the log is $log; delete .venv and run again"

@@ -44,7 +44,7 @@ class BadInput:
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
     """Patches that imitate another machine."""
     needs_torch: bool = False
-    """Whether only torch, transformers' models or vLLM can detect it, so that they are imported first."""
+    """Whether it takes the tokenizer, the model or vLLM to tell: the answer waits until torch is imported."""
 
 
 def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
@@ -55,8 +55,8 @@ def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
 
 TWO_SECTIONS = "unknown setting; did you mean 'checkpoint.every' or 'evaluation.every'?"
 NO_VARIABLE = "environment variable NOPE is not set; set it, or use ${oc.env:NOPE,DEFAULT}"
-SEVERAL = "several values; add -m to try each, or put the value in quotes if it is one"
-NO_NEW_KEY = "unknown setting ('+' makes new keys under engine.vllm and trainer.lr_schedule_kwargs only)"
+SEVERAL = "several values; add -m to try each, or quote the value if it is one"
+NO_NEW_KEY = "unknown setting ('+' adds keys only under engine.vllm and trainer.lr_schedule_kwargs)"
 HEADER = "must start with '# @package _global_' and map keys to values"
 
 COMMAND_LINE = [
@@ -71,7 +71,8 @@ COMMAND_LINE = [
         "algorithm = gropo: there is no such algorithm; did you mean 'grpo'? (available: ...)",
         "engine = lokal: there is no such engine; did you mean 'local'? (available: local, server)",
         "x = 1: unknown setting",
-        "trainer.lr = -1.0: must be greater than 0",
+        "algorithm.gamma = 2: must be at most 1",
+        "trainer.lr = -1: must be greater than 0",
     ),
     bad(
         "a misspelt key",
@@ -110,7 +111,7 @@ COMMAND_LINE = [
     bad(
         "a value that cannot be read",
         "x={",
-        "'x={': cannot be read as key=value; quotes make any value readable: x='{'",
+        "'x={': cannot be parsed as key=value; put the value in quotes: x='{'",
     ),
     bad("several values without -m", "seed=1,2", f"seed = 1,2: {SEVERAL}"),
     bad(
@@ -166,11 +167,12 @@ COMMAND_LINE = [
         "mine/recipe/keys.yaml: data = x: a section, not a setting; set its keys one by one, ...",
         "mine/recipe/keys.yaml: algorithm.gama = 1: unknown setting; did you mean 'algorithm.gamma'?",
         "mine/recipe/keys.yaml: algorithm.gamma = x: must be a number",
+        "mine/recipe/keys.yaml: num_steps = 0: must be at least 1",
         "seed = -1: must be at least 0",
         files={
             "mine/recipe/keys.yaml": "# @package _global_\ndefaults:\n  - override /algorithm: ppo\n"
             "trainr: {lr: 1}\nswitch: {verify: off}\nlogger: wandb\nengine: local\ndata: x\n"
-            "algorithm: {gama: 1, gamma: x}\n"
+            "algorithm: {gama: 1, gamma: x}\nnum_steps: 0\n"
         },
     ),
     bad(
@@ -213,12 +215,12 @@ COMMAND_LINE = [
     bad(
         "a sweep over directories",
         "-m recipe=ppo output_dir=a,b",
-        "output_dir = a,b: a sweep has one directory, its jobs are numbered in it; give one",
+        "output_dir = a,b: a sweep has one directory with a numbered one for each job; give one",
     ),
     bad(
         "a sweep over an interval without a sampler",
         "-m trainer.lr=interval(1e-6,1e-5)",
-        "trainer.lr = interval(1e-6,1e-5): only a sweeper that samples can use an interval, ...",
+        "trainer.lr = interval(1e-6,1e-5): only a sampling sweeper takes an interval, ...",
     ),
     bad(
         "a launcher that is not installed",
@@ -241,7 +243,7 @@ SETTINGS = [
     bad("false for text", "resume=false", "resume = false: must be text; put it in quotes"),
     bad("null for a list", "logger=null", "logger = null: must be a list of text: [a, b], or [] for none"),
     bad("a number for a mapping", "engine.vllm=3", "engine.vllm = 3: must be a mapping: {key: value}"),
-    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1.0: must be greater than 0"),
+    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1: must be greater than 0"),
     bad("a learning rate that is none", "trainer.lr=nan", "trainer.lr = nan: must be a finite number"),
     bad("an infinite one", "trainer.lr=inf", "trainer.lr = inf: must be a finite number"),
     bad("a negative seed", "seed=-1", "seed = -1: must be at least 0"),
@@ -251,7 +253,7 @@ SETTINGS = [
         "rollout.temperature=1e-12",
         "rollout.temperature = 1e-12: must be at least 0.01",
     ),
-    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1.0: must be less than 1"),
+    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1: must be less than 1"),
     bad(
         "more memory than the device has",
         "engine.gpu_memory_utilization=1.4",
@@ -260,7 +262,7 @@ SETTINGS = [
     bad(
         "an empty clip range",
         "algorithm.ratio_clip_low=0",
-        "algorithm.ratio_clip_low = 0.0: must be greater than 0",
+        "algorithm.ratio_clip_low = 0: must be greater than 0",
     ),
     bad(
         "a dtype that does not exist",
@@ -275,7 +277,7 @@ SETTINGS = [
     bad(
         "a pattern that is not a regular expression",
         "reward.format_pattern='('",
-        "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at position"
+        "reward.format_pattern = (: not a regular expression (missing ), unterminated subpattern at position"
         " 0); set one that a whole completion has to match",
     ),
     bad(
@@ -322,20 +324,19 @@ SETTINGS = [
     bad(
         "micro-batches smaller than a rollout",
         "trainer.micro_batch_tokens=20",
-        "trainer.micro_batch_tokens = 20: one rollout can be 24 tokens long and would never fit; set at"
-        " least 24",
+        "trainer.micro_batch_tokens = 20: a rollout can have 24 tokens and would not fit; set at least 24",
     ),
     bad(
         "an engine too short for a rollout",
         "engine.max_model_len=20",
-        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 would not fit;"
-        " set engine.max_model_len=24 or shorten one of them",
+        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 tokens do not"
+        " fit; set engine.max_model_len=24, or lower one of them",
     ),
     bad(
         "an overlong buffer longer than a completion",
         "reward.overlong_buffer=9",
-        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, every completion would be"
-        " punished; set less",
+        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, so every completion would be"
+        " penalised; set less",
     ),
     bad(
         "a KL target without a reference",
@@ -375,7 +376,7 @@ SETTINGS = [
     bad(
         "a merged checkpoint without adapters",
         "checkpoint.merged=true",
-        "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+        "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
         " model.lora_rank above 0, or checkpoint.merged=false",
     ),
     bad(
@@ -447,7 +448,7 @@ SETTINGS = [
 # ---- data
 
 KEY = "data.prompt_key = prompt: "
-ROW = '{"prompt": "1+1="}'
+ROW = '{"prompt": "1+1=", "answer": "2"}'
 
 
 def row(about: str, text: str, says: str, **given: Any) -> BadInput:
@@ -477,7 +478,7 @@ DATA = [
     bad(
         "a built-in task that does not exist",
         "data=builtin:adition",
-        "data.path = builtin:adition: no such built-in task (there is addition); did you mean 'addition'?",
+        "data.path = builtin:adition: no such built-in task (available: addition); did you mean 'addition'?",
     ),
     bad(
         "a file of an unknown type",
@@ -494,25 +495,25 @@ DATA = [
     bad(
         "an empty file",
         "",
-        "data.path = rows.jsonl: has 0 rows; give at least one",
+        "data.path = rows.jsonl: has no rows; give at least one",
         files={"rows.jsonl": ""},
     ),
     bad(
         "a header without rows",
         "data=rows.csv",
-        "data.path = rows.csv: has 0 rows; give at least one",
+        "data.path = rows.csv: has no rows; give at least one",
         files={"rows.csv": "prompt,answer\n"},
     ),
     bad(
         "an empty directory",
         "data=empty",
-        "data.path = empty: cannot load it (EmptyDatasetError: ...)",
+        "data.path = empty: cannot be loaded (EmptyDatasetError: ...)",
         files={"empty/.keep": ""},
     ),
     bad(
         "a broken parquet file",
         "data=rows.parquet",
-        "data.path = rows.parquet: cannot load it (ArrowInvalid: ...)",
+        "data.path = rows.parquet: cannot be loaded (ArrowInvalid: ...)",
         files={"rows.parquet": "not parquet"},
     ),
     bad(
@@ -553,20 +554,23 @@ DATA = [
     bad(
         "held-out rows that are the training rows",
         "data.eval_path=rows.jsonl data.eval_rows=20",
-        "rollout.num_prompts = 2: rows.jsonl leaves only 0 of 20 prompts to train on, the others being held"
+        "rollout.num_prompts = 2: rows.jsonl has only 0 of 20 prompts left to train on, the others are held"
         " out; set fewer, or give more rows",
+        needs_torch=True,
     ),
     bad(
         "as many held-out rows as there are",
         "data.eval_rows=20",
         "data.eval_rows = 20: rows.jsonl has 20 prompts, so none would be left to train on; set"
         " data.eval_rows=2, or name held-out rows with data.eval_path or data.eval_split",
+        needs_torch=True,
     ),
     bad(
         "fewer rows than a step has prompts",
         "rollout.num_prompts=20",
-        "rollout.num_prompts = 20: rows.jsonl leaves only 18 of 20 prompts to train on, the others being held"
+        "rollout.num_prompts = 20: rows.jsonl has only 18 of 20 prompts left to train on, the others are held"
         " out; set fewer, or give more rows",
+        needs_torch=True,
     ),
     bad(
         "a misspelt column",
@@ -681,12 +685,14 @@ DATA = [
         "data.max_prompt_tokens = 5: 1 of 3 prompts of rows.jsonl are longer (the longest has 8 tokens:"
         " rows.jsonl:2); set data.max_prompt_tokens=8 or data.overlong=drop",
         files={"rows.jsonl": lines(ROW, {"prompt": "123+45="}, ROW)},
+        needs_torch=True,
     ),
     bad(
         "prompts that are all too long",
         "data.max_prompt_tokens=1 data.overlong=drop",
         "data.max_prompt_tokens = 1: 20 of 20 prompts of rows.jsonl are longer (the longest has 6 tokens:"
         " rows.jsonl:11); set data.max_prompt_tokens=6",
+        needs_torch=True,
     ),
     bad(
         "a column named like an argument of reward functions",
@@ -702,18 +708,18 @@ REWARDS = [
     bad(
         "no reward at all",
         "reward.functions=[]",
-        "reward.functions = []: nothing to learn from; name at least one reward function",
+        "reward.functions = []: no reward to learn from; name at least one function",
     ),
     bad(
         "more weights than functions",
         "reward.weights=[1,2]",
-        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one each, or [] for all 1",
+        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one for each, or [] for all 1",
     ),
     bad(
         "a format reward without a pattern",
         "reward.functions=format",
-        "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular expression"
-        " that a whole completion has to match",
+        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a whole"
+        " completion has to match",
     ),
     bad(
         "a misspelt function",
@@ -733,14 +739,14 @@ REWARDS = [
         "reward.functions=[judge,reward_model] judge.path=./modle reward_model.path=rows.jsonl",
         "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
         " 'model'?",
-        "reward_model.path = rows.jsonl: is a file; set the directory that it lies in",
+        "reward_model.path = rows.jsonl: is a file; set the directory it lies in",
     ),
     bad(
         "unknown built-in judge and reward model",
         "reward.functions=[judge,reward_model] judge.path=builtin:adition-judge reward_model.path=builtin:x",
-        "judge.path = builtin:adition-judge: no such built-in model (there is addition, addition-judge,"
+        "judge.path = builtin:adition-judge: no such built-in model (available: addition, addition-judge,"
         " addition-reward-model); did you mean 'addition-judge'?",
-        "reward_model.path = builtin:x: no such built-in model (there is addition, addition-judge,"
+        "reward_model.path = builtin:x: no such built-in model (available: addition, addition-judge,"
         " addition-reward-model)",
     ),
     bad(
@@ -754,6 +760,7 @@ REWARDS = [
         "reward.functions=reward_model reward_model.path=model",
         "reward_model.path = model: is no sequence classifier (Qwen3ForCausalLM): its scores would be made"
         " up; set a model that was saved by AutoModelForSequenceClassification with num_labels=1",
+        needs_torch=True,
     ),
     bad(
         "a reward model of several labels",
@@ -765,12 +772,14 @@ REWARDS = [
                 "id2label": {"0": "a", "1": "b", "2": "c"},
             }
         },
+        needs_torch=True,
     ),
     bad(
         "a judge prompt with an unknown column",
         "reward.functions=judge judge.path=model judge.prompt='{completion}{anser}'",
         "judge.prompt: {anser} is no column of the dataset, so it could not be filled in; there is prompt,"
         " completion, answer; did you mean 'answer'?",
+        needs_torch=True,
     ),
     bad(
         "prompts longer than the judge's context",
@@ -778,6 +787,7 @@ REWARDS = [
         "judge.path = model: its context is 64 tokens, a question is up to 6, a completion"
         " rollout.max_new_tokens 8, a reply judge.max_new_tokens 60: 74 would not fit; shorten one of them,"
         " or set another judge",
+        needs_torch=True,
     ),
     bad(
         "a file without a function",
@@ -875,19 +885,19 @@ MODEL = [
     bad(
         "a hub model that is not cached, offline",
         "model=no-such/model",
-        "model.path = no-such/model: is no directory, and the hub does not give it: ...; set a directory with"
+        "model.path = no-such/model: not a directory, and downloading it failed: ...; set a directory with"
         " config.json and *.safetensors, or a hub id that is cached or reachable",
     ),
     bad(
         "a built-in model that does not exist",
         "model=builtin:adition",
-        "model.path = builtin:adition: no such built-in model (there is addition, addition-judge,"
+        "model.path = builtin:adition: no such built-in model (available: addition, addition-judge,"
         " addition-reward-model); did you mean 'addition'?",
     ),
     bad(
         "a file instead of a directory",
         "model=model/config.json",
-        "model.path = model/config.json: is a file; set the directory that it lies in",
+        "model.path = model/config.json: is a file; set the directory it lies in",
     ),
     bad(
         "a directory without a configuration",
@@ -916,8 +926,8 @@ MODEL = [
     bad(
         "pickled weights",
         "",
-        "model.path = model: has no *.safetensors but pytorch_model.bin, a pickle, which could run code while"
-        " it loads; save the model with save_pretrained",
+        "model.path = model: has no *.safetensors, only pytorch_model.bin: loading a pickle could run code;"
+        " save the model with save_pretrained",
         model={"model.safetensors": None, "pytorch_model.bin": "x"},
     ),
     bad(
@@ -929,45 +939,47 @@ MODEL = [
     bad(
         "weights that were copied incompletely",
         "",
-        "model.path = model: model.safetensors has 60 bytes instead of 72; copy it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={
-            "model.safetensors": (44).to_bytes(8, "little")
-            + b'{"a":{"dtype":"F32","data_offsets":[0,20]}} '
+            "model.safetensors": (56).to_bytes(8, "little")
+            + b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}} '
             + b"x" * 8
         },
     ),
     bad(
         "a Git LFS pointer instead of weights",
         "",
-        "model.path = model: model.safetensors is no safetensors file, or cut off: ...; copy it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"},
     ),
     bad(
         "weights whose header is not JSON",
         "",
-        "model.path = model: model.safetensors cannot be read as safetensors (JSONDecodeError: ...); copy"
-        " it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={"model.safetensors": (2).to_bytes(8, "little") + b"no"},
     ),
     bad(
         "an architecture that transformers does not know",
         "",
-        "model.path = model: its configuration cannot be read: ...",
+        "model.path = model: its configuration cannot be read (...); set a directory with a whole causal"
+        " language model, or a hub id that is cached or reachable",
         model={"config.json": {"model_type": "mine"}},
+        needs_torch=True,
     ),
     bad(
         "a model that generates no text",
         "",
-        "model.path = model: is a model of the type vit, which generates no text; set a causal language"
-        " model",
+        "model.path = model: models of type vit do not generate text; set a causal language model",
         model={"config.json": '{"model_type": "vit"}'},
+        needs_torch=True,
     ),
     bad(
         "a model with custom code",
         "",
-        "model.path = model: is custom code; set model.trust_remote_code=true to run it, if you trust its"
-        " authors",
+        "model.path = model: its configuration is custom code, which runs only for model.path, with"
+        " model.trust_remote_code=true; set that if you trust its authors",
         model={"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}},
+        needs_torch=True,
     ),
     bad(
         "no tokenizer",
@@ -981,37 +993,43 @@ MODEL = [
         "model.path = model: its tokenizer has no end-of-sequence token, so no completion would ever end; set"
         " eos_token in its tokenizer_config.json",
         model={"tokenizer_config.json": {"eos_token": None}},
+        needs_torch=True,
     ),
     bad(
         "a tokenizer of another model",
         "",
-        "model.path = model: its tokenizer makes token ... of '...', and the model embeds 10 only: it would"
-        " be out of range; set a model with a tokenizer of its own",
+        "model.path = model: its tokenizer has token ... ('...'), but the model embeds only 10 tokens; use"
+        " the tokenizer that belongs to the model",
         model={"config.json": {"vocab_size": 10, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}},
+        needs_torch=True,
     ),
     bad(
         "rollouts longer than the model's context",
         "rollout.max_new_tokens=100",
-        "rollout.max_new_tokens = 100: with data.max_prompt_tokens 16 it comes to 116 tokens, the context of"
-        " model is 64; set them so that they fit together",
+        "rollout.max_new_tokens = 100: plus data.max_prompt_tokens 16 is 116 tokens, but the context of model"
+        " is 64; lower one of them",
+        needs_torch=True,
     ),
     row(
         "chat messages for a model without a chat template",
         CHAT,
         f"{KEY}holds chat messages, but the tokenizer of model has no chat template; set model.path to an"
         " instruct model, or give a column of strings",
+        needs_torch=True,
     ),
     row(
         "a chat template that fails",
         CHAT,
         f"{KEY}rows.jsonl:2 makes the chat template fail (TemplateError: no system)",
         model={"chat_template.jinja": "{{ raise_exception('no system') }}"},
+        needs_torch=True,
     ),
     row(
         "a prompt without tokens",
         '{"prompt": ""}',
         f"{KEY}rows.jsonl:2 is empty: it has no tokens",
         model={"tokenizer.json": {"post_processor": None}},
+        needs_torch=True,
     ),
     bad(
         "adapters for layers that do not exist",
@@ -1065,7 +1083,7 @@ MODEL = [
 
 def no_vllm(patch: pytest.MonkeyPatch) -> None:
     """vLLM is not installed"""
-    patch.setattr("rlswitch.command.environment._has_vllm", lambda where: False)
+    patch.setattr("rlswitch.command.arguments.find_spec", lambda name: None)
 
 
 def old_vllm(patch: pytest.MonkeyPatch) -> None:
@@ -1131,7 +1149,7 @@ MACHINE = [
     bad(
         "several processes for one run",
         "",
-        "WORLD_SIZE = 2: a run trains in one process, 2 of them would write the same files; start it with"
+        "WORLD_SIZE = 2: a run trains in one process, 2 would overwrite each other's files; start it with"
         " `python train.py`, and unset WORLD_SIZE",
         machine=launched_twice,
     ),

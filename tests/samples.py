@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rlswitch.types import Group, Prompt, Rollout
-
-
-class HereAlone:
-    """Stands for rlswitch.command.torchless.Torchless and has no process: the question is answered here."""
-
-    ask = functools.partial
-
-    def close(self) -> None:
-        pass
 
 
 def eventually(condition: Callable[[], object], seconds: float = 120.0) -> bool:

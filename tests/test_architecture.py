@@ -54,7 +54,7 @@ ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
 LIGHT = (
     *("run", "inputs", "types", "errors", "text", "config.fields", "config.sections", "command.cli"),
-    *("command.compose", "command.arguments", "command.sweep", "command.environment", "command.torchless"),
+    *("command.compose", "command.arguments", "command.sweep"),
     *("data.prompts", "data.hub", "rewards.models.checks", "rewards.scorer", "recipes.addition.task"),
 )
 

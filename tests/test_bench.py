@@ -44,7 +44,7 @@ def test_words_become_settings() -> None:
     [
         (["cycle=3"], ["cycle=3: unknown setting; did you mean 'cycles'?"]),
         (["fast"], ["fast: expected key=value"]),
-        (["cycles=ten", "x=1"], ["cycles=ten: must be a whole number", "x=1: unknown setting"]),
+        (["cycles=ten", "x=1"], ["cycles = ten: must be a whole number", "x=1: unknown setting"]),
         (["cycles=0"], ["cycles = 0: must be at least 1"]),
         (["dtype=float33"], ["dtype = float33: not one of auto, float32"]),
     ],

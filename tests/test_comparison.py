@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from rlswitch.command.comparison import cells, mean_curve, read_points, write_comparison
-from rlswitch.command.sweep import Job
+from rlswitch.command.jobs import Job
 
 ACC = "val/addition/acc"
 

@@ -14,6 +14,7 @@ import pytest
 from bad_inputs import BAD_INPUTS, BASE, ROWS, SECTIONS, BadInput
 from faults import FAULTS
 
+from rlswitch import inputs
 from rlswitch.command import cli
 
 TESTS = Path(__file__).parent
@@ -73,8 +74,8 @@ def test_a_bad_input_is_answered_in_its_line(
 ) -> None:
     lay(here, {"rows.jsonl": ROWS, **given.files})
     reached: list[object] = []
-    work = cli.work
-    monkeypatch.setattr(cli, "work", lambda *parts: reached.append(parts) or work(*parts))
+    tokenize = inputs.tokenize  # where torch is imported
+    monkeypatch.setattr(inputs, "tokenize", lambda *parts: reached.append(parts) or tokenize(*parts))
     # Nothing else is replaced on the way: these two are the first that a run does for good.
     monkeypatch.setattr("rlswitch.session.Monitor", forbidden)
     monkeypatch.setattr("rlswitch.command.sweep.run_hydra", forbidden)

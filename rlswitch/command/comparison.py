@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
+from rlswitch.command.jobs import Job
 from rlswitch.records.jsonl import read
 from rlswitch.report.figures import lines, svg
-
-if TYPE_CHECKING:
-    from rlswitch.command.sweep import Job
 
 TARGET = 0.8
 """Accuracy whose first time is reported."""

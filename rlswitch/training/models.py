@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from rlswitch.config.sections import ModelConfig
-from rlswitch.data.hub import read_config, refuse_longer_than_context, unreadable
+from rlswitch.data.hub import check_fits_context, read_config, unreadable
 from rlswitch.errors import ConfigError
 from rlswitch.run import Run
 from rlswitch.text import first_line
@@ -60,7 +60,7 @@ def outline(
 def check_model(run: Run, path: str) -> None:
     """Raises ConfigError if the trainer could not build the model, adapters included."""
     model = outline(run.model, path)
-    refuse_longer_than_context(run, model.config)
+    check_fits_context(run, model.config)
     if run.model.lora_rank:
         lora.add_adapters(model, run.model, path, causal=True)
 

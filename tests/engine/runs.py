@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from rlswitch.command.sweep import run_job
+from rlswitch.command.cli import run_job
 from rlswitch.processes.fork_server import start_process
 
 
