@@ -17,9 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from rlswitch.checkpoint import checkpoint, resume
-from rlswitch.checkpoint.lock import only_run_in
 from rlswitch.checkpoint.resume import Start
-from rlswitch.checkpoint.room import checkpoint_size, refuse_full_disk, room_needed
+from rlswitch.checkpoint.run_directory import check_disk_space, checkpoint_size, only_run_in, room_needed
 from rlswitch.data.hub import load_tokenizer, resolve_model
 from rlswitch.engines.engine import Engine, Revival
 from rlswitch.engines.start import refuse_unfit_engine, start_backend
@@ -40,9 +39,9 @@ from rlswitch.session import Session
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
-from rlswitch.training.models import refuse_unfit_model
+from rlswitch.training.models import check_model
 from rlswitch.training.publish import Publisher, choose_directory
-from rlswitch.training.schedule import refuse_unfit_schedule
+from rlswitch.training.schedule import check_schedule
 from rlswitch.training.trainer import Trainer
 
 
@@ -96,7 +95,7 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
     run = replace(run, switch=replace(run.switch, level=level_of(run)))  # auto: decided here
     claimed = claim(run, models, stack)
     inputs.prompts.seek(claimed.start.state.cursor)
-    inputs.scorer.log = claimed.monitor.say
+    inputs.scorer.log = claimed.monitor.log_line
     tenants = start_tenants(run, models, claimed, stack)
     trainer = start_trainer(run, inputs, models, claimed, tenants)
     gc.collect()
@@ -115,16 +114,23 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
         tokenizer=models.tokenizer,
         output_dir=claimed.output_dir,
         stop_signals=stop_signals,
-        health=Health(claimed.output_dir, claimed.start, claimed.monitor.say),
+        health=Health(
+            claimed.output_dir,
+            claimed.monitor.log_line,
+            lambda: next(resume.valid_checkpoints(claimed.output_dir / "checkpoints"), None),
+            claimed.start.kept,
+            claimed.start.state.skipped_in_a_row,
+            claimed.start.state.flat_in_a_row,
+        ),
         saved_step=claimed.start.kept,
     )
 
 
 def inspect_models(run: Run, inputs: Inputs, log: Callable[[str], None]) -> Models:
     """Makes or downloads the models. Raises ConfigError for what could not be built or started later."""
-    refuse_unfit_schedule(run)
+    check_schedule(run)
     path = resolve_model(replace(run.model, path=inputs.model_path), log)
-    refuse_unfit_model(run, path)
+    check_model(run, path)
     tokenizer = load_tokenizer(run.model, path)
     tenants = prepare_tenants(run, [*inputs.first, *inputs.held_out], tokenizer, log)
     refuse_unfit_engine(run, path)
@@ -150,7 +156,7 @@ def claim(run: Run, models: Models, stack: ExitStack) -> Claim:
     kept = len(resume.steps_in(output_dir / "checkpoints"))
     pushed_here = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
     pushes = 2 * nbytes if pushed_here else 0
-    refuse_full_disk(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
+    check_disk_space(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
     resume.give_up(start.given_up)  # checkpoints after the one it resumes from
     monitor = stack.enter_context(Monitor(run, output_dir, start.kept, start.state.wandb_id))
     ledger = Ledger(device, output_dir, start.kept, start.state.step)
@@ -166,7 +172,7 @@ def claim(run: Run, models: Models, stack: ExitStack) -> Claim:
 def start_tenants(run: Run, models: Models, claimed: Claim, stack: ExitStack) -> Tenants:
     """Starts the rollout engine and the models among the rewards, one by one; `stack` closes them."""
     ledger, device, scratch = claimed.ledger, claimed.ledger.device, claimed.publisher.root
-    log = claimed.monitor.say
+    log = claimed.monitor.log_line
     claimed.monitor.phase("engine start")
     engine = start_engine(run, models, ledger, claimed.output_dir, scratch, log)
     stack.callback(engine.close)
@@ -222,7 +228,7 @@ def start_tenant(
 
 def start_trainer(run: Run, inputs: Inputs, models: Models, claimed: Claim, tenants: Tenants) -> Trainer:
     """The trainer, which gets the device, restored from the checkpoint that the run resumes from."""
-    start, device, log = claimed.start, claimed.ledger.device, claimed.monitor.say
+    start, device, log = claimed.start, claimed.ledger.device, claimed.monitor.log_line
     claimed.monitor.phase("trainer start")
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
@@ -234,7 +240,6 @@ def start_trainer(run: Run, inputs: Inputs, models: Models, claimed: Claim, tena
         models.path,
         getattr(torch, engine_dtype(run.model.dtype, device)),
         models.tokenizer.pad_token_id,
-        device,
         claimed.ledger,
         claimed.publisher,
         canary,

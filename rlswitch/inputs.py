@@ -1,202 +1,123 @@
-"""What a run is given, read and refused before torch is imported: files, addresses, prompts and rewards.
+"""Reads and checks what a run is given before anything is started: files, rewards, prompts.
 
-What only the model itself can tell is left to session.py.
+What needs the model itself is left to session.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
-from rlswitch.command.torchless import Torchless
 from rlswitch.config.sections import ServerEngineConfig
-from rlswitch.data.builtin import refuse_unknown_task, task_of
+from rlswitch.data.builtin import task_of
 from rlswitch.data.hub import (
+    check_fits_context,
+    check_is_causal_lm,
+    check_model_path,
     load_tokenizer,
     read_config,
-    refuse_longer_than_context,
-    refuse_mute,
     resolve_model,
 )
-from rlswitch.data.prompts import Prompts, load_prompts, read_tables, refuse_bad_rows, sources_of
-from rlswitch.data.rows import HUB_ID, Source, Table, nearest_file, read, reason, refuse_missing
+from rlswitch.data.prompts import Prompts, load_prompts, read_table, read_tables, sources_of
+from rlswitch.data.rows import Source, Table, check_source, gather
 from rlswitch.engines.vllm.address import free_port
 from rlswitch.errors import ConfigError
-from rlswitch.records.monitor import tracker_problems
+from rlswitch.processes.fork_server import prepare
+from rlswitch.records.trackers import tracker_problems
 from rlswitch.rewards.models.tenant import check_tenants
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.workers.resolve import check_exists
 from rlswitch.run import Run
 from rlswitch.types import Prompt
 
-FIRST = 8
-"""So many training prompts are looked at before the first step."""
-
-GLANCE_BYTES = 1 << 26
-"""A larger file of rows is read once, by open_inputs: reading it twice would take seconds."""
-HEADER_BYTES = 100_000_000
-"""What safetensors allows for the header of a file."""
-PICKLES = ("*.bin", "*.pt", "*.pth")
-TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
-"""Without any of them transformers makes an empty one, to which every prompt is empty."""
+NUM_FIRST = 8
+MAX_BYTES = 1 << 26
+"""check_inputs skips larger files: open_inputs reads them anyway, and twice would take seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inputs:
-    """What was read before anything is started."""
+    """What is read before anything is started."""
 
     model_path: str
-    """run.model.path, downloaded where it is a hub id; a built-in model has yet to be made."""
+    """run.model.path, downloaded if it is a hub id; a built-in model is made later."""
     prompts: Prompts
     held_out: list[Prompt]
     first: list[Prompt]
-    """A look at the training prompts."""
+    """A few training prompts to check and measure with."""
     scorer: Scorer
 
 
+def check_inputs(run: Run) -> None:
+    """Raises ConfigError with every mistake that files, names and addresses show; imports no torch."""
+    checks: list[Callable[[], object]] = [partial(check_model_path, *model) for model in _models_of(run)]
+    checks += [partial(_check_rows, source, run.data.prompt_key) for source in sources_of(run)]
+    checks += [partial(check_exists, entry) for entry in run.reward.functions]
+    checks.append(partial(_check_trackers, run.logger))
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.is_started_here:
+        checks.append(partial(free_port, run.engine.listen))
+    gather(checks)
+
+
 @contextmanager
-def open_inputs(run: Run, torchless: Torchless, say: Callable[[str], None]) -> Iterator[Inputs]:
-    """Rewards, prompts and the model's directory. Raises ConfigError; leaves nothing behind but caches."""
-    with ExitStack() as stack:
-        yield read_inputs(run, torchless, say, stack)
+def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
+    """Reads rows and starts the rewards, then imports torch for the tokenizer. Raises ConfigError.
 
-
-def read_inputs(run: Run, torchless: Torchless, say: Callable[[str], None], stack: ExitStack) -> Inputs:
-    """Rows while the other process imports, then prompts; `stack` closes the rewards."""
+    Leaves nothing behind but caches.
+    """
     tables = read_tables(run)
-    model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, say)
-    answer = torchless.ask(tokenize, run, tables, model_path, say)
-    scorer = build_scorer(run)
-    stack.callback(scorer.close)
-    prompts, held_out, first = answer()
-    scorer.check_columns(first)
-    if held_out and run.evaluation.every:  # they may lack a column that the others have
-        scorer.check_columns(held_out)
-    return Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+    model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, log)
+    step_size = run.rollout.num_prompts * run.rollout.group_size
+    scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
+    try:
+        for table in tables if run.evaluation.every else tables[:1]:
+            scorer.check_columns([_untokenized(table, run.data.prompt_key)])
+        if run.engine.fork_server and run.engine.is_started_here:
+            prepare()  # imports vLLM while this process imports torch
+        prompts, held_out = tokenize(run, tables, model_path, log)
+        first = prompts.take(NUM_FIRST)
+        check_tenants(run, [*first, *held_out])
+        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+    finally:
+        scorer.close()
 
 
 def tokenize(
-    run: Run, tables: Sequence[Table], model_path: str, say: Callable[[str], None]
-) -> tuple[Prompts, list[Prompt], list[Prompt]]:
-    """All prompts, the held-out ones, and the first; raises ConfigError for models that they do not suit."""
+    run: Run, tables: Sequence[Table], model_path: str, log: Callable[[str], None]
+) -> tuple[Prompts, list[Prompt]]:
+    """Training and held-out prompts. Raises ConfigError if they do not suit the model."""
     if task := task_of(model_path):
         tokenizer = task.build_tokenizer()
     else:
         config = read_config(run.model, model_path)
-        refuse_mute(run.model, config)
-        refuse_longer_than_context(run, config)
+        check_is_causal_lm(run.model, config)
+        check_fits_context(run, config)
         tokenizer = load_tokenizer(run.model, model_path)
-    prompts, held_out = load_prompts(run, tables, tokenizer, say)
-    first = prompts.take(FIRST)
-    check_tenants(run, [*first, *held_out])
-    return prompts, held_out, first
-
-
-def build_scorer(run: Run) -> Scorer:
-    """The rewards, and a look at the trackers: both can be told wrong at once."""
-    problems = tracker_problems(run.logger)
-    try:
-        step_size = run.rollout.num_prompts * run.rollout.group_size
-        scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
-    except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(*problems)
-    return scorer
-
-
-def refuse_wrong_inputs(run: Run) -> None:
-    """Raises ConfigError with all that can be told at once."""
-    if wrong := list(dict.fromkeys(input_problems(run))):  # two splits of one source can say the same
-        raise ConfigError(*wrong)
-
-
-def input_problems(run: Run) -> Iterator[str]:
-    looks: list[Callable[[], object]] = [
-        partial(_refuse_unfit_directory, key, path) for key, path in _models_of(run)
-    ]
-    looks += [partial(_glance, source, run.data.prompt_key) for source in sources_of(run)]
-    looks += [partial(check_exists, entry) for entry in run.reward.functions]
-    if isinstance(run.engine, ServerEngineConfig) and run.engine.is_started_here:
-        looks.append(partial(free_port, run.engine.listen))
-    for look in looks:
-        try:
-            look()
-        except ConfigError as error:
-            yield from error.problems
+    return load_prompts(run, tables, tokenizer, log)
 
 
 def _models_of(run: Run) -> Iterator[tuple[str, str]]:
-    """Settings that name a model which the run needs, and what they name."""
+    """The settings that name a model which the run needs, and their values."""
     yield "model.path", run.model.path
     for name, settings in run.tenants.items():
         if settings.path is not None:
             yield f"{name}.path", settings.path
 
 
-def _glance(source: Source, prompt_key: str) -> None:
-    refuse_missing(source)
-    if source.is_text and source.file.stat().st_size <= GLANCE_BYTES:
-        refuse_bad_rows(read(source), prompt_key)
+def _check_rows(source: Source, prompt_key: str) -> None:
+    check_source(source)
+    if source.is_text and source.file.stat().st_size <= MAX_BYTES:
+        read_table(source, prompt_key)
 
 
-def _refuse_unfit_directory(key: str, path: str) -> None:
-    """Raises ConfigError where `path`, the value of `key`, is no place for a model, or is not whole."""
-    refuse_unknown_task(key, path)
-    folder = Path(path)
-    if os.path.isdir(folder):
-        fault = _directory_fault(folder)
-    elif os.path.exists(folder):
-        fault = "is a file; set the directory that it lies in"
-    elif HUB_ID.fullmatch(path) or path.startswith("builtin:"):
-        return
-    else:
-        fault = f"no such directory, and not a hub id (name or owner/name){nearest_file(folder)}"
-    if fault:
-        raise ConfigError(f"{key} = {path}: {fault}")
+def _check_trackers(names: Sequence[str]) -> None:
+    if problems := tracker_problems(names):
+        raise ConfigError(*problems)
 
 
-def _directory_fault(folder: Path) -> str:
-    """What a model directory lacks, or nothing. Of the weights the headers are read alone."""
-    if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        what = "it holds a LoRA adapter" if adapter else "no model is saved there"
-        return f"has no config.json: {what}; set the directory of a whole model"
-    try:
-        json.loads((folder / "config.json").read_text())
-        index = folder / "model.safetensors.index.json"
-        parts = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"its JSON files cannot be read ({reason(error)}); copy the model again"
-    if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
-        return "has no tokenizer; save it beside the weights with save_pretrained"
-    files = sorted(folder.glob("*.safetensors"))
-    if missing := sorted(parts - {file.name for file in files}):
-        return f"has no {missing[0]}, which its index names; copy the model again"
-    if not files:
-        pickles = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
-        other = f" but {pickles[0]}, a pickle, which could run code while it loads" if pickles else ""
-        return f"has no *.safetensors{other}; save the model with save_pretrained"
-    faults = (f"{file.name} {fault}; copy it again" for file in files if (fault := _weights_fault(file)))
-    return next(faults, "")
-
-
-def _weights_fault(file: Path) -> str:
-    """Whether a safetensors file is as long as its header says."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= min(size - 8, HEADER_BYTES):
-                return f"is no safetensors file, or cut off: its header would have {length} of {size} bytes"
-            header = json.loads(stream.read(length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        return f"cannot be read as safetensors ({reason(error)})"
-    return "" if size == expected else f"has {size} bytes instead of {expected}"
+def _untokenized(table: Table, prompt_key: str) -> Prompt:
+    """The first row: all rows have the same columns."""
+    columns = dict(table.rows[0])
+    return Prompt(index=0, messages=columns.pop(prompt_key), token_ids=[], columns=columns)

@@ -11,7 +11,7 @@ from rlswitch.build import open_session
 from rlswitch.evaluation import evaluate
 from rlswitch.inputs import Inputs
 from rlswitch.processes.signals import StopSignals
-from rlswitch.report import write_report
+from rlswitch.report.page import write_report
 from rlswitch.run import Run
 from rlswitch.session import Session
 from rlswitch.types import Group
@@ -33,7 +33,7 @@ def train(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
 
             switch.give_to(trainer)  # the engine, or a judge, sleeps; the trainer comes back
             batch = trainer.prepare(groups)  # rejects rollouts of another policy version
-            run.algorithm.estimate_advantages(batch, trainer.memory)
+            batch.advantages, batch.returns = run.algorithm.estimate_advantages(batch, trainer.memory)
             metrics = trainer.update(batch)
 
             if evaluation.is_due(run.evaluation, trainer.version, run.num_steps):

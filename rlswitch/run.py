@@ -1,7 +1,4 @@
-"""A whole run: its sections, and what can be chosen by name.
-
-Nothing here imports torch or vLLM: a typo is reported before either could have been loaded.
-"""
+"""The settings of a whole run, and what can be chosen by name. Imports no torch and no vLLM."""
 
 from __future__ import annotations
 
@@ -39,20 +36,20 @@ from rlswitch.types import Sampling
 
 @dataclass(kw_only=True, slots=True)
 class Run:
-    """A whole run: what train.py composes, checks and hands to rlswitch.loop.train."""
+    """All settings of a run, as train.py composes and checks them for rlswitch.loop.train."""
 
     recipe: str | None = None
     output_dir: str | None = None
-    """null: runs/<recipe>, followed by the overrides that make this run differ from the recipe."""
+    """null: runs/<recipe>, followed by the overrides of the recipe."""
     num_steps: int = number(100, at_least=1)
-    """Rollouts and updates to make; a finished run goes on when this is raised."""
+    """Rollouts and updates; raise it to continue a finished run."""
     seed: int = number(0, at_least=0, below=2**32)
     resume: str = "auto"
-    """auto: from the newest valid checkpoint in output_dir; changed: also with other settings than it was
-    saved with; never; the path of a checkpoint; or changed:PATH."""
+    """auto: from the newest valid checkpoint in output_dir; changed: the same, even if settings have changed;
+    never; the path of a checkpoint; or changed:PATH."""
     mode: str = choice("train", "plan", "rewards")
     logger: list[str] = field(default_factory=lambda: ["wandb"])
-    """Trackers of accelerate by name: wandb (offline without a key), tensorboard, ...; [] for none."""
+    """accelerate's trackers by name: wandb (offline without a key), tensorboard, ...; [] for none."""
     project: str = "rlswitch"
     """Project name for the trackers."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -78,7 +75,7 @@ class Run:
         return {name: getattr(self, name) for name in self.reward.functions if name in TENANTS}
 
     def sampling(self, num_samples: int, step: int) -> Sampling:
-        """As the rollouts are sampled, so many of each prompt, with the seeds of `step`."""
+        """How the rollouts of `step` are sampled, `num_samples` per prompt."""
         return Sampling(
             num_samples=num_samples,
             max_new_tokens=self.rollout.max_new_tokens,
@@ -98,7 +95,7 @@ OPTIONS: dict[str, dict[str, type]] = {
     },
     "engine": {"local": EngineConfig, "server": ServerEngineConfig},
 }
-"""What can be chosen by name: one line here makes a new algorithm or engine an option."""
+"""What can be chosen by name. A new algorithm or engine needs one line here."""
 
 
 MANDATORY = {
@@ -108,7 +105,7 @@ MANDATORY = {
 
 
 def register(recipe: str | None = None) -> None:
-    """Tells Hydra the dataclasses. The name of the recipe goes in as a default: Run.recipe holds it."""
+    """Registers the dataclasses with Hydra, with the name of the recipe as the default of Run.recipe."""
     store = ConfigStore.instance()
     store.store("run", OmegaConf.merge(OmegaConf.structured(Run), {"recipe": recipe}))
     for group, options in OPTIONS.items():
@@ -117,7 +114,7 @@ def register(recipe: str | None = None) -> None:
 
 
 def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
-    """Every dotted key when these "group/option" are chosen; None: every key that any option has."""
+    """Every dotted key for these choices ("algorithm/ppo"); None: for all choices together."""
     found = leaves_of(Run)
     for group, options in OPTIONS.items():
         names = options if configs is None else [it.removeprefix(f"{group}/") for it in configs]

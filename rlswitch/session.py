@@ -74,7 +74,7 @@ class Session:
         advantages: list[float] = []
         if groups and batch is not None and batch.advantages is not None:
             metrics |= self.rewards.metrics(groups) | self._throughput(groups, batch, metrics)
-            advantages = (batch.advantages.sum(-1) / batch.mask.sum(-1).clamp(min=1)).tolist()
+            advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
         if groups:
             self.health.check(step, metrics, self.trainer.skipped, groups)
@@ -142,7 +142,7 @@ class Session:
     def _throughput(
         self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
     ) -> dict[str, float]:
-        sampled, trained = int(batch.mask.sum()), int(batch.attention_mask.sum())
+        sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *self.rewards.pids]
         device = self.ledger.device

@@ -1,4 +1,4 @@
-"""Metrics and texts as a person reads them: plain strings, for the console and the report."""
+"""Text as a user reads it: cut to size, on one line, harmless on a terminal."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from itertools import pairwise
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message; its type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def shortened(text: str, width: int) -> str:
+    """At most `width` characters; a cut shows as three dots."""
+    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
+
+
 def fitted(facts: Sequence[str], width: int) -> str:
-    """As many facts as fit on a line: none is cut in the middle of a number."""
+    """As many whole facts as fit on a line, so that no number is cut."""
     line = ""
     for fact in facts:
         longer = f"{line}  {fact}" if line else fact
@@ -20,8 +30,25 @@ def fitted(facts: Sequence[str], width: int) -> str:
     return line
 
 
+def printable(text: str, keep_newlines: bool = False) -> str:
+    """Escapes control, format and unassigned characters: the result cannot move a cursor."""
+    return "".join(
+        char
+        if unicodedata.category(char)[0] != "C" or (keep_newlines and char == "\n")
+        else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def prompt_text(messages: str | Sequence[Mapping[str, str]]) -> str:
+    """A prompt as one text; chat messages become `role: content` lines."""
+    if isinstance(messages, str):
+        return messages
+    return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in messages)
+
+
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The values as `width` block characters at most, each the mean of its stretch."""
+    """The values as at most `width` block characters, each the mean of a run of values."""
     values = list(values)
     count = min(width, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
@@ -29,32 +56,6 @@ def sparkline(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in a line; its kind where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def shortened(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(width - 3, 0)] + "..."
-
-
-def prompt_text(messages: str | Sequence[Mapping[str, str]]) -> str:
-    """A prompt as one text: chat messages become `role: content` lines."""
-    if isinstance(messages, str):
-        return messages
-    return "\n".join(f"{m.get('role', '')}: {m.get('content', '')}" for m in messages)
-
-
-def printable(text: str, keep_newlines: bool = False) -> str:
-    """Control, format and unassigned characters escaped: what is left cannot move a cursor."""
-    return "".join(
-        char
-        if unicodedata.category(char)[0] != "C" or (keep_newlines and char == "\n")
-        else char.encode("unicode_escape").decode()
-        for char in text
-    )
 
 
 def duration(seconds: float) -> str:

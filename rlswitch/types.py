@@ -1,6 +1,6 @@
-"""The nouns: what travels between the rollout engine, the rewards and the trainer, and the errors.
+"""The nouns: what travels between the rollout engine, the rewards and the trainer.
 
-Shapes: B rollouts, T completion tokens (padded), P prompts, G rollouts of one prompt.
+Shapes: B rollouts, S tokens of prompt and completion, T of the completion alone, both padded on the right.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # torch takes seconds to import; a typing mistake must be answered sooner
+if TYPE_CHECKING:  # torch takes seconds to import; the command line rejects a typo without it
     import torch
     from torch import Tensor
 
@@ -19,11 +19,11 @@ class Prompt:
     """One row of the dataset, tokenised once."""
 
     index: int
-    """Row number in its dataset: names the prompt in logs and seeds its samples."""
+    """Row number in the dataset: names the prompt in logs and seeds its samples."""
     epoch: int = 0
-    """Which pass over the dataset it is taken in: a step can have the same prompt from two."""
+    """Pass over the dataset: one step can hold the same prompt from two passes."""
     messages: str | list[dict[str, str]]
-    """What the reward functions see: the text, or the chat messages."""
+    """The text or the chat messages, as the reward functions see them."""
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
     """The dataset's other columns (an answer, a test case), passed to the reward functions."""
@@ -39,10 +39,14 @@ class Rollout:
 
     prompt: Prompt
     sample: int
-    """Which of the group's samples this is: 0 .. group_size - 1."""
+    """Index in the group: 0 .. group_size - 1."""
     token_ids: list[int]
+    """All tokens after the prompt; lengths (`response_length/*`, rollout.max_new_tokens) count them all."""
     logprobs: list[float]
-    """Log-probability of each sampled token as the engine saw it, after temperature."""
+    """The engine's log-probability of each token, at the sampling temperature; ignored where not learned."""
+    learned: list[bool] | None = None
+    """False at tokens that the policy did not sample (an environment's, a tool's): context, never trained on.
+    None: the policy sampled every token."""
     text: str
     finish_reason: str
     """`stop` (end of sequence) or `length` (cut at rollout.max_new_tokens)."""
@@ -50,11 +54,11 @@ class Rollout:
     rewards: dict[str, float] = field(default_factory=dict)
     """Raw score by reward function name."""
     reward: float = 0.0
-    """The weighted sum of `rewards`, less what shaping took: what the algorithm learns from."""
+    """The weighted sum of `rewards` after shaping: the algorithm learns from this."""
     errors: dict[str, str] = field(default_factory=dict)
-    """Why it has no reward, by reward function name; such a rollout is left out of training."""
+    """Error by reward function name; a rollout with one is left out of training."""
     extra: dict[str, str] = field(default_factory=dict)
-    """What reward functions had to say about it (TRL's log_extra), by column."""
+    """Columns that reward functions added to its record (TRL's log_extra)."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,17 +68,17 @@ class Group:
     prompt: Prompt
     rollouts: list[Rollout]
     failed: list[Rollout] = field(default_factory=list)
-    """Those that no reward could be had for: recorded, never trained on."""
+    """Rollouts whose reward failed: recorded, never trained on."""
 
     @property
     def is_informative(self) -> bool:
-        """Whether its rewards differ: a group that is all right or all wrong has nothing to compare."""
+        """Whether its rewards differ: equal rewards leave nothing to compare."""
         return len({rollout.reward for rollout in self.rollouts}) > 1
 
 
 @dataclass(kw_only=True, slots=True)
 class Sampling:
-    """How to sample: a seed per request is derived from (seed, step, prompt, sample)."""
+    """Sampling parameters; each request gets a seed derived from (seed, step, prompt, sample)."""
 
     num_samples: int
     max_new_tokens: int
@@ -85,7 +89,7 @@ class Sampling:
 
 @dataclass(kw_only=True, slots=True)
 class Canary:
-    """Fixed token sequences and the log-probabilities the trainer gives them: the engine must agree."""
+    """Fixed token sequences and the trainer's log-probabilities of them, which the engine must reproduce."""
 
     sequences: list[list[int]]
     logprobs: list[list[float]]
@@ -94,53 +98,71 @@ class Canary:
 
 @dataclass(kw_only=True, slots=True)
 class PolicyWeights:
-    """One published version of the policy: where it lies, and what proves that it arrived.
+    """One published version of the policy: its checkpoint and the proof of its arrival.
 
-    A frozen engine's own checkpoint is one as well, of version 0 (rlswitch/engines/frozen.py).
+    A frozen engine's own checkpoint is version 0 (rlswitch/engines/start.py).
     """
 
     version: int
-    """Number of finished training steps behind these weights."""
+    """Number of training steps behind these weights."""
     path: Path
     nbytes: int
     fingerprint: int
-    """Additive hash of every element as published, in the engine's dtype (see fingerprint.py)."""
+    """Additive hash of every element as published, in the engine's dtype (proof/fingerprint.py)."""
     tensors: dict[str, int]
-    """Fingerprint by checkpoint name: names the culprit when a proof fails."""
+    """Fingerprint by checkpoint name: a failed proof names the wrong tensor."""
     canary: Canary
     held: list[int | None] | None = None
     """What each worker of a frozen engine held when it was started; None: `fingerprint`, as published."""
 
 
 LATER: Any = None
-"""A tensor that a later phase fills in, if the algorithm asks for it; reading it before is a bug."""
+"""A tensor that a later phase adds if the algorithm needs it; reading it earlier is a bug."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """One step's rollouts as tensors, padded on the right. Everything per token has shape [B, T]."""
+    """One step's rollouts as tensors, padded on the right.
+
+    Floating tensors [B, T] are zero off `loss_mask`, and every statistic, loss and metric of tokens is
+    taken over `loss_mask`. `completion_mask` only says how far a completion reaches.
+    """
 
     token_ids: Tensor  # [B, S] prompt and completion
     attention_mask: Tensor  # [B, S]
     prompt_lengths: Tensor  # [B]
-    mask: Tensor  # [B, T] True where a completion token is
+    completion_mask: Tensor  # [B, T] True where a token follows the prompt: contiguous from column 0
+    loss_mask: Tensor  # [B, T] True where the policy sampled that token: it is learned from
     rollout_logprobs: Tensor  # [B, T] the engine's
     rewards: Tensor  # [B]
     group: Tensor  # [B] index of the prompt's group
     truncated: Tensor  # [B] True where generation stopped at rollout.max_new_tokens
-    old_logprobs: Tensor = LATER  # [B, T] the trainer's, before the update
+    old_logprobs: Tensor = LATER  # [B, T] the trainer's before the update; see Trainer.updates_once
     reference_logprobs: Tensor = LATER  # [B, T]
     values: Tensor = LATER  # [B, T] the critic's, before the update
     advantages: Tensor = LATER  # [B, T]
-    returns: Tensor = LATER  # [B, T] what the critic learns
-    weights: Tensor = LATER  # [B, T] of each token in the loss; sums to one over a minibatch
+    returns: Tensor | None = None  # [B, T] the critic's targets
+    weights: Tensor = LATER  # [B, T] of each token in the loss of a minibatch
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
 
     def not_finite(self) -> list[str]:
-        """Names of the tensors that hold a NaN or an infinity; nothing can be learned from them."""
+        """Names of the tensors that hold a NaN or an infinity."""
         return [name for name, value in self._tensors() if not value.isfinite().all()]
+
+    def learned(self, values: Tensor) -> Tensor:
+        """`values` [B, T] with zero off the loss mask, whatever stood there; no gradient passes there."""
+        return values.masked_fill(~self.loss_mask, 0.0)
+
+    @property
+    def sampled_tokens(self) -> int:
+        """How many tokens the policy sampled: the environment's and padding excluded."""
+        return int(self.loss_mask.sum())
+
+    def mean_advantages(self) -> Tensor:
+        """Mean advantage of each rollout's learned tokens; [B]."""
+        return self.learned(self.advantages).sum(-1) / self.loss_mask.sum(-1).clamp(min=1)
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device) for name, value in self._tensors()})
@@ -149,7 +171,7 @@ class Batch:
         """The rollouts in `index` [N], trimmed to their longest sequence and completion."""
         chosen = {name: value[index] for name, value in self._tensors()}
         width = int(chosen["attention_mask"].sum(-1).max())
-        depth = max(int(chosen["mask"].sum(-1).max()), 1)
+        depth = max(int(chosen["completion_mask"].sum(-1).max()), 1)
         sequence = ("token_ids", "attention_mask")
         return Batch(
             **{

@@ -1,7 +1,7 @@
-"""Every bad input there is a line for: what is typed, what lies there, and what rlswitch answers.
+"""Every bad input with its error message: what the user types, which files exist, what rlswitch prints.
 
-tests/test_faults.py runs each row through the command line; scripts/fault_pages.py makes docs/faults.md of
-them. In an expected line `...` stands for anything.
+tests/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection into
+docs/faults.md. In an expected line `...` matches anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE = (
     "model=model data=rows.jsonl data.max_prompt_tokens=16 data.eval_rows=2 rollout.max_new_tokens=8"
     " rollout.num_prompts=2 rollout.group_size=2 engine.fork_server=false logger=[]"
 )
-"""What every row is typed after: a run that would start, with `rows` and a tiny model."""
+"""The start of every command: a run that would start, with ROWS and a tiny model."""
 
 
 def lines(*rows: Any) -> str:
@@ -38,13 +38,13 @@ class BadInput:
     words: str
     says: tuple[str, ...]
     files: Mapping[str, str | bytes | Path] = field(default_factory=dict)
-    """What lies there beside rows.jsonl and model/; a Path is linked to."""
+    """Files beside rows.jsonl and model/; a Path becomes a symlink."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """How files of model/ differ: None for a missing one, a mapping to change keys, else the content."""
+    """Changes to files of model/: None deletes one, a mapping changes its keys, else it is the content."""
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
-    """How the machine differs."""
+    """Patches that imitate another machine."""
     needs_torch: bool = False
-    """Whether only torch, transformers' models or vLLM can tell: the answer waits until they are imported."""
+    """Whether it takes the tokenizer, the model or vLLM to tell: the answer waits until torch is imported."""
 
 
 def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
@@ -55,8 +55,8 @@ def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
 
 TWO_SECTIONS = "unknown setting; did you mean 'checkpoint.every' or 'evaluation.every'?"
 NO_VARIABLE = "environment variable NOPE is not set; set it, or use ${oc.env:NOPE,DEFAULT}"
-SEVERAL = "several values; add -m to try each, or put the value in quotes if it is one"
-NO_NEW_KEY = "unknown setting ('+' makes new keys under engine.vllm and trainer.lr_schedule_kwargs only)"
+SEVERAL = "several values; add -m to try each, or quote the value if it is one"
+NO_NEW_KEY = "unknown setting ('+' adds keys only under engine.vllm and trainer.lr_schedule_kwargs)"
 HEADER = "must start with '# @package _global_' and map keys to values"
 
 COMMAND_LINE = [
@@ -66,12 +66,13 @@ COMMAND_LINE = [
         "recipe = pppo: there is no such recipe; did you mean 'ppo'? (available: cispo, ...)",
     ),
     bad(
-        "unknown choices, and what else is wrong beside them",
+        "unknown choices together with other mistakes",
         "algorithm=gropo engine=lokal trainer.lr=-1 algorithm.gamma=2 x=1",
         "algorithm = gropo: there is no such algorithm; did you mean 'grpo'? (available: ...)",
         "engine = lokal: there is no such engine; did you mean 'local'? (available: local, server)",
         "x = 1: unknown setting",
-        "trainer.lr = -1.0: must be greater than 0",
+        "algorithm.gamma = 2: must be at most 1",
+        "trainer.lr = -1: must be greater than 0",
     ),
     bad(
         "a misspelt key",
@@ -79,25 +80,25 @@ COMMAND_LINE = [
         "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
     ),
     bad("a key without its section", "lr=1", "lr = 1: unknown setting; did you mean 'trainer.lr'?"),
-    bad("a key of two other sections", "trainer.every=5", f"trainer.every = 5: {TWO_SECTIONS}"),
+    bad("a key that two other sections have", "trainer.every=5", f"trainer.every = 5: {TWO_SECTIONS}"),
     bad(
-        "a misspelt key with a plus, as Hydra advises",
+        "a misspelt key with a plus sign, as Hydra suggests",
         "+trainer.lrr=1",
         f"+trainer.lrr = 1: {NO_NEW_KEY}; did you mean 'trainer.lr'?",
     ),
     bad("a made-up key with two", "++zzz=1", f"++zzz = 1: {NO_NEW_KEY}"),
     bad(
-        "a plus before a setting",
+        "a plus sign before an existing setting",
         "+trainer.lr=1",
         "+trainer.lr = 1: is a setting already; write trainer.lr=1",
     ),
     bad(
-        "a setting removed",
+        "a removed setting",
         "~trainer.lr",
         "~trainer.lr: a setting cannot be removed; give it another value",
     ),
     bad(
-        "a setting of another algorithm",
+        "a setting that another algorithm has",
         "algorithm=grpo algorithm.gamma=1",
         "algorithm.gamma = 1: a setting of algorithm=ppo, algorithm=reinforce_pp only",
     ),
@@ -110,7 +111,7 @@ COMMAND_LINE = [
     bad(
         "a value that cannot be read",
         "x={",
-        "'x={': cannot be read as key=value; quotes make any value readable: x='{'",
+        "'x={': cannot be parsed as key=value; put the value in quotes: x='{'",
     ),
     bad("several values without -m", "seed=1,2", f"seed = 1,2: {SEVERAL}"),
     bad(
@@ -137,7 +138,7 @@ COMMAND_LINE = [
     ),
     bad("an environment variable that is not set", "seed=${oc.env:NOPE}", f"seed = ...: {NO_VARIABLE}"),
     bad(
-        "a reference to a setting that is none",
+        "a reference to an unknown setting",
         "seed=${no}",
         "seed = ${no}: cannot be resolved: Interpolation key 'no' not found",
     ),
@@ -147,7 +148,7 @@ COMMAND_LINE = [
         "trainer.lr = ${model.path}: must be a number",
     ),
     bad(
-        "several mistakes, each told once and none that only follows from another",
+        "several mistakes, each reported once",
         "model trainer.lr=abc trainer.lrr=1 seed=-1 +zzz=1 mode=x",
         "'model': expected key=value",
         "trainer.lr = abc: must be a number",
@@ -157,7 +158,7 @@ COMMAND_LINE = [
         "mode = x: not one of train, plan, rewards",
     ),
     bad(
-        "a recipe of one's own with mistakes",
+        "a user's recipe with mistakes",
         "--config-dir mine recipe=keys seed=-1",
         "mine/recipe/keys.yaml: trainr.lr = 1: unknown setting; did you mean 'trainer.lr'?",
         "mine/recipe/keys.yaml: switch.verify = False: must be text; put it in quotes",
@@ -166,15 +167,16 @@ COMMAND_LINE = [
         "mine/recipe/keys.yaml: data = x: a section, not a setting; set its keys one by one, ...",
         "mine/recipe/keys.yaml: algorithm.gama = 1: unknown setting; did you mean 'algorithm.gamma'?",
         "mine/recipe/keys.yaml: algorithm.gamma = x: must be a number",
+        "mine/recipe/keys.yaml: num_steps = 0: must be at least 1",
         "seed = -1: must be at least 0",
         files={
             "mine/recipe/keys.yaml": "# @package _global_\ndefaults:\n  - override /algorithm: ppo\n"
             "trainr: {lr: 1}\nswitch: {verify: off}\nlogger: wandb\nengine: local\ndata: x\n"
-            "algorithm: {gama: 1, gamma: x}\n"
+            "algorithm: {gama: 1, gamma: x}\nnum_steps: 0\n"
         },
     ),
     bad(
-        "a recipe that is no YAML",
+        "a recipe that is not YAML",
         "--config-dir mine recipe=odd",
         "mine/recipe/odd.yaml: ... line 3...",
         files={"mine/recipe/odd.yaml": "# @package _global_\nmodel: {path: x\n"},
@@ -213,12 +215,12 @@ COMMAND_LINE = [
     bad(
         "a sweep over directories",
         "-m recipe=ppo output_dir=a,b",
-        "output_dir = a,b: a sweep has one directory, its jobs are numbered in it; give one",
+        "output_dir = a,b: a sweep has one directory with a numbered one for each job; give one",
     ),
     bad(
-        "a sweep over a range that nothing samples",
+        "a sweep over an interval without a sampler",
         "-m trainer.lr=interval(1e-6,1e-5)",
-        "trainer.lr = interval(1e-6,1e-5): only a sweeper that samples can use an interval, ...",
+        "trainer.lr = interval(1e-6,1e-5): only a sampling sweeper takes an interval, ...",
     ),
     bad(
         "a launcher that is not installed",
@@ -226,7 +228,7 @@ COMMAND_LINE = [
         "hydra/launcher = joblib: there is no such hydra/launcher (available: basic)",
     ),
     bad(
-        "a sweep over data of which some is not there",
+        "a sweep over datasets, one of them missing",
         "-m data=rows.jsonl,rosw.jsonl seed=1,2",
         "data.path = rosw.jsonl: no such file; did you mean 'rows.jsonl'?",
     ),
@@ -241,7 +243,7 @@ SETTINGS = [
     bad("false for text", "resume=false", "resume = false: must be text; put it in quotes"),
     bad("null for a list", "logger=null", "logger = null: must be a list of text: [a, b], or [] for none"),
     bad("a number for a mapping", "engine.vllm=3", "engine.vllm = 3: must be a mapping: {key: value}"),
-    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1.0: must be greater than 0"),
+    bad("a negative learning rate", "trainer.lr=-1", "trainer.lr = -1: must be greater than 0"),
     bad("a learning rate that is none", "trainer.lr=nan", "trainer.lr = nan: must be a finite number"),
     bad("an infinite one", "trainer.lr=inf", "trainer.lr = inf: must be a finite number"),
     bad("a negative seed", "seed=-1", "seed = -1: must be at least 0"),
@@ -251,16 +253,16 @@ SETTINGS = [
         "rollout.temperature=1e-12",
         "rollout.temperature = 1e-12: must be at least 0.01",
     ),
-    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1.0: must be less than 1"),
+    bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1: must be less than 1"),
     bad(
-        "more memory than there is",
+        "more memory than the device has",
         "engine.gpu_memory_utilization=1.4",
         "engine.gpu_memory_utilization = 1.4: must be at most 1",
     ),
     bad(
-        "a clip range of nothing",
+        "an empty clip range",
         "algorithm.ratio_clip_low=0",
-        "algorithm.ratio_clip_low = 0.0: must be greater than 0",
+        "algorithm.ratio_clip_low = 0: must be greater than 0",
     ),
     bad(
         "a dtype that does not exist",
@@ -273,13 +275,13 @@ SETTINGS = [
         "mode = trian: not one of train, plan, rewards; did you mean 'train'?",
     ),
     bad(
-        "a pattern that is no regular expression",
+        "a pattern that is not a regular expression",
         "reward.format_pattern='('",
-        "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at position"
+        "reward.format_pattern = (: not a regular expression (missing ), unterminated subpattern at position"
         " 0); set one that a whole completion has to match",
     ),
     bad(
-        "models for rewards that are not named, and one that is asked twice",
+        "judge and reward model without a path, and one named twice",
         "reward.functions=[judge,reward_model,judge]",
         "judge.path = null: reward.functions names 'judge', but no model is configured; set"
         " judge.path=<a Hugging Face directory or hub id>",
@@ -289,13 +291,13 @@ SETTINGS = [
         " name it once",
     ),
     bad(
-        "a reward model that is not asked",
+        "a reward model that reward.functions does not name",
         "reward_model.path=m judge.pattern='('",
         "reward_model.path = m: reward.functions = ['exact_match'] does not name 'reward_model', it would"
         " never be asked; set reward.functions=[exact_match,reward_model], or reward_model.path=null",
     ),
     bad(
-        "a judge that does not see the answer, and whose score cannot be told",
+        "a judge prompt without the answer and a pattern without a group",
         "reward.functions=judge judge.path=m judge.prompt='{prompt}' judge.pattern='[01]' judge.level=kv",
         "judge.prompt = '{prompt}': has no {completion}, the judge would not see what it judges; put"
         " {completion} where the answer belongs",
@@ -304,38 +306,37 @@ SETTINGS = [
         "judge.level = kv: not one of 1, 2",
     ),
     bad(
-        "minibatches that do not divide a step",
+        "minibatches that do not divide the rollouts of a step",
         "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",
         "trainer.minibatches = 3: does not divide the 8 rollouts of a step (rollout.num_prompts x"
         " rollout.group_size); set a divisor of 8",
     ),
     bad(
-        "a group of one where groups are compared",
+        "a group of one for an algorithm with a group baseline",
         "algorithm=grpo rollout.group_size=1",
         "rollout.group_size = 1: a group baseline needs siblings, every advantage would be 0; set at least 2",
     ),
     bad(
-        "one rollout to whiten",
+        "whitening with one rollout",
         "algorithm=ppo algorithm.whiten_advantages=true rollout.num_prompts=1 rollout.group_size=1",
         "algorithm.whiten_advantages = true: one rollout has no spread to divide by; ...",
     ),
     bad(
-        "micro-batches that no rollout fits into",
+        "micro-batches smaller than a rollout",
         "trainer.micro_batch_tokens=20",
-        "trainer.micro_batch_tokens = 20: one rollout can be 24 tokens long and would never fit; set at"
-        " least 24",
+        "trainer.micro_batch_tokens = 20: a rollout can have 24 tokens and would not fit; set at least 24",
     ),
     bad(
         "an engine too short for a rollout",
         "engine.max_model_len=20",
-        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 would not fit;"
-        " set engine.max_model_len=24 or shorten one of them",
+        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 tokens do not"
+        " fit; set engine.max_model_len=24, or lower one of them",
     ),
     bad(
-        "a punishment longer than a completion",
+        "an overlong buffer longer than a completion",
         "reward.overlong_buffer=9",
-        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, every completion would be"
-        " punished; set less",
+        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, so every completion would be"
+        " penalised; set less",
     ),
     bad(
         "a KL target without a reference",
@@ -344,24 +345,24 @@ SETTINGS = [
         " set algorithm.kl_coef above 0, or algorithm.kl_target=0",
     ),
     bad(
-        "a refreshed reference without one",
+        "a reference refresh without a reference",
         "algorithm.reference_refresh=5",
         "algorithm.reference_refresh = 5: there is no reference while algorithm.kl_coef is 0, ...",
     ),
     bad(
         "a KL estimator without a gradient",
         "algorithm.kl_coef=0.1 algorithm.kl_estimator=k1 algorithm.kl_in=loss",
-        "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+        "algorithm.kl_estimator = k1: in the loss its gradient is zero on average and would penalise"
         " nothing; set k2 or k3, or algorithm.kl_in=reward",
     ),
     bad(
         "a KL estimator without a direction",
         "algorithm=rloo algorithm.kl_coef=0.1 algorithm.kl_estimator=k3",
-        "algorithm.kl_estimator = k3: as a reward it does not know on which side of the reference the policy"
-        " is, it would hardly hold it; set k1, or algorithm.kl_in=loss",
+        "algorithm.kl_estimator = k3: in the reward it is alike on both sides of the"
+        " reference and would hardly pull the policy back; set k1, or algorithm.kl_in=loss",
     ),
     bad(
-        "two bounds of which one does nothing",
+        "two bounds, one of them without effect",
         "algorithm=cispo algorithm.dual_clip=4",
         "algorithm.dual_clip = 4.0: algorithm.surrogate=weighted bounds its weights by the ordinary clips,"
         " it would do nothing; set algorithm.dual_clip=0",
@@ -375,11 +376,11 @@ SETTINGS = [
     bad(
         "a merged checkpoint without adapters",
         "checkpoint.merged=true",
-        "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+        "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
         " model.lora_rank above 0, or checkpoint.merged=false",
     ),
     bad(
-        "arguments of vLLM that are settings here, or fixed",
+        "vLLM arguments that are rlswitch settings, or fixed",
         "engine.vllm.logprobs_mode=raw_logits engine.vllm.dtype=float16",
         "engine.vllm.logprobs_mode: is fixed, a push could not be proven otherwise; leave it out",
         "engine.vllm.dtype: has a setting of its own; set model.dtype",
@@ -391,7 +392,7 @@ SETTINGS = [
         " with them sleep level 2 loses their base; leave it out, set model.lora_rank",
     ),
     bad(
-        "a level to be chosen for a server that runs already",
+        "switch.level=auto for a running server",
         "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
         "switch.level = auto: what a running server can do and needs is not measured here; set 2, or what"
         " docs/levels.md says",
@@ -412,7 +413,7 @@ SETTINGS = [
     ),
     *(
         bad(
-            f"an address that is none ({url})",
+            f"an invalid address ({url})",
             f"engine=server engine.url={url}",
             f"engine.url = {url}: must be http://HOST:PORT, https://HOST:PORT or unix:/path/of/the/socket",
         )
@@ -426,7 +427,7 @@ SETTINGS = [
     ),
     *(
         bad(
-            f"a place to listen that is none ({place})",
+            f"an invalid listening address ({place})",
             f"engine=server engine.listen={place}",
             f"engine.listen = {place}: must be socket or HOST:PORT, such as 127.0.0.1:0 (any free port)",
         )
@@ -447,7 +448,7 @@ SETTINGS = [
 # ---- data
 
 KEY = "data.prompt_key = prompt: "
-ROW = '{"prompt": "1+1="}'
+ROW = '{"prompt": "1+1=", "answer": "2"}'
 
 
 def row(about: str, text: str, says: str, **given: Any) -> BadInput:
@@ -463,7 +464,7 @@ DATA = [
     ),
     bad("a file that is not there", "data=/no/such/place", "data.path = /no/such/place: no such file"),
     bad(
-        "a file in a home that is nobody's",
+        "a file in the home of an unknown user",
         "data='~nobody-of-that-name/a.csv'",
         "data.path = ~nobody-of-that-name/a.csv: no such file",
     ),
@@ -477,10 +478,10 @@ DATA = [
     bad(
         "a built-in task that does not exist",
         "data=builtin:adition",
-        "data.path = builtin:adition: no such built-in task (there is addition); did you mean 'addition'?",
+        "data.path = builtin:adition: no such built-in task (available: addition); did you mean 'addition'?",
     ),
     bad(
-        "a file of an unknown kind",
+        "a file of an unknown type",
         "data=notes.txt",
         "data.path = notes.txt: not a .jsonl .json .csv .parquet file, a directory or a hub id",
         files={"notes.txt": "prompt"},
@@ -494,25 +495,25 @@ DATA = [
     bad(
         "an empty file",
         "",
-        "data.path = rows.jsonl: has 0 rows; give at least one",
+        "data.path = rows.jsonl: has no rows; give at least one",
         files={"rows.jsonl": ""},
     ),
     bad(
         "a header without rows",
         "data=rows.csv",
-        "data.path = rows.csv: has 0 rows; give at least one",
+        "data.path = rows.csv: has no rows; give at least one",
         files={"rows.csv": "prompt,answer\n"},
     ),
     bad(
         "an empty directory",
         "data=empty",
-        "data.path = empty: cannot load it (EmptyDatasetError: ...)",
+        "data.path = empty: cannot be loaded (EmptyDatasetError: ...)",
         files={"empty/.keep": ""},
     ),
     bad(
         "a broken parquet file",
         "data=rows.parquet",
-        "data.path = rows.parquet: cannot load it (ArrowInvalid: ...)",
+        "data.path = rows.parquet: cannot be loaded (ArrowInvalid: ...)",
         files={"rows.parquet": "not parquet"},
     ),
     bad(
@@ -522,7 +523,7 @@ DATA = [
         files={"parts/train.jsonl": lines(ROW, "{")},
     ),
     bad(
-        "a split of a file, which has none",
+        "a split of a file, which has no splits",
         "data.split=test",
         "data.split = test: rows.jsonl has no splits; leave data.split out, or name another file with"
         " data.eval_path",
@@ -539,12 +540,12 @@ DATA = [
         " them",
     ),
     bad(
-        "held-out rows that are not there",
+        "a missing file of held-out rows",
         "data.eval_path=nope.jsonl",
         "data.eval_path = nope.jsonl: no such file...",
     ),
     bad(
-        "mistakes in both sources, told at once",
+        "mistakes in both sources, reported together",
         "data=a.jsonl data.eval_path=b.jsonl",
         "data.path = a.jsonl: no such file...",
         "data.eval_path = b.jsonl: b.jsonl:1 is not valid JSON (...)",
@@ -553,20 +554,23 @@ DATA = [
     bad(
         "held-out rows that are the training rows",
         "data.eval_path=rows.jsonl data.eval_rows=20",
-        "rollout.num_prompts = 2: rows.jsonl leaves only 0 of 20 prompts to train on, the others being held"
+        "rollout.num_prompts = 2: rows.jsonl has only 0 of 20 prompts left to train on, the others are held"
         " out; set fewer, or give more rows",
+        needs_torch=True,
     ),
     bad(
         "as many held-out rows as there are",
         "data.eval_rows=20",
         "data.eval_rows = 20: rows.jsonl has 20 prompts, so none would be left to train on; set"
         " data.eval_rows=2, or name held-out rows with data.eval_path or data.eval_split",
+        needs_torch=True,
     ),
     bad(
         "fewer rows than a step has prompts",
         "rollout.num_prompts=20",
-        "rollout.num_prompts = 20: rows.jsonl leaves only 18 of 20 prompts to train on, the others being held"
+        "rollout.num_prompts = 20: rows.jsonl has only 18 of 20 prompts left to train on, the others are held"
         " out; set fewer, or give more rows",
+        needs_torch=True,
     ),
     bad(
         "a misspelt column",
@@ -617,7 +621,7 @@ DATA = [
     ),
     row("a row that is null", "null", "data.path = rows.jsonl: rows.jsonl:2 is not an object but null"),
     row(
-        "a row that is no JSON",
+        "a row that is not JSON",
         '{"prompt": b}',
         "data.path = rows.jsonl: rows.jsonl:2 is not valid JSON (Expecting value, column 12)",
     ),
@@ -638,7 +642,7 @@ DATA = [
         files={"rows.jsonl": f"{ROW}\n{ROW}\n".encode() + b'{"prompt": "\xff"}\n'},
     ),
     bad(
-        "more bad rows than one wants to read",
+        "more bad rows than are worth printing",
         "",
         *(f"{KEY}rows.jsonl:{line} is null; ..." for line in range(1, 6)),
         f"{KEY}15 more rows are wrong too",
@@ -651,7 +655,7 @@ DATA = [
         files={"rows.json": json.dumps([{"prompt": "1"}, {"prompt": None}])},
     ),
     bad(
-        "a list that is no JSON",
+        "a list that is not JSON",
         "data=rows.json",
         "data.path = rows.json: rows.json:3 is not valid JSON (...)",
         files={"rows.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]'},
@@ -681,15 +685,17 @@ DATA = [
         "data.max_prompt_tokens = 5: 1 of 3 prompts of rows.jsonl are longer (the longest has 8 tokens:"
         " rows.jsonl:2); set data.max_prompt_tokens=8 or data.overlong=drop",
         files={"rows.jsonl": lines(ROW, {"prompt": "123+45="}, ROW)},
+        needs_torch=True,
     ),
     bad(
         "prompts that are all too long",
         "data.max_prompt_tokens=1 data.overlong=drop",
         "data.max_prompt_tokens = 1: 20 of 20 prompts of rows.jsonl are longer (the longest has 6 tokens:"
         " rows.jsonl:11); set data.max_prompt_tokens=6",
+        needs_torch=True,
     ),
     bad(
-        "a column with the name of an argument of reward functions",
+        "a column named like an argument of reward functions",
         "",
         "data.path: column 'completions' has the name of an argument of reward functions; rename it",
         files={"rows.jsonl": lines(*({"prompt": f"{i}", "answer": "", "completions": ""} for i in range(9)))},
@@ -702,18 +708,18 @@ REWARDS = [
     bad(
         "no reward at all",
         "reward.functions=[]",
-        "reward.functions = []: nothing to learn from; name at least one reward function",
+        "reward.functions = []: no reward to learn from; name at least one function",
     ),
     bad(
         "more weights than functions",
         "reward.weights=[1,2]",
-        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one each, or [] for all 1",
+        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one for each, or [] for all 1",
     ),
     bad(
-        "a format that asks for nothing",
+        "a format reward without a pattern",
         "reward.functions=format",
-        "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular expression"
-        " that a whole completion has to match",
+        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a whole"
+        " completion has to match",
     ),
     bad(
         "a misspelt function",
@@ -729,31 +735,32 @@ REWARDS = [
         " 'judge'?), ...",
     ),
     bad(
-        "models for rewards that are not there",
+        "missing judge and reward model",
         "reward.functions=[judge,reward_model] judge.path=./modle reward_model.path=rows.jsonl",
         "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
         " 'model'?",
-        "reward_model.path = rows.jsonl: is a file; set the directory that it lies in",
+        "reward_model.path = rows.jsonl: is a file; set the directory it lies in",
     ),
     bad(
-        "built-in models for rewards that do not exist",
+        "unknown built-in judge and reward model",
         "reward.functions=[judge,reward_model] judge.path=builtin:adition-judge reward_model.path=builtin:x",
-        "judge.path = builtin:adition-judge: no such built-in model (there is addition, addition-judge,"
+        "judge.path = builtin:adition-judge: no such built-in model (available: addition, addition-judge,"
         " addition-reward-model); did you mean 'addition-judge'?",
-        "reward_model.path = builtin:x: no such built-in model (there is addition, addition-judge,"
+        "reward_model.path = builtin:x: no such built-in model (available: addition, addition-judge,"
         " addition-reward-model)",
     ),
     bad(
-        "a sweep over judges of which one is not there",
+        "a sweep over judges, one of them missing",
         "-m reward.functions=judge judge.path=model,./modle",
         "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
         " 'model'?",
     ),
     bad(
-        "a language model for a reward model",
+        "a language model as reward model",
         "reward.functions=reward_model reward_model.path=model",
         "reward_model.path = model: is no sequence classifier (Qwen3ForCausalLM): its scores would be made"
         " up; set a model that was saved by AutoModelForSequenceClassification with num_labels=1",
+        needs_torch=True,
     ),
     bad(
         "a reward model of several labels",
@@ -765,19 +772,22 @@ REWARDS = [
                 "id2label": {"0": "a", "1": "b", "2": "c"},
             }
         },
+        needs_torch=True,
     ),
     bad(
-        "a blank for the judge that no column fills in",
+        "a judge prompt with an unknown column",
         "reward.functions=judge judge.path=model judge.prompt='{completion}{anser}'",
         "judge.prompt: {anser} is no column of the dataset, so it could not be filled in; there is prompt,"
         " completion, answer; did you mean 'answer'?",
+        needs_torch=True,
     ),
     bad(
-        "questions longer than the judge's context",
+        "prompts longer than the judge's context",
         "reward.functions=judge judge.path=model judge.prompt='{prompt}{completion}' judge.max_new_tokens=60",
         "judge.path = model: its context is 64 tokens, a question is up to 6, a completion"
         " rollout.max_new_tokens 8, a reply judge.max_new_tokens 60: 74 would not fit; shorten one of them,"
         " or set another judge",
+        needs_torch=True,
     ),
     bad(
         "a file without a function",
@@ -786,18 +796,18 @@ REWARDS = [
         files={"mine.py": ""},
     ),
     bad(
-        "a file of rewards that is not there",
+        "a missing file of reward functions",
         "reward.functions=mien.py:f",
         "reward.functions = mien.py:f: no such file 'mien.py' in ...; did you mean 'mine.py'?",
         files={"mine.py": ""},
     ),
     bad(
-        "several, and weights that are none",
+        "several unknown functions, and weights that are not numbers",
         "reward.functions=[nope,exact_match,math:nope] reward.weights=[1,nan,1]",
         "reward.functions = nope: no such built-in function; ...",
     ),
     bad(
-        "held-out rows without a column that a function asks for",
+        "held-out rows without a column that a function needs",
         "data.eval_path=others.jsonl reward.functions=exact_match",
         "reward.functions = exact_match: cannot be called (...'answer'); it gets prompts, completions,"
         " completion_ids; let it take the unnamed as **columns",
@@ -810,13 +820,13 @@ REWARDS = [
         " module named 'no_such_module')",
     ),
     bad(
-        "a function that the module does not have, and a weight that is no number",
+        "an unknown function of a module, and a weight that is NaN",
         "reward.functions=[math:sqr,exact_match] reward.weights=[1,nan]",
         "reward.weights = [1.0, nan]: nan is not a finite number",
         "reward.functions = math:sqr: 'math' has no 'sqr'; did you mean 'sqrt'?",
     ),
     bad(
-        "a name that is no function",
+        "a name that is not a function",
         "reward.functions=math:pi",
         "reward.functions = math:pi: is a float; name a function",
     ),
@@ -833,7 +843,7 @@ REWARDS = [
             files={"mine.py": source},
         )
         for what, source, says in (
-            ("is no Python", "def f(:", "cannot import 'mine.py' (SyntaxError: ...)"),
+            ("is not Python", "def f(:", "cannot import 'mine.py' (SyntaxError: ...)"),
             ("leaves", "raise SystemExit(3)", "cannot import 'mine.py' (SystemExit: 3)"),
             ("raises", "raise RuntimeError('no key')", "cannot import 'mine.py' (RuntimeError: no key)"),
         )
@@ -845,7 +855,7 @@ REWARDS = [
         files={"mine.py": "import os; os._exit(4)"},
     ),
     bad(
-        "functions that do not take the columns there are",
+        "functions whose arguments do not match the columns",
         "reward.functions=[mine.py:needs,mine.py:narrow]",
         "reward.functions = mine.py:needs: cannot be called (missing a required argument: 'solution'); it"
         " gets prompts, completions, completion_ids, answer; let it take the unnamed as **columns",
@@ -875,19 +885,19 @@ MODEL = [
     bad(
         "a hub model that is not cached, offline",
         "model=no-such/model",
-        "model.path = no-such/model: is no directory, and the hub does not give it: ...; set a directory with"
+        "model.path = no-such/model: not a directory, and downloading it failed: ...; set a directory with"
         " config.json and *.safetensors, or a hub id that is cached or reachable",
     ),
     bad(
         "a built-in model that does not exist",
         "model=builtin:adition",
-        "model.path = builtin:adition: no such built-in model (there is addition, addition-judge,"
+        "model.path = builtin:adition: no such built-in model (available: addition, addition-judge,"
         " addition-reward-model); did you mean 'addition'?",
     ),
     bad(
-        "a file for a directory",
+        "a file instead of a directory",
         "model=model/config.json",
-        "model.path = model/config.json: is a file; set the directory that it lies in",
+        "model.path = model/config.json: is a file; set the directory it lies in",
     ),
     bad(
         "a directory without a configuration",
@@ -896,13 +906,13 @@ MODEL = [
         model={"config.json": None},
     ),
     bad(
-        "an adapter for a model",
+        "an adapter instead of a model",
         "",
         "model.path = model: has no config.json: it holds a LoRA adapter; set the directory of a whole model",
         model={"config.json": None, "adapter_config.json": "{}"},
     ),
     bad(
-        "a configuration that is no JSON",
+        "a configuration that is not JSON",
         "",
         "model.path = model: its JSON files cannot be read (JSONDecodeError: ...); copy the model again",
         model={"config.json": "{"},
@@ -914,10 +924,10 @@ MODEL = [
         model={"model.safetensors": None},
     ),
     bad(
-        "weights in a pickle",
+        "pickled weights",
         "",
-        "model.path = model: has no *.safetensors but pytorch_model.bin, a pickle, which could run code while"
-        " it loads; save the model with save_pretrained",
+        "model.path = model: has no *.safetensors, only pytorch_model.bin: loading a pickle could run code;"
+        " save the model with save_pretrained",
         model={"model.safetensors": None, "pytorch_model.bin": "x"},
     ),
     bad(
@@ -927,47 +937,49 @@ MODEL = [
         model={"model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors"}})},
     ),
     bad(
-        "weights that were not copied to their end",
+        "weights that were copied incompletely",
         "",
-        "model.path = model: model.safetensors has 60 bytes instead of 72; copy it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={
-            "model.safetensors": (44).to_bytes(8, "little")
-            + b'{"a":{"dtype":"F32","data_offsets":[0,20]}} '
+            "model.safetensors": (56).to_bytes(8, "little")
+            + b'{"a":{"dtype":"F32","shape":[5],"data_offsets":[0,20]}} '
             + b"x" * 8
         },
     ),
     bad(
-        "a pointer of Git LFS for weights",
+        "a Git LFS pointer instead of weights",
         "",
-        "model.path = model: model.safetensors is no safetensors file, or cut off: ...; copy it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"},
     ),
     bad(
-        "weights whose header is no JSON",
+        "weights whose header is not JSON",
         "",
-        "model.path = model: model.safetensors cannot be read as safetensors (JSONDecodeError: ...); copy"
-        " it again",
+        "model.path = model: model.safetensors is incomplete or not safetensors (...); copy it again",
         model={"model.safetensors": (2).to_bytes(8, "little") + b"no"},
     ),
     bad(
         "an architecture that transformers does not know",
         "",
-        "model.path = model: its configuration cannot be read: ...",
+        "model.path = model: its configuration cannot be read (...); set a directory with a whole causal"
+        " language model, or a hub id that is cached or reachable",
         model={"config.json": {"model_type": "mine"}},
+        needs_torch=True,
     ),
     bad(
         "a model that generates no text",
         "",
-        "model.path = model: is a model of the type vit, which generates no text; set a causal language"
-        " model",
+        "model.path = model: models of type vit do not generate text; set a causal language model",
         model={"config.json": '{"model_type": "vit"}'},
+        needs_torch=True,
     ),
     bad(
-        "a model with code of its own",
+        "a model with custom code",
         "",
-        "model.path = model: is custom code; set model.trust_remote_code=true to run it, if you trust its"
-        " authors",
+        "model.path = model: its configuration is custom code, which runs only for model.path, with"
+        " model.trust_remote_code=true; set that if you trust its authors",
         model={"config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}},
+        needs_torch=True,
     ),
     bad(
         "no tokenizer",
@@ -976,45 +988,51 @@ MODEL = [
         model={"tokenizer.json": None, "tokenizer_config.json": None},
     ),
     bad(
-        "a tokenizer that never ends",
+        "a tokenizer without an end-of-sequence token",
         "",
         "model.path = model: its tokenizer has no end-of-sequence token, so no completion would ever end; set"
         " eos_token in its tokenizer_config.json",
         model={"tokenizer_config.json": {"eos_token": None}},
+        needs_torch=True,
     ),
     bad(
         "a tokenizer of another model",
         "",
-        "model.path = model: its tokenizer makes token ... of '...', and the model embeds 10 only: it would"
-        " be out of range; set a model with a tokenizer of its own",
+        "model.path = model: its tokenizer has token ... ('...'), but the model embeds only 10 tokens; use"
+        " the tokenizer that belongs to the model",
         model={"config.json": {"vocab_size": 10, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}},
+        needs_torch=True,
     ),
     bad(
         "rollouts longer than the model's context",
         "rollout.max_new_tokens=100",
-        "rollout.max_new_tokens = 100: with data.max_prompt_tokens 16 it comes to 116 tokens, the context of"
-        " model is 64; set them so that they fit together",
+        "rollout.max_new_tokens = 100: plus data.max_prompt_tokens 16 is 116 tokens, but the context of model"
+        " is 64; lower one of them",
+        needs_torch=True,
     ),
     row(
         "chat messages for a model without a chat template",
         CHAT,
         f"{KEY}holds chat messages, but the tokenizer of model has no chat template; set model.path to an"
         " instruct model, or give a column of strings",
+        needs_torch=True,
     ),
     row(
         "a chat template that fails",
         CHAT,
         f"{KEY}rows.jsonl:2 makes the chat template fail (TemplateError: no system)",
         model={"chat_template.jinja": "{{ raise_exception('no system') }}"},
+        needs_torch=True,
     ),
     row(
-        "a prompt that comes to no token",
+        "a prompt without tokens",
         '{"prompt": ""}',
         f"{KEY}rows.jsonl:2 is empty: it has no tokens",
         model={"tokenizer.json": {"post_processor": None}},
+        needs_torch=True,
     ),
     bad(
-        "adapters for layers that are not there",
+        "adapters for layers that do not exist",
         "model.lora_rank=2 model.lora_targets=[q_prj]",
         "model.lora_targets = ['q_prj']: ...; name linear layers of the model, as q_proj, or [] for all"
         " of them",
@@ -1023,7 +1041,7 @@ MODEL = [
     bad(
         "adapters that a push could not carry",
         "model.lora_rank=2 model.lora_targets=[embed_tokens]",
-        "model.lora_targets = ['embed_tokens']: embed_tokens ...; a push could not carry its adapter merged;"
+        "model.lora_targets = ['embed_tokens']: embed_tokens ...; its adapter cannot be merged for a push;"
         " name linear layers, as q_proj, or [] for all",
         needs_torch=True,
     ),
@@ -1040,7 +1058,7 @@ MODEL = [
         needs_torch=True,
     ),
     bad(
-        "a schedule's argument that it does not take",
+        "an argument that the schedule does not accept",
         "trainer.lr_schedule_kwargs.power=2",
         "trainer.lr_schedule_kwargs.power: the schedule constant does not take it; it takes nothing",
         needs_torch=True,
@@ -1052,7 +1070,7 @@ MODEL = [
         needs_torch=True,
     ),
     bad(
-        "a schedule without what it needs",
+        "a schedule without a required argument",
         "trainer.lr_schedule=cosine_with_min_lr",
         "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
         " trainer.lr_schedule_kwargs (...)",
@@ -1065,7 +1083,7 @@ MODEL = [
 
 def no_vllm(patch: pytest.MonkeyPatch) -> None:
     """vLLM is not installed"""
-    patch.setattr("rlswitch.command.environment._has_vllm", lambda where: False)
+    patch.setattr("rlswitch.command.arguments.find_spec", lambda name: None)
 
 
 def old_vllm(patch: pytest.MonkeyPatch) -> None:
@@ -1088,7 +1106,7 @@ def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
 
 def small_gpu(patch: pytest.MonkeyPatch) -> None:
     """a GPU of 1 GiB"""
-    from rlswitch.planning.footprint import DeviceFacts
+    from rlswitch.planning.machine import DeviceFacts
 
     size = 2**30
     facts = DeviceFacts(
@@ -1131,7 +1149,7 @@ MACHINE = [
     bad(
         "several processes for one run",
         "",
-        "WORLD_SIZE = 2: a run trains in one process, 2 of them would write the same files; start it with"
+        "WORLD_SIZE = 2: a run trains in one process, 2 would overwrite each other's files; start it with"
         " `python train.py`, and unset WORLD_SIZE",
         machine=launched_twice,
     ),
@@ -1182,7 +1200,7 @@ MACHINE = [
         machine=taken_port,
     ),
     bad(
-        "no server where one is to be",
+        "an address where no server answers",
         "engine=server engine.url=unix:/no/such.sock",
         "engine.url = unix:/no/such.sock: no vLLM server answers there; start it with: VLLM_SERVER_DEV_MODE=1"
         " ...",

@@ -119,7 +119,6 @@ def make_trainer(tmp_path: Path) -> Iterator[Callable[..., Any]]:
             run.model.path,
             engine_dtype,
             PAD,
-            device,
             Ledger(device, output_dir),
             publishers[-1],
             [[13, 1, 2, 10, 3, 4, 11], [9, 8, 0, 15, 12, 3]],

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-from contextlib import nullcontext
+import time
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from rlswitch.types import Group, Prompt, Rollout
 
 
-class HereAlone:
-    """Stands for rlswitch.command.torchless.Torchless and has no process: the question is answered here."""
-
-    ask = functools.partial
-
-    def close(self) -> None:
-        pass
+def eventually(condition: Callable[[], object], seconds: float = 120.0) -> bool:
+    """Whether it comes true in the end: for what another process or thread does in its own time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
 
 
 def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, **columns: Any) -> Group:
@@ -36,29 +34,6 @@ def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, 
         for sample, text in enumerate(texts)
     ]
     return Group(prompt=prompt, rollouts=rollouts)
-
-
-def idle_session(run: Any, **parts: Any) -> Any:
-    """A Session whose parts do nothing, except those that are given."""
-    from rlswitch.processes.signals import StopSignals
-    from rlswitch.session import Session
-
-    idle = {
-        "ledger": SimpleNamespace(step=0, work=lambda name: nullcontext(), step_metrics=dict),
-        "monitor": SimpleNamespace(wandb_id=None, sync=lambda: None, log=lambda *_: None),
-        "switch": SimpleNamespace(give_to=lambda *_: None),
-        "engine": SimpleNamespace(metrics=dict),
-        "trainer": SimpleNamespace(version=0, skipped=[]),
-        "rewards": SimpleNamespace(begin_step=lambda: None),
-        "prompts": SimpleNamespace(cursor=0, epoch=0.0),
-        "held_out": [],
-        "tokenizer": None,
-        "output_dir": Path(run.output_dir),
-        "stop_signals": StopSignals(),
-        "health": SimpleNamespace(end="", skipped_in_a_row=0, flat_in_a_row=0),
-        "saved_step": 0,
-    }
-    return Session(run=run, **idle | parts)
 
 
 def greedy(tiny: Any, prompt: str, max_new_tokens: int) -> str:

@@ -323,7 +323,8 @@ def make_batch(lengths: list[int], seed: int, columns: int = 0) -> Batch:
         token_ids=torch.zeros(rows, 1, dtype=torch.long),
         attention_mask=torch.ones(rows, 1, dtype=torch.long),
         prompt_lengths=torch.ones(rows, dtype=torch.long),
-        mask=padded(mask, columns),
+        completion_mask=padded(mask, columns),
+        loss_mask=padded(mask, columns),
         rollout_logprobs=tokens(0),
         rewards=noise((rows,), seed),
         group=torch.arange(rows) // 2,
@@ -344,17 +345,17 @@ def test_padding_never_changes_a_value(
     results = []
     for extra in (0, columns):
         batch = make_batch(lengths, seed, extra)
-        algorithm.estimate_advantages(batch, {})
+        batch.advantages, batch.returns = algorithm.estimate_advantages(batch, {})
         logprobs = padded(noise((len(lengths), max(lengths)), 50) * mask_of(lengths), extra)
         loss, metrics = algorithm.policy_loss(batch, logprobs, logprobs.abs(), {})
-        sums = [(loss * token_weights(batch.mask, aggregation, 8)).sum() for aggregation in AGGREGATIONS]
-        returns = [] if batch.returns is None else [batch.returns[batch.mask]]
-        named = [metrics[key][batch.mask] for key in sorted(metrics)]
-        mismatch = mismatch_metrics(batch.rollout_logprobs, batch.old_logprobs, batch.mask)
-        assert not batch.advantages[~batch.mask].any()
+        sums = [(loss * token_weights(batch.loss_mask, aggregation, 8)).sum() for aggregation in AGGREGATIONS]
+        returns = [] if batch.returns is None else [batch.returns[batch.loss_mask]]
+        named = [metrics[key][batch.loss_mask] for key in sorted(metrics)]
+        mismatch = mismatch_metrics(batch.rollout_logprobs, batch.old_logprobs, batch.loss_mask)
+        assert not batch.advantages[~batch.loss_mask].any()
         results.append(
             [
-                batch.advantages[batch.mask],
+                batch.advantages[batch.loss_mask],
                 *returns,
                 *named,
                 *sums,
@@ -371,18 +372,18 @@ def test_what_stands_on_masked_tokens_never_changes_a_value(name: str):
     losses = []
     for junk in (0.0, 3.0):
         batch = make_batch([1, 4, 2], 0)
-        batch.values = torch.where(batch.mask, batch.values, junk)
-        batch.old_logprobs = torch.where(batch.mask, batch.old_logprobs, -junk)
-        algorithm.estimate_advantages(batch, {})
+        batch.values = torch.where(batch.loss_mask, batch.values, junk)
+        batch.old_logprobs = torch.where(batch.loss_mask, batch.old_logprobs, -junk)
+        batch.advantages, batch.returns = algorithm.estimate_advantages(batch, {})
         loss, _ = algorithm.policy_loss(batch, noise((3, 4), 9), noise((3, 4), 8), {})
-        losses.append(float((loss * token_weights(batch.mask, "token-mean", 8)).sum()))
+        losses.append(float((loss * token_weights(batch.loss_mask, "token-mean", 8)).sum()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
 
 
 def test_grpo_gives_every_token_of_a_rollout_its_group_advantage():
     batch = make_batch([2, 3, 1, 3], 0)
     batch.rewards = torch.tensor([0.0, 1.0, 5.0, 5.0])
-    GRPO(scale_by_std=False).estimate_advantages(batch, {})
+    batch.advantages, batch.returns = GRPO(scale_by_std=False).estimate_advantages(batch, {})
     assert batch.advantages.tolist() == [
         [-0.5, -0.5, 0],
         [0.5, 0.5, 0.5],
@@ -393,9 +394,11 @@ def test_grpo_gives_every_token_of_a_rollout_its_group_advantage():
 
 def test_ppo_puts_the_kl_penalty_into_the_reward_that_the_critic_learns():
     batch = make_batch([3, 2], 0)
-    PPO(kl_coef=0.5, kl_estimator="k1", gae_lambda=1.0).estimate_advantages(batch, {})
+    batch.advantages, batch.returns = PPO(kl_coef=0.5, kl_estimator="k1", gae_lambda=1.0).estimate_advantages(
+        batch, {}
+    )
     penalty = 0.5 * (batch.old_logprobs - batch.reference_logprobs)
-    expected = batch.rewards - (penalty * batch.mask).sum(-1)
+    expected = batch.rewards - (penalty * batch.loss_mask).sum(-1)
     torch.testing.assert_close(batch.returns[:, 0], expected)
 
 
@@ -403,10 +406,11 @@ def test_grpo_adds_its_kl_and_entropy_terms_to_the_loss():
     batch = make_batch([3, 2], 0)
     logprobs, entropy = noise((2, 3), 5), noise((2, 3), 6).abs()
     plain, with_terms = GRPO(), GRPO(kl_coef=0.1, entropy_coef=0.2)
-    plain.estimate_advantages(batch, {})
+    batch.advantages, batch.returns = plain.estimate_advantages(batch, {})
     base, _ = plain.policy_loss(batch, logprobs, entropy, {})
     loss, metrics = with_terms.policy_loss(batch, logprobs, entropy, {})
-    torch.testing.assert_close(loss, base + 0.1 * metrics["actor/kl_ref"] - 0.2 * entropy)
+    expected = base + 0.1 * metrics["actor/kl_ref"] - 0.2 * batch.learned(entropy)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_a_reference_is_needed_exactly_when_the_kl_divergence_counts():
@@ -513,7 +517,11 @@ def test_it_rises_above_the_target_falls_below_it_and_never_far_at_once(kl: floa
 @pytest.mark.parametrize("name", sorted(OPTIONS["algorithm"]))
 def test_any_algorithm_can_whiten_its_advantages(name: str):
     raw, white = make_batch([3, 1, 4, 2], 0), make_batch([3, 1, 4, 2], 0)
-    OPTIONS["algorithm"][name](whiten_advantages=False).estimate_advantages(raw, {})
-    OPTIONS["algorithm"][name](whiten_advantages=True).estimate_advantages(white, {})
-    torch.testing.assert_close(white.advantages, whiten(raw.advantages, raw.mask))
+    raw.advantages, raw.returns = OPTIONS["algorithm"][name](whiten_advantages=False).estimate_advantages(
+        raw, {}
+    )
+    white.advantages, white.returns = OPTIONS["algorithm"][name](whiten_advantages=True).estimate_advantages(
+        white, {}
+    )
+    torch.testing.assert_close(white.advantages, whiten(raw.advantages, raw.loss_mask))
     assert not torch.equal(white.advantages, raw.advantages)

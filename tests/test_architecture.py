@@ -45,22 +45,18 @@ VENDORS = {
     "vllm": {"engines/vllm/"},
     "aiohttp": {"engines/vllm/"},
     "wandb": {"records/"},
-    "accelerate": {"training/trainer.py", "records/monitor.py"},
+    "accelerate": {"training/trainer.py", "records/"},
     "peft": {"training/lora.py"},
+    "vl_convert": {"report/"},
+    "jinja2": {"report/"},
 }
 ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
 LIGHT = (
     *("run", "inputs", "types", "errors", "text", "config.fields", "config.sections", "command.cli"),
-    *("command.compose", "command.arguments", "command.sweep", "command.environment", "command.torchless"),
-    *(
-        "data.prompts",
-        "data.hub",
-        "rewards.models.judge",
-        "rewards.models.reward_model",
-        "rewards.scorer",
-        "recipes.addition.task",
-    ),
+    *("command.compose", "command.arguments", "command.sweep"),
+    *("data.prompts", "data.hub", "rewards.models.judge", "rewards.models.reward_model"),
+    *("rewards.models.tenant", "rewards.scorer", "recipes.addition.task"),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -55,7 +55,7 @@ def test_to_batch_loses_nothing(sizes: list[tuple[int, list[int]]]):
         assert batch.token_ids[row, attended].tolist() == tokens
         assert attended.tolist() == sorted(attended.tolist(), reverse=True)
         assert (batch.token_ids[row, ~attended] == PAD).all()
-        mask = batch.mask[row]
+        mask = batch.loss_mask[row]
         assert completion_tokens(batch)[row, mask].tolist() == rollout.token_ids
         expected = torch.tensor(rollout.logprobs)
         assert torch.equal(batch.rollout_logprobs[row, mask], expected)
@@ -69,18 +69,18 @@ def test_to_batch_loses_nothing(sizes: list[tuple[int, list[int]]]):
 @given(sizes=SIZES, data=st.data())
 def test_rows_trims_padding_and_keeps_every_value(sizes, data):
     batch = make_batch(sizes)
-    batch.advantages = torch.rand(batch.mask.shape) * batch.mask
+    batch.advantages = torch.rand(batch.loss_mask.shape) * batch.loss_mask
     index = torch.tensor(data.draw(st.permutations(range(len(batch)))))
     index = index[: data.draw(st.integers(1, len(batch)))]
     part = batch.rows(index)
     assert part.token_ids.shape[1] == int(part.attention_mask.sum(-1).max())
-    assert part.mask.shape[1] == int(part.mask.sum(-1).max())
+    assert part.completion_mask.shape[1] == int(part.completion_mask.sum(-1).max())
     assert part.values is None
     for row, source in enumerate(index.tolist()):
         for name, mask in [
             ("token_ids", "attention_mask"),
-            ("rollout_logprobs", "mask"),
-            ("advantages", "mask"),
+            ("rollout_logprobs", "completion_mask"),
+            ("advantages", "completion_mask"),
         ]:
             theirs = getattr(batch, name)[source][getattr(batch, mask)[source].bool()]
             ours = getattr(part, name)[row][getattr(part, mask)[row].bool()]

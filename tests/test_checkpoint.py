@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlswitch.checkpoint import checkpoint
-from rlswitch.checkpoint.atomic import FORMAT, MANIFEST, find_fault
+from rlswitch.checkpoint.atomic import FORMAT, MANIFEST, checkpoint_problems
 from rlswitch.checkpoint.checkpoint import is_due, restore, save
 from rlswitch.checkpoint.resume import LoopState, choose, finished, newest, read_state
 from rlswitch.config.sections import CheckpointConfig
@@ -51,7 +51,7 @@ def keep_step(tmp_path: Path, build, tiny_model) -> Callable[..., Path]:
 
 def update(trainer: Trainer, make_groups) -> None:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
 
 
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(
         file.write_bytes(content[:middle] + flipped + content[middle + 1 :])
     said: list[str] = []
     assert newest(tmp_path / "checkpoints", said.append) == good
-    assert len(said) == 1 and said[0].startswith(f"checkpoint {bad} is passed over: ")
+    assert len(said) == 1 and said[0].startswith(f"skipping checkpoint {bad}: ")
     assert ("manifest" if name == MANIFEST else name) in said[0]
 
 
@@ -168,7 +168,7 @@ def test_a_flipped_bit_in_any_byte_is_found(keep_step, tmp_path, data: st.DataOb
     path = tmp_path / "checkpoints" / "step_000001"
     if not path.is_dir():
         keep_step(1)
-        assert find_fault(path) is None
+        assert not any(checkpoint_problems(path))
     files = sorted(file for file in path.rglob("*") if file.is_file())
     file = data.draw(st.sampled_from([path / MANIFEST, *files]))
     content = file.read_bytes()
@@ -176,7 +176,7 @@ def test_a_flipped_bit_in_any_byte_is_found(keep_step, tmp_path, data: st.DataOb
     flipped = content[position] ^ (1 << data.draw(st.integers(0, 7)))
     try:
         file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
-        assert find_fault(path) is not None
+        assert any(checkpoint_problems(path))
     finally:
         file.write_bytes(content)
 
@@ -197,7 +197,7 @@ def test_a_file_that_was_not_saved_with_it_spoils_a_checkpoint_and_is_not_read(k
     (bad / name).write_bytes(pickle.dumps(Trap(sprung)))
     said: list[str] = []
     assert newest(tmp_path / "checkpoints", said.append) == good
-    assert len(said) == 1 and f"{bad} is passed over: {name} is not in its manifest" in said[0]
+    assert len(said) == 1 and f"skipping checkpoint {bad}: {name} is not in its manifest" in said[0]
     assert not sprung.exists()
     pickle.loads((bad / name).read_bytes())
     assert sprung.exists()  # the trap works
@@ -217,7 +217,7 @@ def test_a_file_that_was_not_saved_with_it_spoils_a_checkpoint_and_is_not_read(k
 def test_a_manifest_of_any_other_shape_is_a_fault(keep_step, text: str):
     path = keep_step(1)
     (path / MANIFEST).write_text(text)
-    assert find_fault(path) is not None
+    assert any(checkpoint_problems(path))
 
 
 def test_without_any_checkpoint_there_is_none(tmp_path):
@@ -226,13 +226,13 @@ def test_without_any_checkpoint_there_is_none(tmp_path):
 
 def test_micro_batches_stay_as_small_as_memory_made_them(build, tiny_model, tmp_path):
     small, roomy = build("ppo"), build("ppo")
-    small.micro_batch_tokens = 20
+    small.limit.tokens = 20
     state = LoopState(step=0, model=small.run.model.path)
     restore(save(tmp_path / "checkpoints", small, tiny_model().tokenizer, state, keep=1), roomy)
-    assert roomy.micro_batch_tokens == 20
+    assert roomy.limit.tokens == 20
     fine, other = build("ppo"), build("ppo", trainer=LEARNING | {"micro_batch_tokens": 99999})
     restore(save(tmp_path / "checkpoints", fine, tiny_model().tokenizer, state, keep=1), other)
-    assert other.micro_batch_tokens == 99999  # it was set, and nothing has run out
+    assert other.limit.tokens == 99999  # it was set, and nothing has run out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them(
@@ -241,7 +241,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them
     for step in (1, 2):
         shutil.rmtree(keep_step(step) / "policy")
     said: list[str] = []
-    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* is whole; .*resume=never"):
+    with pytest.raises(ConfigError, match=r"none of the 2 checkpoints in .* is valid; .*resume=never"):
         choose(make_run("ppo"), tmp_path, said.append)
     assert len(said) == 2
     assert choose(make_run("ppo", resume="never"), tmp_path, print).path is None
@@ -259,7 +259,7 @@ def test_only_the_newest_ones_are_kept(keep_step, tmp_path):
 def test_a_step_saved_again_replaces_the_old_one(keep_step, tmp_path):
     keep_step(1, cursor=1)
     path = keep_step(1, cursor=2)
-    assert find_fault(path) is None
+    assert not any(checkpoint_problems(path))
     assert json.loads((path / "state.json").read_text())["cursor"] == 2
     assert names(tmp_path / "checkpoints") == ["step_000001"]
 
@@ -286,7 +286,7 @@ def test_a_checkpoint_that_was_put_aside_gets_its_name_back_if_no_other_took_it(
     path = keep_step(1)
     path.rename(path.parent / ".step_000001.old")
     assert choose(make_run("ppo", trainer=LEARNING), tmp_path, print)[0] == path
-    assert find_fault(path) is None
+    assert not any(checkpoint_problems(path))
 
 
 @pytest.mark.parametrize("step", ["_write", "_save_policy"])
@@ -299,7 +299,7 @@ def test_a_save_without_room_says_which_checkpoint_is_left(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoint, step, full)
-    with pytest.raises(SaveError, match=rf"step_000002 could not be saved .*No space.*; {good} is whole"):
+    with pytest.raises(SaveError, match=rf"step_000002 could not be saved .*No space.*; {good} is intact"):
         keep_step(2)
     assert names(tmp_path / "checkpoints") == ["step_000001"]
 
@@ -335,7 +335,7 @@ def test_a_resume_path_that_is_missing_or_broken_is_refused(keep_step, make_run,
 
 def test_the_checkpoint_of_another_model_is_refused(keep_step, make_run):
     path = keep_step(1, model="somebody/else")
-    with pytest.raises(ConfigError, match=r"is of model\.path somebody/else"):
+    with pytest.raises(ConfigError, match=r"was saved with model\.path somebody/else"):
         read_state(path, make_run())
 
 

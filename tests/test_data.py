@@ -338,5 +338,5 @@ def test_a_tokenizer_with_code_of_its_own_is_not_run_unasked():
     Path("custom/tokenizer_config.json").write_text(
         json.dumps({"auto_map": auto_map, "tokenizer_class": "MyTokenizer"})
     )
-    with pytest.raises(ConfigError, match=r"^model\.path = custom: .*set model\.trust_remote_code=true"):
+    with pytest.raises(ConfigError, match=r"^model\.path = custom: .*with model\.trust_remote_code=true"):
         load_tokenizer(ModelConfig(path="custom"), "custom")

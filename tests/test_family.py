@@ -38,7 +38,8 @@ def batch_of(logprobs, old, advantages, mask, reference=None):
         token_ids=torch.zeros(rows, 1, dtype=torch.long),
         attention_mask=torch.ones(rows, 1, dtype=torch.long),
         prompt_lengths=torch.ones(rows, dtype=torch.long),
-        mask=mask,
+        completion_mask=mask,
+        loss_mask=mask,
         rollout_logprobs=old,
         rewards=torch.zeros(rows),
         group=torch.zeros(rows, dtype=torch.long),
@@ -81,10 +82,10 @@ def test_reinforce_pp_with_a_group_baseline_is_blind_to_a_constant_reward():
     batch.group = torch.tensor([0, 0, 1, 1])
     algorithm = ReinforcePP(group_baseline=True)
     batch.rewards = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    algorithm.estimate_advantages(batch, {})
+    batch.advantages, batch.returns = algorithm.estimate_advantages(batch, {})
     before = batch.advantages
     batch.rewards = batch.rewards + torch.tensor([5.0, 5.0, -3.0, -3.0])
-    algorithm.estimate_advantages(batch, {})
+    batch.advantages, batch.returns = algorithm.estimate_advantages(batch, {})
     torch.testing.assert_close(batch.advantages, before)
 
 
@@ -226,11 +227,11 @@ def test_the_baseline_of_reinforce_is_the_running_mean_of_earlier_steps():
     for rewards in ([1.0, 3.0], [4.0, 0.0], [0.0, 0.0]):
         batch = batch_of(noise((2, 2)), noise((2, 2)), None, mask)
         batch.rewards = torch.tensor(rewards)
-        algorithm.estimate_advantages(batch, memory)
+        batch.advantages, batch.returns = algorithm.estimate_advantages(batch, memory)
         seen.append(batch.advantages.tolist())
     # baselines: its own mean 2; 0.75 x 2 + 0.25 x 2 = 2; 2 again
     assert seen == [[[-1, -1], [1, 0]], [[2, 2], [-2, 0]], [[-2, -2], [-2, 0]]]
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}
     batch.rewards = torch.tensor([math.nan, 1.0])  # the update will be left out
-    algorithm.estimate_advantages(batch, memory)
+    batch.advantages, batch.returns = algorithm.estimate_advantages(batch, memory)
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}

@@ -12,7 +12,7 @@ from torch.autograd import gradcheck
 from rlswitch.algorithms.grpo import GRPO
 from rlswitch.algorithms.kl import kl_divergence
 from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, value_loss, weighted_surrogate
-from rlswitch.training.models import token_statistics
+from rlswitch.training.logprobs import token_statistics
 from rlswitch.types import Batch
 
 SHAPE = (3, 5)
@@ -64,7 +64,8 @@ def test_the_whole_policy_loss_agrees_with_finite_differences(correction: str, l
         token_ids=torch.zeros(rows, 1, dtype=torch.long),
         attention_mask=torch.ones(rows, 1, dtype=torch.long),
         prompt_lengths=torch.ones(rows, dtype=torch.long),
-        mask=MASK,
+        completion_mask=MASK,
+        loss_mask=MASK,
         rollout_logprobs=noise(1),
         rewards=noise(2, (rows,)),
         group=torch.zeros(rows, dtype=torch.long),

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
-from samples import idle_session
 
-from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.errors import RLSwitchError
-from rlswitch.records.health import Health, write_down
+from rlswitch.records.health import Health, write_skipped
 
 BROKEN = ["actor/grad_norm = inf", "actor/grad_norm = nan"]
 
@@ -23,7 +20,7 @@ def said() -> list[str]:
 
 @pytest.fixture
 def health(tmp_path, said) -> Health:
-    return Health(tmp_path, Start(None, LoopState(), kept=0, given_up=[]), said.append)
+    return Health(tmp_path, said.append, lambda: None)
 
 
 def test_the_rollouts_of_a_step_that_was_left_out_are_kept(health, said, tmp_path, make_groups):
@@ -34,7 +31,7 @@ def test_the_rollouts_of_a_step_that_was_left_out_are_kept(health, said, tmp_pat
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert [row["token_ids"] for row in rows] == [it.token_ids for group in groups for it in group.rollouts]
     assert math.isnan(rows[1]["logprobs"][0]) and rows[1]["step"] == 7
-    assert said == [f"step 7: {BROKEN[0]}: 2 updates are left out, its rollouts are in {path}"]
+    assert said == [f"step 7: {BROKEN[0]}: skipped 2 updates; the step's rollouts are in {path}"]
 
 
 def test_three_in_a_row_end_the_run_and_a_good_one_between_them_does_not(health, said, tmp_path, make_groups):
@@ -43,18 +40,13 @@ def test_three_in_a_row_end_the_run_and_a_good_one_between_them_does_not(health,
     with pytest.raises(RLSwitchError) as error:
         health.check(6, {}, BROKEN[:1], make_groups())
     line = str(error.value)
-    assert line.startswith("step 6: actor/grad_norm = inf: an update is left out")
-    assert "in 3 steps in a row; no checkpoint was saved yet; lower trainer.lr" in line
+    assert line.startswith("step 6: actor/grad_norm = inf: skipped 1 update;")
+    assert "3 such steps in a row; no checkpoint was saved yet; lower trainer.lr" in line
     assert (tmp_path / "skipped" / "step_000006.jsonl").is_file()
 
 
-def test_the_end_names_the_last_good_checkpoint(health, tmp_path, make_groups, monkeypatch):
-    for step in (2, 4):
-        (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
-    broken = tmp_path / "checkpoints" / "step_000004"
-    monkeypatch.setattr(
-        "rlswitch.checkpoint.resume.find_fault", lambda path: "cut short" if path == broken else None
-    )
+def test_the_end_names_the_last_good_checkpoint(tmp_path, said, make_groups):
+    health = Health(tmp_path, said.append, lambda: tmp_path / "step_000002")
     for step in (5, 6):
         health.check(step, {}, BROKEN, make_groups())
     with pytest.raises(RLSwitchError, match=r"the last good checkpoint is .*step_000002;"):
@@ -62,18 +54,18 @@ def test_the_end_names_the_last_good_checkpoint(health, tmp_path, make_groups, m
 
 
 def test_what_an_interrupted_run_had_counted_counts_on(tmp_path, said, make_groups):
-    begun = Start(None, LoopState(skipped_in_a_row=2, flat_in_a_row=9), kept=5, given_up=[])
-    health = Health(tmp_path, begun, said.append)
+    counted = {"kept": 5, "skipped_in_a_row": 2, "flat_in_a_row": 9}
+    health = Health(tmp_path, said.append, lambda: None, **counted)
     health.check(6, {"actor/grad_norm": 0.0}, [], make_groups())
     assert said and health.flat_in_a_row == 10
-    with pytest.raises(RLSwitchError, match="3 steps in a row"):
-        Health(tmp_path, begun, said.append).check(6, {}, BROKEN, make_groups())
+    with pytest.raises(RLSwitchError, match="3 such steps in a row"):
+        Health(tmp_path, said.append, lambda: None, **counted).check(6, {}, BROKEN, make_groups())
 
 
 def test_the_rollouts_of_steps_that_a_run_goes_back_behind_are_dropped(tmp_path, said, make_groups):
     for step in (3, 4):
-        write_down(tmp_path, step, make_groups())
-    Health(tmp_path, Start(None, LoopState(step=3), kept=3, given_up=[]), said.append)
+        write_skipped(tmp_path, step, make_groups())
+    Health(tmp_path, said.append, lambda: None, kept=3)
     assert [path.name for path in (tmp_path / "skipped").iterdir()] == ["step_000003.jsonl"]
 
 
@@ -84,18 +76,6 @@ def test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end(healt
     (line,) = said
     assert line.startswith("the policy's gradient was 0 in each of the last 10 steps")
     health.check(60, {"actor/grad_norm": 0.0}, [], make_groups())
-    assert "of the last 50 steps: rewards that are compared do not differ" in health.end
+    assert "of the last 50 steps: the rewards do not differ" in health.end
     health.check(61, {"actor/grad_norm": 0.0}, [], make_groups())
     assert not health.end  # who goes on all the same has fifty more
-
-
-def test_a_run_with_nothing_more_to_learn_is_saved_before_it_ends(make_run, monkeypatch):
-    saved: list[int] = []
-    monkeypatch.setattr("rlswitch.session.checkpoint.save", lambda directory, trainer, *_: saved.append(60))
-    session = idle_session(make_run(), trainer=SimpleNamespace(version=60, skipped=[]))
-    session.log({})
-    assert not saved
-    session.health.end = "the policy's gradient was 0"
-    with pytest.raises(RLSwitchError, match="gradient was 0; checkpoint of step 60 saved"):
-        session.log({})
-    assert saved == [60] and session.saved_step == 60

@@ -16,8 +16,10 @@ from rlswitch.checkpoint.checkpoint import LoopState
 from rlswitch.errors import ConfigError
 from rlswitch.planning.footprint import ModelShape
 from rlswitch.training import lora
-from rlswitch.training.models import load_policy, policy_logprobs, sequence_logprobs
-from rlswitch.training.trainer import Trainer, trained
+from rlswitch.training.logprobs import policy_logprobs, sequence_logprobs
+from rlswitch.training.models import load_policy
+from rlswitch.training.schedule import trained
+from rlswitch.training.trainer import Trainer
 
 SEQUENCES = [[13, 1, 2, 10, 3, 4, 11, 7], [13, 5, 11, 0]]
 
@@ -44,7 +46,7 @@ def build(make_run, make_trainer) -> Callable[..., Trainer]:
 
 def step(trainer: Trainer, make_groups) -> dict[str, float]:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     return trainer.update(batch)
 
 

@@ -9,21 +9,22 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 from rich.console import Console
+from samples import eventually
 
 from rlswitch.algorithms.ppo import PPO
 from rlswitch.config.sections import DataConfig, EngineConfig, ModelConfig
-from rlswitch.errors import ConfigError
-from rlswitch.records import monitor as monitoring
+from rlswitch.records.console import LiveDisplay, View
 from rlswitch.records.jsonl import read, trim
-from rlswitch.records.monitor import TRACKERS, Monitor, tracker_problems
+from rlswitch.records.monitor import Monitor
 from rlswitch.records.provenance import command_line, redacted
+from rlswitch.records.trackers import TRACKERS, tracker_problems
 from rlswitch.run import Run
 from rlswitch.text import sparkline
 from rlswitch.types import Group, Prompt, Rollout
@@ -187,7 +188,7 @@ def test_a_terminal_that_has_gone_does_not_stop_a_run(tmp_path, live: bool):
         monitor.log(1, METRICS, make_groups())
         screen.gone = True
         monitor.log(2, METRICS, make_groups())
-        monitor.say("nobody hears this")
+        monitor.log_line("nobody hears this")
     assert [record["step"] for record in lines_of(tmp_path / "metrics.jsonl")] == [1, 2]
 
 
@@ -305,48 +306,48 @@ def test_a_tracker_that_raises_is_left_with_one_warning(tmp_path, tracker):
     assert printed(console).splitlines()[-1].strip().startswith("report")
 
 
-def test_a_tracker_that_hangs_does_not_hold_the_run(tmp_path, tracker, monkeypatch):
-    monkeypatch.setattr(monitoring, "HANG_SECONDS", 0.05)
-    stuck, release = threading.Event(), threading.Event()
+@pytest.mark.parametrize("call", ["start", "store_init_configuration", "log", "finish"])
+def test_the_first_failure_drops_a_tracker_and_leaves_the_others(tmp_path, tracker, monkeypatch, call: str):
+    calls: list[str] = []
 
-    def hang():
-        stuck.set()
-        release.wait(20)
+    class Broken(tracker):
+        """Fails at one call; SystemExit is how some trackers leave."""
 
-    tracker.on_log = staticmethod(hang)
+        seen: ClassVar[list] = []
+        name = "broken"
+
+    def fail(self, *_, **__):
+        calls.append(call)
+        raise SystemExit(1)
+
+    setattr(Broken, call, fail)
+    monkeypatch.setitem(sys.modules["accelerate.tracking"].LOGGER_TYPE_TO_CLASS, "broken", Broken)
     console = plain()
-    began = time.monotonic()
-    with Monitor(make_run(logger=["fake"]), tmp_path, console=console) as monitor:
-        monitor.log(1, METRICS)
-        assert stuck.wait(10)
-        time.sleep(0.1)
-        for step in (2, 3):
+    with Monitor(make_run(logger=["broken", "fake"]), tmp_path, console=console) as monitor:
+        for step in (1, 2):
             monitor.log(step, METRICS)
-    release.set()
-    assert time.monotonic() - began < 10
-    assert printed(console).count("warning: fake has not answered") == 1
-    assert len(lines_of(tmp_path / "metrics.jsonl")) == 3
+    assert calls == [call]
+    assert printed(console).count("warning: broken failed: SystemExit: 1; the run continues without it") == 1
+    assert [entry[0] for entry in tracker.seen] == ["config", 1, 2, "finish"]
 
 
-def test_a_slow_finish_is_given_up(tmp_path, tracker, monkeypatch):
-    monkeypatch.setattr(monitoring, "FINISH_SECONDS", 0.1)
-    release = threading.Event()
-    tracker.finish = lambda self: release.wait(20)
-    console = plain()
-    with Monitor(make_run(logger=["fake"]), tmp_path, console=console) as monitor:
-        monitor.log(1, METRICS)
-    release.set()
-    assert "warning: fake is still busy" in printed(console)
+def test_an_interrupt_inside_a_tracker_stops_the_run(tmp_path, tracker):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    tracker.on_log = staticmethod(interrupt)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Monitor(make_run(logger=["fake"]), tmp_path, console=plain()) as it,
+    ):
+        it.log(1, METRICS)
 
 
-def test_unknown_and_missing_trackers_are_refused_before_anything_is_written(tmp_path):
+def test_unknown_trackers_are_rejected():
     assert tracker_problems([]) == []
     [problem] = tracker_problems(["wandbb"])
     assert problem.startswith("logger = wandbb: ")
     assert problem.endswith("did you mean 'wandb'?")
-    with pytest.raises(ConfigError, match="logger = nonesuch"):
-        Monitor(make_run(logger=["nonesuch"]), tmp_path / "out", console=plain())
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_tracker_that_is_not_installed_says_what_to_do(monkeypatch):
@@ -376,7 +377,8 @@ def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypa
         resumed.log(2, METRICS)
     assert resumed.wandb_id == monitor.wandb_id
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{monitor.wandb_id}.wandb"))
-    assert [wandb_steps(file) for file in files] == [{1}, {2}]
+    # W&B's own process writes them, and may be a moment behind.
+    assert eventually(lambda: [wandb_steps(file) for file in files] == [{1}, {2}]), files
     assert "wandb sync" in printed(console)
     assert capfd.readouterr() == ("", "")
 
@@ -404,7 +406,7 @@ def test_plain_output_is_a_line_a_step_without_control_characters(tmp_path):
         for step in range(1, 13):
             monitor.phase("rollout")
             monitor.log(step, METRICS, make_groups("3\x1b[2J\r\n"))
-        monitor.say("notice \x1b]0;title\x07")
+        monitor.log_line("notice \x1b]0;title\x07")
     text = printed(console)
     assert not [char for char in text if ord(char) < 32 and char != "\n"]
     steps = [line for line in text.splitlines() if line.startswith("step ")]
@@ -416,16 +418,19 @@ def test_plain_output_is_a_line_a_step_without_control_characters(tmp_path):
     assert "pushes" in text
 
 
-def test_a_terminal_shows_a_compact_panel(tmp_path):
-    console = terminal()
-    with Monitor(make_run(), tmp_path, console=console) as monitor:
-        monitor.phase("engine start")
-        monitor.log(0, {"val/addition/acc": 0.125})
-        for step in range(1, 6):
-            monitor.log(step, METRICS, make_groups("3\x1b[2J"))
-        monitor.phase("rollout")
-        sketch = Console(file=io.StringIO(), width=80, force_terminal=False)
-        sketch.print(monitor._display.render())  # type: ignore[attr-defined]
+def test_a_terminal_shows_a_compact_panel():
+    console, view = terminal(), View(title="run", num_steps=20)
+    [group] = make_groups("3\x1b[2J")
+    display = LiveDisplay(console, view)
+    display.phase("engine start")
+    view.add({"step": 0, "val/addition/acc": 0.125})
+    for step in range(1, 6):
+        view.add({"step": step, **METRICS})
+        display.show(step, METRICS, group.rollouts[0])
+    display.phase("rollout")
+    sketch = Console(file=io.StringIO(), width=80, force_terminal=False)
+    sketch.print(display.render())
+    display.close("done", [])
     lines = printed(sketch).splitlines()
     assert len(lines) <= 14
     assert max(map(len, lines)) <= 80
@@ -438,8 +443,7 @@ def test_a_panel_can_be_drawn_before_anything_is_known(tmp_path):
     console = terminal(width=40)
     with Monitor(make_run(), tmp_path, console=console) as monitor:
         monitor.phase("engine start")
-        time.sleep(0.3)
-    assert "engine start" in printed(console)
+        assert eventually(lambda: "engine start" in printed(console))  # it draws itself, now and then
 
 
 def test_an_exception_closes_the_display_and_passes_on(tmp_path):

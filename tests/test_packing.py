@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from rlswitch.errors import ConfigError
 from rlswitch.training.batching import lay_out, micro_batches, to_batch
-from rlswitch.training.models import policy_logprobs, refuse_leaky_packing
+from rlswitch.training.logprobs import check_packing, policy_logprobs
 from rlswitch.training.trainer import Trainer
 from rlswitch.types import Group, Prompt, Rollout
 
@@ -54,7 +54,7 @@ def gradients(make_run, make_trainer, make_groups) -> Callable[..., tuple[dict, 
             )
         )
         batch = trainer.prepare(make_groups())
-        trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+        batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
         return trainer.update(batch), seen, trainer
 
     return make
@@ -108,12 +108,12 @@ def test_packed_logprobs_are_the_padded_ones(tiny_model):
 
 def test_a_model_whose_packed_rollouts_see_each_other_is_refused(tiny_model):
     model, sequences = tiny_model().model, [[13, 1, 2, 10, 3], [9, 8, 0, 15]]
-    refuse_leaky_packing(model, sequences, 1e-3)
+    check_packing(model, sequences, 1e-3)
     leaky = copy.deepcopy(model)
     forward = leaky.forward
     leaky.forward = lambda input_ids, position_ids=None, **rest: forward(input_ids=input_ids, **rest)
     with pytest.raises(ConfigError, match=r"trainer\.packing = true: .* set trainer\.packing=false"):
-        refuse_leaky_packing(leaky, sequences, 1e-3)
+        check_packing(leaky, sequences, 1e-3)
 
 
 def test_packed_rollouts_do_not_see_each_other(tiny_model):

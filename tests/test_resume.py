@@ -9,9 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlswitch.checkpoint.atomic import written_whole
-from rlswitch.checkpoint.exactness import FREE, OPEN, changes, deciding
-from rlswitch.checkpoint.resume import LoopState, Start, choose, finished, give_up
+from rlswitch.checkpoint.atomic import written_atomically
+from rlswitch.checkpoint.resume import (
+    FREE,
+    OPEN,
+    LoopState,
+    Resume,
+    Start,
+    changes,
+    choose,
+    deciding,
+    finished,
+    give_up,
+)
 from rlswitch.config.sections import EngineConfig, ServerEngineConfig
 from rlswitch.errors import ConfigError
 from rlswitch.run import Run, settings_of
@@ -24,7 +34,7 @@ def kept(tmp_path: Path) -> Callable[..., Path]:
 
     def make(run: Run, step: int = 7, directory: Path = tmp_path) -> Path:
         path = directory / "checkpoints" / f"step_{step:06d}"
-        with written_whole(path) as draft:
+        with written_atomically(path) as draft:
             state = {"step": step, "cursor": 2 * step, "wandb_id": "abc", "model": run.model.path}
             settings = json.loads(json.dumps(deciding(run)))
             (draft / "state.json").write_text(json.dumps(state | {"settings": settings}))
@@ -37,6 +47,21 @@ def refused(run: Run, directory: Path) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         choose(run, directory, pytest.fail)
     return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("text", "never", "path", "allows_changes"),
+    [
+        ("never", True, None, False),
+        ("auto", False, None, False),
+        ("changed", False, None, True),
+        ("a/step_000001", False, Path("a/step_000001"), False),
+        ("C:/a", False, Path("C:/a"), False),
+        ("changed:a/step_000001", False, Path("a/step_000001"), True),
+    ],
+)
+def test_the_five_words_of_resume(text: str, never: bool, path: Path | None, allows_changes: bool):
+    assert Resume.parse(text) == (never, path, allows_changes)
 
 
 def test_the_same_settings_go_on(kept, make_run, tmp_path):
@@ -69,7 +94,7 @@ def test_changes_that_are_allowed_are_said_and_not_refused(kept, make_run, tmp_p
     run.resume = word
     said: list[str] = []
     assert choose(run, tmp_path, said.append)[0] == path
-    assert said == ["seed = 9: was 0 when step_000007 was saved; goes on with 9"]
+    assert said == ["seed = 9: was 0 when step_000007 was saved; continuing with 9"]
 
 
 def test_a_finished_run_is_said_to_be_complete_only_as_the_run_that_it_was(kept, make_run, tmp_path):
@@ -78,7 +103,7 @@ def test_a_finished_run_is_said_to_be_complete_only_as_the_run_that_it_was(kept,
     assert "run is complete" in finished(make_run(**where))
     with pytest.raises(ConfigError, match=r"^seed = 9: was 0 when step_000007"):
         finished(make_run(seed=9, **where))
-    with pytest.raises(ConfigError, match=r"is of model\.path"):
+    with pytest.raises(ConfigError, match=r"was saved with model\.path"):
         finished(make_run(tie=False, **where))
     assert "run is complete" in finished(make_run(seed=9, resume="changed", **where))
     for word in ("never", str(tmp_path / "checkpoints" / "step_000001")):
@@ -120,8 +145,8 @@ def test_a_branch_of_another_run_is_a_run_of_its_own(kept, make_run, tmp_path):
     assert begin.state.wandb_id is None
     kept(make_run(), 2, tmp_path / "b")
     assert refused(run, tmp_path / "b") == [
-        f"resume = {path}: {tmp_path / 'b'} has checkpoints of its own, which would be lost; set resume=auto"
-        " to go on from step_000002, or another output_dir"
+        f"resume = {path}: {tmp_path / 'b'} has other checkpoints, which would be lost; set resume=auto to"
+        " resume from step_000002, or another output_dir"
     ]
 
 
@@ -159,7 +184,7 @@ def test_whether_there_are_evaluations_decides_where_their_rows_are_cut_off(make
 def test_another_model_is_refused_even_when_changes_are_allowed(kept, make_run, tmp_path):
     kept(make_run())
     run = make_run(tie=False, resume="changed")
-    with pytest.raises(ConfigError, match=r"is of model\.path"):
+    with pytest.raises(ConfigError, match=r"was saved with model\.path"):
         choose(run, tmp_path, print)
 
 

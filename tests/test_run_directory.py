@@ -15,9 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from rlswitch.checkpoint import room
-from rlswitch.checkpoint.lock import LOCK, only_run_in
-from rlswitch.checkpoint.room import checkpoint_size, refuse_full_disk, room_needed
+from rlswitch.checkpoint import run_directory
+from rlswitch.checkpoint.run_directory import (
+    LOCK,
+    check_disk_space,
+    checkpoint_size,
+    only_run_in,
+    room_needed,
+)
 from rlswitch.command import cli
 from rlswitch.errors import ConfigError
 from rlswitch.planning.footprint import ModelShape
@@ -27,7 +32,7 @@ from rlswitch.records.jsonl import LineFile
 HOLD = """
 import sys
 from pathlib import Path
-from rlswitch.checkpoint.lock import only_run_in
+from rlswitch.checkpoint.run_directory import only_run_in
 with only_run_in(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()
@@ -49,7 +54,7 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
 
 
 def test_a_second_run_in_a_directory_is_told_who_has_it(other_run: subprocess.Popen, tmp_path: Path):
-    who = f"a run with pid {other_run.pid} on host {socket.gethostname()} has it"
+    who = f"a run with pid {other_run.pid} on host {socket.gethostname()} is using it"
     with pytest.raises(ConfigError, match=who), only_run_in(tmp_path / "run", print):
         pytest.fail("two runs")
     assert (tmp_path / "run" / LOCK).exists()
@@ -118,7 +123,7 @@ def test_a_checkpoint_is_as_large_as_was_said_before_the_run(
     run = make_run(algorithm, options={"kl_coef": 0.1, "reference_refresh": 1}, **settings)
     trainer = make_trainer(run)
     batch = trainer.prepare(make_groups())
-    run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
     path = save(tmp_path / "c", trainer, tiny_model().tokenizer, LoopState(step=1), keep=1)
     saved = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
@@ -137,14 +142,14 @@ def test_room_is_asked_for_the_checkpoints_to_keep_and_the_one_being_written(mak
 def test_a_disk_without_room_is_refused_with_both_sizes(make_run, tmp_path, monkeypatch):
     free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
     run = make_run()
-    refuse_full_disk(run, tmp_path, 1000, 0)
+    check_disk_space(run, tmp_path, 1000, 0)
     for need, published in ((free + 10**12, 0), (0, free + 10**12)):
         with pytest.raises(ConfigError, match=r"GB free, checkpoints need .* more.*checkpoint\.keep"):
-            refuse_full_disk(run, tmp_path, need, published)
+            check_disk_space(run, tmp_path, need, published)
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr(room.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(run_directory.os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ConfigError, match="checkpoints/ cannot be written to"):
-        refuse_full_disk(run, tmp_path, 0, 0)
+        check_disk_space(run, tmp_path, 0, 0)
 
 
 def test_a_disk_that_fills_up_during_the_run_ends_it_with_a_line(capsys):
@@ -172,7 +177,7 @@ def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 
 
 def test_a_run_without_room_is_refused_and_leaves_no_directory(started, tmp_path, monkeypatch):
-    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(run_directory.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"output_dir = .*: 0\.00 MB free, checkpoints need"):
         started()
     assert not (tmp_path / "run").exists()

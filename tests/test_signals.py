@@ -8,13 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
+from contextlib import ExitStack
 
 import pytest
-from samples import idle_session
 
-from rlswitch import loop
 from rlswitch.build import open_session
 from rlswitch.errors import Preempted, ProofError
 from rlswitch.processes.exit import POLITE
@@ -23,8 +20,8 @@ from rlswitch.processes.signals import (
     StopSignals,
     handling,
     leave_at_second_interrupt,
-    let_through,
     preemptible,
+    reraise_interrupts,
 )
 
 INTERRUPTED = """
@@ -99,41 +96,8 @@ def test_the_first_interrupt_takes_down_in_order_and_the_second_leaves_at_once()
         (["twice"], "interrupted\n", 130),
     ):
         words = [sys.executable, "-c", INTERRUPTED, *words]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert (done.stdout, done.returncode) == (printed, code), done.stderr
-
-
-def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
-    make_run, monkeypatch: pytest.MonkeyPatch
-):
-    run = make_run(num_steps=9, checkpoint={"every": 2}, evaluation={"every": 0})
-    saved: list[str] = []
-
-    class Trainer(SimpleNamespace):
-        def update(self, batch: object) -> dict[str, float]:
-            self.version += 1
-            return {}
-
-    def save(directory: object, trainer: Trainer, *_: object) -> None:
-        saved.append("begun")
-        os.kill(os.getpid(), signal.SIGTERM)
-        saved.append(f"done {trainer.version}")
-
-    @contextmanager
-    def opened(run, _inputs, received):
-        with handling(POLITE, received.receive):
-            trainer = Trainer(
-                version=0, memory={}, skipped=[], publish=lambda: None, prepare=lambda groups: None
-            )
-            yield idle_session(run, trainer=trainer, stop_signals=received)
-
-    monkeypatch.setattr("rlswitch.session.checkpoint.save", save)
-    monkeypatch.setattr(loop, "open_session", opened)
-    monkeypatch.setattr(loop, "collect", lambda session: [])
-    monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
-    with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved; run the same"):
-        loop.train(run, None, StopSignals())
-    assert saved == ["begun", "done 2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -150,9 +114,9 @@ def test_a_library_that_swallows_an_interrupt_does_not_keep_it(number: int, then
     received = StopSignals()
     with ExitStack() as stack, handling(POLITE, received.receive):
         leave_at_second_interrupt(stack)
-        with pytest.raises((KeyboardInterrupt, Abandoned)), received.abandoning(), let_through():
+        with pytest.raises((KeyboardInterrupt, Abandoned)), received.abandoning(), reraise_interrupts():
             library()
-        with pytest.raises(RuntimeError, match="its own"), let_through():
+        with pytest.raises(RuntimeError, match="its own"), reraise_interrupts():
             raise RuntimeError("its own")
 
 
@@ -184,7 +148,8 @@ leave(75)
 
 @pytest.mark.parametrize(("name", "printed", "code"), [("SIGTERM", "closed\n", 75), ("SIGINT", "", 130)])
 def test_who_is_leaving_is_not_stopped_any_more_but_may_be_hurried(name: str, printed: str, code: int):
-    done = subprocess.run([sys.executable, "-c", LEAVING, name], capture_output=True, text=True, timeout=50)
+    words = [sys.executable, "-c", LEAVING, name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.returncode, done.stderr) == (printed, code, "")
 
 
@@ -201,7 +166,7 @@ def test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is(monkeypatch
 
     monkeypatch.setattr("rlswitch.build.build", build)
     with (
-        pytest.raises(Preempted, match=r"stopped by SIGTERM before the first step; .* again to go on"),
+        pytest.raises(Preempted, match=r"stopped by SIGTERM before the first step; .* again to resume"),
         preemptible() as stop_signals,
         open_session(make_run(), None, stop_signals),
     ):

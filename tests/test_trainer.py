@@ -20,9 +20,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from rlswitch.errors import ConfigError, RLSwitchError, SwitchError
 from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
 from rlswitch.run import Run
-from rlswitch.training import models
+from rlswitch.training import logprobs
 from rlswitch.training.batching import to_batch
-from rlswitch.training.models import policy_logprobs, sequence_logprobs, token_statistics
+from rlswitch.training.logprobs import policy_logprobs, sequence_logprobs, token_statistics
 from rlswitch.training.parking import Parking, nbytes
 from rlswitch.training.publish import Publisher, choose_directory, owner_tag, sweep_dead_runs
 from rlswitch.training.trainer import Trainer
@@ -43,7 +43,7 @@ def build(make_run, make_trainer) -> Callable[..., Trainer]:
 
 def step(trainer: Trainer, groups: list[Group]) -> dict[str, float]:
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     return trainer.update(batch)
 
 
@@ -147,7 +147,7 @@ def test_a_step_without_clipping_or_spread_moves_towards_the_better_completion(b
     trainer = build(trainer={"lr": 1e-3})
     groups = make_groups()
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     trainer.update(batch)
     after, _ = policy_logprobs(trainer.policy, batch, 1.0)
     gain = ((after - batch.old_logprobs) * batch.advantages).sum()
@@ -178,7 +178,7 @@ def test_equal_rewards_move_the_critic_and_not_the_policy(build, make_groups):
     step(trainer, make_groups())
     groups = make_groups(version=1)
     batch = trainer.prepare(groups)
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     batch.advantages = torch.zeros_like(batch.advantages)
     parts = (trainer.policy, trainer.critic)
     before = [[p.detach().clone() for p in part.parameters()] for part in parts]
@@ -235,7 +235,7 @@ POISON = [
 def test_a_batch_that_is_not_finite_is_as_if_it_had_not_been(build, make_groups, algorithm, name, poison):
     trainer, untouched = (build(algorithm, trainer={"lr": 1e-3, "minibatches": 2}) for _ in range(2))
     batch = trainer.prepare(make_groups())
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     getattr(batch, name).view(-1)[0] = poison
     before = parameters(trainer)
     metrics = trainer.update(batch)
@@ -303,8 +303,8 @@ def test_what_does_not_fit_is_done_in_smaller_parts_with_the_same_result(
     trainer, roomy = (build(algorithm, trainer={"lr": 1e-3, "epochs": 2}) for _ in range(2))
     run_out_beyond(trainer.policy, tokens=30)
     ours, theirs = (step(it, make_groups()) for it in (trainer, roomy))
-    assert trainer.micro_batch_tokens <= 30 < roomy.micro_batch_tokens
-    small = {"micro_batch_tokens": trainer.micro_batch_tokens}
+    assert trainer.limit.tokens <= 30 < roomy.limit.tokens
+    small = {"micro_batch_tokens": trainer.limit.tokens}
     frugal = build(algorithm, trainer={"lr": 1e-3, "epochs": 2} | small)
     step(frugal, make_groups())
     assert same(parameters(trainer), parameters(frugal))
@@ -329,7 +329,7 @@ def test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient(build, make
     next(trainer.policy.parameters()).register_hook(run_out_once)
     for it in (trainer, roomy):
         step(it, make_groups())
-    assert trainer.micro_batch_tokens == 13 and len(calls) > 3
+    assert trainer.limit.tokens == 13 and len(calls) > 3
     for a, b in zip(parameters(trainer), parameters(roomy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
@@ -375,7 +375,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(build, make_groups, cap
     trainer.policy.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(RuntimeError("bad kernel")))
     with pytest.raises(RuntimeError, match="bad kernel"):
         step(trainer, make_groups())
-    assert trainer.micro_batch_tokens == 16384
+    assert trainer.limit.tokens == 16384
 
 
 @pytest.mark.parametrize("lora_rank", [0, 4])
@@ -499,11 +499,11 @@ def test_chunks_change_neither_statistics_nor_gradients(monkeypatch, rows, tempe
     targets = torch.randint(5, (rows,), generator=generator)
     results = []
     for size in (1 << 26, chunk):
-        monkeypatch.setattr(models, "LOGITS_AT_ONCE", size)
+        monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", size)
         logits = torch.randn(rows, 5, generator=generator.manual_seed(rows)).requires_grad_()
-        logprobs, entropy = token_statistics(logits, targets, temperature)
-        (logprobs.sum() * 2 + (entropy**2).sum()).backward()
-        results.append((logprobs.detach(), entropy.detach(), logits.grad))
+        chosen, entropy = token_statistics(logits, targets, temperature)
+        (chosen.sum() * 2 + (entropy**2).sum()).backward()
+        results.append((chosen.detach(), entropy.detach(), logits.grad))
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlswitch.command.compose import Source, compose_run
-from rlswitch.training.schedule import build_schedule, refuse_unfit_schedule, resume_schedule
+from rlswitch.training.schedule import build_schedule, check_schedule, resume_schedule
 from rlswitch.training.trainer import Trainer
 
 
@@ -22,7 +22,7 @@ def build(make_run, make_trainer) -> Callable[..., Trainer]:
 
 def step(trainer: Trainer, make_groups) -> dict[str, float]:
     batch = trainer.prepare(make_groups(version=trainer.version))
-    trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
+    batch.advantages, batch.returns = trainer.run.algorithm.estimate_advantages(batch, trainer.memory)
     return trainer.update(batch)
 
 
@@ -150,7 +150,7 @@ def scheduled(name: str, **arguments) -> list[float]:
          "num_steps=10", *words],
         Source.default(),
     )  # fmt: skip
-    refuse_unfit_schedule(run)
+    check_schedule(run)
     return rates(run)
 
 

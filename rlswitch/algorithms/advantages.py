@@ -1,6 +1,7 @@
 """Advantage estimators: pure functions of tensors.
 
-Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T].
+Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T], the learned tokens. Values
+elsewhere (padding, an environment's tokens) are ignored, and what is returned there is zero.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def leave_one_out(rewards: Tensor, group: Tensor) -> Tensor:
 
 
 def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
-    """Sum of this and all later rewards, each step discounted by `gamma`; [B, T], zero on padding.
+    """Sum of this and all later rewards, each learned token discounted by `gamma`; [B, T] -> [B, T].
 
     Source: REINFORCE's return to go (Williams 1992); with gamma = 1 REINFORCE++ (arXiv:2501.03262).
     """
@@ -49,18 +50,17 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor
     returns = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
-        following = (rewards[:, t] + gamma * following) * mask[:, t]
+        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, following)
         returns[:, t] = following
-    return returns
+    return returns.masked_fill(~mask, 0.0)
 
 
 def rewards_at_last_token(rewards: Tensor, mask: Tensor) -> Tensor:
-    """The reward of each rollout [B] placed on its last completion token, zero elsewhere; [B, T]."""
+    """The reward of each rollout [B] on its last learned token, zero elsewhere; [B, T]."""
     assert rewards.dim() == 1 and mask.dim() == 2 and mask.dtype == torch.bool
     assert rewards.is_floating_point()
-    last = mask.sum(-1, keepdim=True) - 1
-    placed = torch.zeros_like(mask, dtype=rewards.dtype)
-    return placed.scatter(1, last.clamp(min=0), rewards[:, None]) * mask
+    left = mask.flip(-1).cumsum(-1).flip(-1)  # learned tokens from each position on
+    return torch.where(mask & (left == 1), rewards[:, None], 0.0)
 
 
 def gae(
@@ -68,8 +68,9 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (arXiv:1506.02438): advantages and returns, both [B, T].
 
-    The value after the last token is zero: a completion ends its episode. With gae_lambda = 1 the
-    advantage is the discounted return minus the value.
+    A step goes from one learned token to the next, over any tokens between them. The value after the last
+    one is zero: a completion ends its episode. With gae_lambda = 1 the advantage is the discounted return
+    minus the value.
     """
     assert rewards.dim() == 2 and rewards.shape == values.shape == mask.shape
     assert mask.dtype == torch.bool and rewards.is_floating_point() and values.is_floating_point()
@@ -77,22 +78,22 @@ def gae(
     next_value = torch.zeros_like(rewards[:, 0])
     next_advantage = torch.zeros_like(next_value)
     for t in reversed(range(rewards.shape[1])):
-        alive = mask[:, t].to(rewards.dtype)
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * gae_lambda * next_advantage) * alive
-        next_value = values[:, t] * alive
+        advantage = delta + gamma * gae_lambda * next_advantage
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
         advantages[:, t] = next_advantage
-    return advantages, (advantages + values) * mask
+    return advantages.masked_fill(~mask, 0.0), (advantages + values).masked_fill(~mask, 0.0)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Zero mean and unit variance over the tokens of `mask`, zero elsewhere; [B, T] -> [B, T].
+    """Zero mean and unit variance over the learned tokens; [B, T] -> [B, T].
 
     Source: advantage normalisation as in Andrychowicz et al. 2020 (arXiv:2006.05990).
     """
     assert values.dim() == 2 and values.shape == mask.shape and mask.dtype == torch.bool
     assert values.is_floating_point()
-    exact = values.double()  # the mean of equal values is to be that value, and not a rounding away from it
+    exact = values.double()  # in float32 the mean of equal values may be a rounding away from them
     chosen = exact[mask]
-    centred = exact - chosen.mean()
-    return (centred / (chosen.var(correction=0).sqrt() + 1e-8) * mask).to(values.dtype)
+    scaled = (exact - chosen.mean()) / (chosen.var(correction=0).sqrt() + 1e-8)
+    return scaled.masked_fill(~mask, 0.0).to(values.dtype)

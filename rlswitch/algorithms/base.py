@@ -1,9 +1,8 @@
-"""What the trainer asks of an algorithm. It never learns which one it has.
+"""The interface between the trainer and its algorithm: settings and pure maths.
 
-The policy's loss is the same for all of them, with options; what makes an algorithm is how it turns
-rewards into advantages. So a new one is usually one method, and a variant a YAML file. An algorithm
-holds settings only: what it has to remember from step to step lies in a Memory, which the trainer owns
-and checkpoints.
+All algorithms share one policy loss with options; they differ in how they turn rewards into advantages.
+So a new one usually implements one method, and a variant is a YAML file. An algorithm holds settings only;
+the Memory that it needs between steps belongs to the trainer, which checkpoints it.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from rlswitch.config.fields import choice, number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.run import Run
+    from rlswitch.config.sections import RolloutConfig
     from rlswitch.types import Batch
 
 Memory = dict[str, float]
-"""What an algorithm remembers between steps, by name: a running baseline, an adapted coefficient."""
+"""State of an algorithm between steps, by name: a running baseline, an adapted coefficient."""
 
 
-def needs_siblings(run: Run) -> Iterator[str]:
-    """A group baseline of a group of one is the reward itself."""
-    if run.rollout.group_size < 2:
+def sibling_problems(rollout: RolloutConfig) -> Iterator[str]:
+    """A rollout alone in its group equals its baseline."""
+    if rollout.group_size < 2:
         yield (
-            f"rollout.group_size = {run.rollout.group_size}: a group baseline needs siblings, every"
+            f"rollout.group_size = {rollout.group_size}: a group baseline needs siblings, every"
             " advantage would be 0; set at least 2"
         )
 
 
 @dataclass(kw_only=True, slots=True)
 class Algorithm(ABC):
-    """Settings and maths of one algorithm. Methods return per-token values; the trainer reduces them."""
+    """Settings and maths of one algorithm. Methods return values per token; the trainer sums them up."""
 
     needs_critic: ClassVar[bool] = False
-    """Whether the trainer has to keep a value model."""
+    """Whether the trainer needs a value model."""
 
     surrogate: str = choice("clipped", "weighted")
     """clipped: PPO's pessimistic ratio; weighted: CISPO's clipped weight, which drops no token."""
@@ -52,21 +51,21 @@ class Algorithm(ABC):
     loss_aggregation: str = choice(
         "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
     )
-    """How per-token losses become one number (see losses.token_weights)."""
+    """How per-token losses are averaged (losses.token_weights)."""
     kl_coef: float = number(0.0, at_least=0)
     """Weight of the KL divergence to the reference policy; 0: no reference model is loaded."""
     kl_estimator: str = choice("k3", "k2", "k1")
     kl_in: str = choice("loss", "reward")
-    """Where the KL goes: a term of the loss, or a penalty in the reward of every token."""
+    """Where the KL enters: a term of the loss, or a penalty in the reward of every token."""
     kl_target: float = number(0.0, at_least=0)
-    """KL per token that the coefficient is steered towards, from kl_coef on; 0: it stays kl_coef."""
+    """KL per token that an adaptive coefficient aims for, starting at kl_coef; 0: it stays kl_coef."""
     kl_horizon: int = number(10_000, at_least=1)
-    """Rollouts over which the steering works (kl.adapted_coefficient); fewer: more nervous."""
+    """Rollouts over which the coefficient adapts (kl.adapted_coefficient); fewer: faster changes."""
     reference_refresh: int = number(0, at_least=0)
-    """The reference becomes a copy of the policy after every so many steps; 0: it stays the first one."""
+    """Copy the policy to the reference after every so many steps; 0: keep the initial policy."""
     mismatch_correction: str = choice("off", "tis", "mis", "icepop")
-    """Weighs tokens by trainer/rollout probability: truncated, masked above mismatch_max (mis), or
-    masked outside mismatch_min..mismatch_max (icepop); see mismatch.correction_weights."""
+    """Weight tokens by trainer/rollout probability: truncated (tis), masked above mismatch_max (mis) or
+    outside mismatch_min..mismatch_max (icepop); see mismatch.correction_weights."""
     mismatch_level: str = choice("token", "sequence")
     """sequence: one weight per completion, the product of its tokens' ratios."""
     mismatch_max: float = number(2.0, at_least=1)
@@ -74,26 +73,26 @@ class Algorithm(ABC):
     entropy_coef: float = number(0.0, at_least=0)
     """Weight of an entropy bonus."""
     whiten_advantages: bool = False
-    """Advantages of a step's tokens are shifted and scaled to mean 0 and variance 1."""
+    """Normalise the advantages of a step's tokens to mean 0 and variance 1."""
     value_clip: float = number(0.2, at_least=0)
-    """How far a value may move from the old one before its gradient stops; 0: as far as it likes."""
+    """How far a value may move from the old one before its gradient stops; 0: no limit."""
     mask_truncated: bool = False
-    """Completions cut at rollout.max_new_tokens teach nothing (DAPO's overlong filtering)."""
+    """Leave completions cut at rollout.max_new_tokens out of the loss (DAPO's overlong filtering)."""
     dynamic_sampling: int = number(0, at_least=0, at_most=100)
     """Rounds of further prompts to replace groups whose rewards are all equal (DAPO); 0: keep them."""
 
     @abstractmethod
-    def problems(self, run: Run) -> Iterator[str]:
-        """What is impossible about this algorithm in this run, one line each."""
+    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
+        """Why this algorithm cannot learn from such rollouts, one line each."""
 
     @abstractmethod
-    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
-        """Advantage of every token [B, T], zero on padding; with a critic, fills batch.returns too."""
+    def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """Advantages [B, T], zero off the loss mask, and targets [B, T] of the critic (None without one)."""
 
     @final
-    def shared_problems(self, run: Run) -> Iterator[str]:
-        """What is impossible about the options that all algorithms share."""
-        if self.whiten_advantages and run.rollout.num_prompts * run.rollout.group_size < 2:
+    def shared_problems(self, rollout: RolloutConfig) -> Iterator[str]:
+        """Options shared by all algorithms that contradict each other, one line each."""
+        if self.whiten_advantages and rollout.num_prompts * rollout.group_size < 2:
             yield (
                 "algorithm.whiten_advantages = true: one rollout has no spread to divide by;"
                 " set rollout.num_prompts >= 2 or algorithm.whiten_advantages=false"
@@ -117,13 +116,13 @@ class Algorithm(ABC):
             )
         if self.kl_coef > 0 and self.kl_in == "loss" and self.kl_estimator == "k1":
             yield (
-                "algorithm.kl_estimator = k1: in the loss its gradient is zero on average, it would penalise"
+                "algorithm.kl_estimator = k1: in the loss its gradient is zero on average and would penalise"
                 " nothing; set k2 or k3, or algorithm.kl_in=reward"
             )
         if self.kl_coef > 0 and self.kl_in == "reward" and self.kl_estimator != "k1":
             yield (
-                f"algorithm.kl_estimator = {self.kl_estimator}: as a reward it does not know on which side of"
-                " the reference the policy is, it would hardly hold it; set k1, or algorithm.kl_in=loss"
+                f"algorithm.kl_estimator = {self.kl_estimator}: in the reward it is alike on both sides of"
+                " the reference and would hardly pull the policy back; set k1, or algorithm.kl_in=loss"
             )
 
     @final
@@ -138,12 +137,12 @@ class Algorithm(ABC):
         return self.needs_reference and self.kl_in == "reward"
 
     @final
-    def estimate_advantages(self, batch: Batch, memory: Memory) -> None:
-        """Fills batch.advantages [B, T], and batch.returns [B, T] for a critic."""
+    def estimate_advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
+        """As `advantages`, whitened if whiten_advantages=true."""
         from rlswitch.algorithms.advantages import whiten
 
-        advantages = self.advantages(batch, memory)
-        batch.advantages = whiten(advantages, batch.mask) if self.whiten_advantages else advantages
+        advantages, returns = self.advantages(batch, memory)
+        return whiten(advantages, batch.loss_mask) if self.whiten_advantages else advantages, returns
 
     @final
     def current_kl_coef(self, memory: Memory) -> float:
@@ -151,7 +150,7 @@ class Algorithm(ABC):
 
     @final
     def end_step(self, memory: Memory, kl: float, rollouts: int) -> None:
-        """Steers the KL coefficient: `kl` to the reference per token, over a step of so many rollouts."""
+        """Adapts the KL coefficient to a step of `rollouts` whose divergence per token was `kl`."""
         from rlswitch.algorithms.kl import adapted_coefficient
 
         if self.kl_target > 0:
@@ -161,38 +160,51 @@ class Algorithm(ABC):
 
     @final
     def token_rewards(self, batch: Batch, memory: Memory) -> Tensor:
-        """The reward on the last token, and the KL penalty on every token if it is in the reward; [B, T]."""
+        """The reward on the last learned token, less the KL penalty on every one if kl_in=reward; [B, T]."""
         from rlswitch.algorithms.advantages import rewards_at_last_token
         from rlswitch.algorithms.kl import kl_divergence
 
-        rewards = rewards_at_last_token(batch.rewards, batch.mask)
+        rewards = rewards_at_last_token(batch.rewards, batch.loss_mask)
         if self.needs_reference and self.kl_in == "reward":
             kl = kl_divergence(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator)
-            rewards = rewards - self.current_kl_coef(memory) * kl * batch.mask
+            rewards = rewards - self.current_kl_coef(memory) * batch.learned(kl)
         return rewards
+
+    @final
+    def loss_weights(self, batch: Batch, max_new_tokens: int) -> Tensor:
+        """Weight of each token in the loss of a minibatch, [B, T]; zero where nothing is to be learned."""
+        from rlswitch.algorithms.losses import token_weights
+
+        mask = batch.loss_mask
+        if self.mask_truncated:
+            mask = mask & ~batch.truncated[:, None]
+        return token_weights(mask, self.loss_aggregation, max_new_tokens)
 
     @final
     def policy_loss(
         self, batch: Batch, logprobs: Tensor, entropy: Tensor, memory: Memory
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per token [B, T] from the current log-probabilities [B, T], and metrics per token."""
+        """Loss and metrics per token, each [B, T], from the current log-probabilities and entropies [B, T].
+
+        Learned tokens alone count: others get no gradient, and nothing there changes a loss or a metric.
+        """
         from rlswitch.algorithms.kl import kl_divergence
         from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
         from rlswitch.algorithms.mismatch import correction_weights
 
-        log_ratio = logprobs - batch.old_logprobs
+        logprobs, old = batch.learned(logprobs), batch.learned(batch.old_logprobs)
+        advantages, log_ratio = batch.learned(batch.advantages), logprobs - old
         if self.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, batch.mask)
+            log_ratio = sequence_log_ratio(log_ratio, batch.loss_mask)
         bounds = {"clip_low": self.ratio_clip_low, "clip_high": self.ratio_clip_high}
         if self.surrogate == "weighted":
-            loss, metrics = weighted_surrogate(logprobs, log_ratio, batch.advantages, **bounds)
+            loss, metrics = weighted_surrogate(logprobs, log_ratio, advantages, **bounds)
         else:
-            loss, metrics = clipped_surrogate(log_ratio, batch.advantages, dual_clip=self.dual_clip, **bounds)
+            loss, metrics = clipped_surrogate(log_ratio, advantages, dual_clip=self.dual_clip, **bounds)
         if self.mismatch_correction != "off":
-            gap = batch.old_logprobs - batch.rollout_logprobs
             weights = correction_weights(
-                gap,
-                batch.mask,
+                old - batch.rollout_logprobs,
+                batch.loss_mask,
                 kind=self.mismatch_correction,
                 level=self.mismatch_level,
                 low=self.mismatch_min,
@@ -200,9 +212,10 @@ class Algorithm(ABC):
             )
             loss = loss * weights
             metrics["mismatch/weight_mean"] = weights
-        loss = loss - self.entropy_coef * entropy
+        loss = loss - self.entropy_coef * batch.learned(entropy)
         if self.needs_reference:
-            kl = kl_divergence(logprobs, batch.reference_logprobs, self.kl_estimator)
+            reference = batch.learned(batch.reference_logprobs)
+            kl = kl_divergence(logprobs, reference, self.kl_estimator)
             metrics["actor/kl_ref"] = kl
             if self.kl_in == "loss":
                 loss = loss + self.current_kl_coef(memory) * kl

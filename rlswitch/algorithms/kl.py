@@ -18,14 +18,14 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) 
     if estimator == "k2":
         return log_ratio**2 / 2
     assert estimator == "k3", estimator
-    return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x would round to below zero
+    return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x can round below zero
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float, share: float) -> float:
-    """The next coefficient of a KL penalty that is to keep the divergence at `target`.
+    """The next coefficient of a KL penalty that steers the divergence towards `target`.
 
-    It moves in proportion to the error, which is bounded to 20 %, and to `share`: the rollouts of the
-    step over the horizon. Source: Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
+    It moves in proportion to the relative error, clipped to 20 %, and to `share`: the rollouts of the step
+    over the horizon. Source: Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
 
     Example: adapted_coefficient(0.1, kl=0.3, target=0.1, share=0.5) == 0.1 * (1 + 0.2 * 0.5)
     """

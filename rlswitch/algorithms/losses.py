@@ -1,6 +1,6 @@
 """Losses per token and the weights that turn them into one number: pure functions of tensors.
 
-Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T].
+Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T], the learned tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ def clipped_surrogate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's pessimistic policy loss (arXiv:1707.06347, equation 7) with a clip for each side; [B, T].
 
-    `dual_clip` > 1 bounds the ratio that a negative advantage can be multiplied by (arXiv:1912.09729).
+    `dual_clip` > 1 bounds the ratio of tokens with a negative advantage (arXiv:1912.09729); 0: no bound.
     """
     assert log_ratio.shape == advantages.shape and log_ratio.dim() == 2
     assert log_ratio.is_floating_point() and advantages.is_floating_point()
@@ -32,7 +32,7 @@ def weighted_surrogate(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """CISPO (arXiv:2506.13585, equation 4): REINFORCE with a clipped, constant importance weight; [B, T].
 
-    Every token keeps its gradient; the clip bounds how much it weighs.
+    Every token keeps its gradient; the clip bounds its weight.
     """
     assert logprobs.shape == log_ratio.shape == advantages.shape and logprobs.dim() == 2
     assert logprobs.is_floating_point() and advantages.is_floating_point()
@@ -42,11 +42,11 @@ def weighted_surrogate(
 
 
 def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
-    """GSPO's ratio (arXiv:2507.18071, equation 7): the mean over a completion's tokens, on each; [B, T]."""
+    """GSPO's ratio (arXiv:2507.18071, equation 7): a completion's mean over its learned tokens; [B, T]."""
     assert log_ratio.dim() == 2 and log_ratio.shape == mask.shape and mask.dtype == torch.bool
     assert log_ratio.is_floating_point()
     lengths = mask.sum(-1, keepdim=True).clamp(min=1)
-    return ((log_ratio * mask).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
+    return (log_ratio.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
 
 
 def _ratio_metrics(
@@ -84,9 +84,9 @@ def value_loss(
 
 
 def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
-    """Weight of each token in the loss of a minibatch, [B, T]; the loss is the sum of loss x weight.
+    """Weight of each token in the loss of a minibatch, [B, T], for `weighted_sum`.
 
-    Computed once for a whole minibatch, so it does not matter how that is cut into micro-batches.
+    Computed once for a whole minibatch, so how it is cut into micro-batches does not matter.
     token-mean: DAPO (arXiv:2503.14476); seq-mean-token-mean: GRPO; seq-mean-token-sum-norm: a constant
     `max_length` instead of each completion's own length, Dr.GRPO (arXiv:2503.20783).
     """
@@ -101,3 +101,8 @@ def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
         return ones / lengths / rollouts
     assert aggregation == "seq-mean-token-sum-norm", aggregation
     return ones / max_length / rollouts
+
+
+def weighted_sum(loss: Tensor, weights: Tensor) -> Tensor:
+    """The sum of loss x weight, both [B, T], over the tokens that have a weight."""
+    return (loss * weights).masked_fill(weights == 0, 0.0).sum()

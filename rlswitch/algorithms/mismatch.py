@@ -1,7 +1,7 @@
-"""How far the engine's log-probabilities are from the trainer's, and what to do about it.
+"""The gap between the engine's log-probabilities and the trainer's, and its correction.
 
 Pure functions of tensors. Shapes: B rollouts, T completion tokens padded on the right; mask is bool
-[B, T]. Ratios are trainer over rollout, both at the version that sampled.
+[B, T], the learned tokens. Ratios are trainer over rollout, both at the version that sampled.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def mismatch_metrics(rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: Tensor) -> dict[str, float]:
-    """The gap at one policy version, all [B, T]; importance ratios are trainer over rollout, per token.
+    """Metrics of the gap over the learned tokens; the log-probabilities are [B, T].
 
-    `mismatch/kl` is the k3 estimate of KL(rollout || trainer); `mismatch/is_ess` is the effective
-    sample size of the ratios as a share of the tokens (1: no mismatch).
+    `mismatch/kl` is the k3 estimate of KL(rollout || trainer); `mismatch/is_ess` is the effective sample
+    size of the ratios as a share of the tokens (1: no mismatch).
     """
     assert rollout_logprobs.shape == trainer_logprobs.shape == mask.shape
     assert mask.dim() == 2 and mask.dtype == torch.bool
@@ -34,10 +34,10 @@ def mismatch_metrics(rollout_logprobs: Tensor, trainer_logprobs: Tensor, mask: T
 def correction_weights(
     log_ratio: Tensor, mask: Tensor, *, kind: str, level: str, low: float, high: float
 ) -> Tensor:
-    """What each token's loss is multiplied by so that it counts as the trainer's own sample; [B, T].
+    """Importance weight of each token's loss; [B, T], constant to the gradient.
 
-    `log_ratio` is log trainer - log rollout. At level "sequence" the ratio is that of the whole
-    completion, on each of its tokens. Constants to the gradient. Kinds:
+    `log_ratio` is log trainer - log rollout. At level "sequence" the ratio is the product over the
+    completion's learned tokens. Kinds:
     tis: ratio, at most `high` (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
     Framework Secretly Brings You Off-Policy RL Training");
     mis: ratio, 0 above `high` (masked importance sampling, Liu et al. 2025, "When Speed Kills
@@ -46,7 +46,7 @@ def correction_weights(
     """
     assert log_ratio.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
     assert log_ratio.is_floating_point() and level in ("token", "sequence")
-    log_ratio = log_ratio.detach() * mask
+    log_ratio = log_ratio.detach().masked_fill(~mask, 0.0)
     if level == "sequence":
         log_ratio = log_ratio.sum(-1, keepdim=True).expand_as(mask)
     ratio = log_ratio.exp()

@@ -12,7 +12,7 @@ from rlswitch.config.fields import choice, number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.run import Run
+    from rlswitch.config.sections import RolloutConfig
     from rlswitch.types import Batch
 
 
@@ -21,7 +21,7 @@ class PPO(Algorithm):
     """A critic predicts the return at every token; GAE turns its errors into advantages.
 
     The KL to the reference is a penalty in the reward of every token (Ziegler et al. 2019,
-    arXiv:1909.08593), so that the critic sees it too.
+    arXiv:1909.08593): the critic learns it too.
     """
 
     needs_critic: ClassVar[bool] = True
@@ -32,17 +32,16 @@ class PPO(Algorithm):
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
     whiten_advantages: bool = True
 
-    def problems(self, run: Run) -> Iterator[str]:
+    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
         return iter(())
 
-    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+    def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import gae
 
-        advantages, batch.returns = gae(
+        return gae(
             self.token_rewards(batch, memory),
             batch.values,
-            batch.mask,
+            batch.loss_mask,
             gamma=self.gamma,
             gae_lambda=self.gae_lambda,
         )
-        return advantages

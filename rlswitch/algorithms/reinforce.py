@@ -13,24 +13,24 @@ from rlswitch.config.fields import number
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.run import Run
+    from rlswitch.config.sections import RolloutConfig
     from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
 class Reinforce(Algorithm):
-    """The baseline comes from earlier steps, so it needs neither siblings nor a critic."""
+    """The baseline comes from earlier steps: neither siblings nor a critic are needed."""
 
     baseline_decay: float = number(0.9, at_least=0, below=1)
     """Share of the baseline that a step keeps; 0: the baseline is the mean reward of the last step."""
 
-    def problems(self, run: Run) -> Iterator[str]:
+    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
         return iter(())
 
-    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+    def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         scores = self.token_rewards(batch, memory).sum(-1)
         mean = scores.mean().item()
         baseline = memory.get("baseline", mean)
-        if math.isfinite(mean):  # such a step is left out, and is to leave nothing behind
+        if math.isfinite(mean):  # otherwise the trainer skips the step
             memory["baseline"] = self.baseline_decay * baseline + (1 - self.baseline_decay) * mean
-        return (scores - baseline)[:, None] * batch.mask
+        return (scores - baseline)[:, None] * batch.loss_mask, None

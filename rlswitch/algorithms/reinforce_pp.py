@@ -6,19 +6,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
+from rlswitch.algorithms.base import Algorithm, Memory, sibling_problems
 from rlswitch.config.fields import choice, number
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.run import Run
+    from rlswitch.config.sections import RolloutConfig
     from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
 class ReinforcePP(Algorithm):
-    """No critic and no group needed: the return to go of every token, normalised over the whole batch."""
+    """The return to go of every token, normalised over the batch: no critic, no groups."""
 
     kl_in: str = choice("reward", "loss")
     kl_estimator: str = choice("k1", "k2", "k3")
@@ -27,15 +27,15 @@ class ReinforcePP(Algorithm):
     group_baseline: bool = False
     """Subtract the group's mean reward first (the paper's REINFORCE++-baseline)."""
 
-    def problems(self, run: Run) -> Iterator[str]:
+    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
         if self.group_baseline:
-            yield from needs_siblings(run)
+            yield from sibling_problems(rollout)
 
-    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+    def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import discounted_returns, group_relative, rewards_at_last_token
 
         rewards = self.token_rewards(batch, memory)
         if self.group_baseline:
             centred = group_relative(batch.rewards, batch.group, scale_by_std=False)
-            rewards = rewards + rewards_at_last_token(centred - batch.rewards, batch.mask)
-        return discounted_returns(rewards, batch.mask, gamma=self.gamma)
+            rewards = rewards + rewards_at_last_token(centred - batch.rewards, batch.loss_mask)
+        return discounted_returns(rewards, batch.loss_mask, gamma=self.gamma), None

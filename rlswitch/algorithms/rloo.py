@@ -6,28 +6,28 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rlswitch.algorithms.base import Algorithm, Memory, needs_siblings
+from rlswitch.algorithms.base import Algorithm, Memory, sibling_problems
 from rlswitch.config.fields import choice
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlswitch.run import Run
+    from rlswitch.config.sections import RolloutConfig
     from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
 class RLOO(Algorithm):
-    """The baseline of a completion is the mean reward of its siblings: unbiased, unlike the group's mean."""
+    """The baseline is the mean reward of the siblings alone, which keeps the gradient unbiased."""
 
     kl_in: str = choice("reward", "loss")
     kl_estimator: str = choice("k1", "k2", "k3")
 
-    def problems(self, run: Run) -> Iterator[str]:
-        yield from needs_siblings(run)
+    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
+        yield from sibling_problems(rollout)
 
-    def advantages(self, batch: Batch, memory: Memory) -> Tensor:
+    def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import leave_one_out
 
         scores = leave_one_out(self.token_rewards(batch, memory).sum(-1), batch.group)
-        return scores[:, None] * batch.mask
+        return scores[:, None] * batch.loss_mask, None

@@ -1,11 +1,11 @@
-"""Directories that are there as a whole or not at all, whatever breaks off their writing.
+"""Directories that exist completely or not at all, however their writing is interrupted.
 
-    .step_000050.tmp    a draft: its files are forced to the disk one by one, the manifest last
+    .step_000050.tmp    a draft: its files are synced to disk one by one, the manifest last
     step_000050         the same, renamed
-    .step_000050.old    what had the name before, until the new one has it
+    .step_000050.old    the previous holder of the name, until the new one has it
 
-A kill, a full disk or a power failure at any moment leaves the old directory or the new one. `tidy` removes
-the rest at the next start, and gives back the name of an old one that its successor never took.
+A kill, a full disk or a power failure at any moment leaves the old directory or the new one. At the next
+start `tidy` removes the rest; an old directory whose successor never got its name gets it back.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rlswitch.errors import ConfigError
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-"""Of what a checkpoint holds, in its manifest. 1 had none there, and no settings in state.json."""
+"""Version of the contents, stored in the manifest. Format 1 did not store it, nor any settings."""
 DRAFT, ASIDE = ".tmp", ".old"
 
 
 @contextmanager
-def written_whole(final: Path) -> Iterator[Path]:
-    """A directory to write files into: `final` once the block has ended well, without a trace otherwise."""
+def written_atomically(final: Path) -> Iterator[Path]:
+    """A directory to write files into. It becomes `final` if the block succeeds and is removed otherwise."""
     parent = final.parent
     if not parent.is_dir():
         parent.mkdir(parents=True)
@@ -40,15 +39,15 @@ def written_whole(final: Path) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         _seal(draft)
-        _give_name(draft, final)
+        _rename(draft, final)
     except BaseException:
-        with suppress(OSError):  # then the next start does
+        with suppress(OSError):  # the next start does it then
             tidy(parent)
         raise
 
 
 def tidy(parent: Path) -> None:
-    """Removes what interrupted writers have left in `parent`; only while nobody writes there."""
+    """Removes what interrupted writers left in `parent`; only safe while nobody writes there."""
     for aside in sorted(parent.glob(f".*{ASIDE}")):
         final = parent / aside.name.removeprefix(".").removesuffix(ASIDE)
         if final.exists():
@@ -60,55 +59,53 @@ def tidy(parent: Path) -> None:
 
 
 def remove(directory: Path) -> None:
-    """Of one that lies elsewhere, the link alone."""
+    """Removes a directory; of a symlink only the link."""
     if directory.is_symlink():
         directory.unlink()
     else:
         shutil.rmtree(directory)
 
 
-def find_fault(path: Path) -> str | None:
-    """What differs from the directory as it was written, or None. Reads every byte, interprets none.
+def checkpoint_problems(path: Path) -> Iterator[str]:
+    """Yields how the directory differs from what was written. Reads every byte and interprets none.
 
-    Raises ConfigError for a format that only a later version knows.
+    Raises ConfigError for the format of a newer rlswitch.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        return f"its manifest cannot be read ({error})"
+        yield f"its manifest cannot be read ({error})"
+        return
     form, files = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("format", "files"))
     if isinstance(form, int) and form > FORMAT:
         raise ConfigError(
-            f"resume = {path}: it has format {form}, this rlswitch reads up to {FORMAT}; install the one that"
-            " saved it, or set resume=never or another output_dir"
+            f"resume = {path}: it has format {form}, this rlswitch reads up to {FORMAT}; install the version"
+            " that saved it, or set resume=never or another output_dir"
         )
     if form != FORMAT or not isinstance(files, dict):
-        return f"its manifest is corrupt, or of an older format (it says {form}, this reads {FORMAT})"
-    if strangers := sorted(_files(path).keys() - files.keys() - {MANIFEST}):
-        return f"{strangers[0]} is not in its manifest: nothing is read that was not saved with it"
-    return next((fault for name, it in files.items() if (fault := _file_fault(path, name, it))), None)
+        yield f"its manifest is corrupt or of an older format (it says {form}, this rlswitch reads {FORMAT})"
+        return
+    for stranger in sorted(_files(path).keys() - files.keys() - {MANIFEST}):
+        yield f"{stranger} is not in its manifest, so it was not saved with it"
+    for name, expected in files.items():
+        file = path / name
+        if not file.is_file():
+            yield f"{name} is missing"
+        elif not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            yield f"its manifest is corrupt (at {name})"
+        elif file.stat().st_size != expected["bytes"]:
+            yield f"{name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
+        elif _digest(file) != expected["sha256"]:
+            yield f"{name} is corrupt (its SHA-256 differs from the manifest's)"
 
 
-def is_about_disk(error: BaseException) -> bool:
-    """Whether it tells of a disk that is full, broken or gone. Libraries in Rust have only its text."""
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a disk is full, broken or gone. Libraries written in Rust only say so in the text."""
     return isinstance(error, OSError) or "(os error " in str(error)
 
 
-def _file_fault(path: Path, name: str, expected: Any) -> str | None:
-    file = path / name
-    if not file.is_file():
-        return f"{name} is missing"
-    if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
-        return f"its manifest is corrupt (at {name})"
-    if file.stat().st_size != expected["bytes"]:
-        return f"{name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
-    if _digest(file) != expected["sha256"]:
-        return f"{name} is corrupt (its SHA-256 differs from the manifest's)"
-    return None
-
-
 def _seal(draft: Path) -> None:
-    """Every file to the disk, then the manifest, then the directories that name them."""
+    """Syncs every file, then the manifest, then the directories that name them."""
     files = _files(draft)
     for file in files.values():
         _sync(file)
@@ -120,7 +117,7 @@ def _seal(draft: Path) -> None:
         _sync(directory)
 
 
-def _give_name(draft: Path, final: Path) -> None:
+def _rename(draft: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}{ASIDE}")
     if final.exists():
         os.replace(final, aside)
@@ -130,7 +127,7 @@ def _give_name(draft: Path, final: Path) -> None:
 
 
 def _files(directory: Path) -> dict[str, Path]:
-    """Everything below `directory` that is not a directory, by its path from there."""
+    """Everything below `directory` that is not a directory, by relative path."""
     return {
         str(path.relative_to(directory)): path
         for path in sorted(directory.rglob("*"))

@@ -1,12 +1,12 @@
-"""Checkpoints: safetensors and JSON only, complete or not there at all.
+"""Checkpoints: safetensors and JSON only, complete or absent.
 
 checkpoints/step_000050/
     policy/            loads with from_pretrained, tokenizer included; with LoRA the adapter
-    merged/            with LoRA, if asked for: the whole model
+    merged/            with LoRA and checkpoint.merged: the whole model
     critic.safetensors reference.safetensors optimizer.safetensors state.json
-    manifest.json      format, and size and SHA-256 of every other file, written last
+    manifest.json      format, size and SHA-256 of every other file; written last
 
-durable.py writes the directory as a whole; resume.py says which one a run goes on from.
+atomic.py writes the directory; resume.py chooses the one a run resumes from.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.checkpoint.atomic import is_about_disk, written_whole
-from rlswitch.checkpoint.exactness import deciding
-from rlswitch.checkpoint.resume import LoopState, read_details, step_directory, step_of, steps_in, whole_in
+from rlswitch.checkpoint.atomic import is_disk_error, written_atomically
+from rlswitch.checkpoint.resume import (
+    LoopState,
+    deciding,
+    read_details,
+    step_directory,
+    step_of,
+    steps_in,
+    valid_checkpoints,
+)
 from rlswitch.config.sections import CheckpointConfig
 from rlswitch.errors import ConfigError, SaveError
+from rlswitch.text import first_line
 from rlswitch.training import lora
 from rlswitch.training.schedule import resume_schedule
 from rlswitch.training.trainer import Trainer
@@ -41,29 +49,34 @@ def save(
     tokenizer: PreTrainedTokenizerBase,
     state: LoopState,
     keep: int,
-    how_to_go_on: str = "run the same command again",
+    how_to_resume: str = "run the same command again",
 ) -> Path:
     """Writes `directory`/step_NNNNNN, then removes all but the newest `keep`. Raises SaveError.
 
-    Whatever breaks it off leaves what was there before, or the new one, complete.
+    If interrupted it leaves either the previous checkpoint or the complete new one.
     """
     final = step_directory(directory, state.step)
     try:
-        with written_whole(final) as draft:
+        with written_atomically(final) as draft:
             _write(draft, trainer, tokenizer, state)
     except Exception as error:
-        if not is_about_disk(error):
+        if not is_disk_error(error):
             raise
-        raise SaveError(_failure(final, error, how_to_go_on)) from error
+        other = next(valid_checkpoints(directory), None)
+        left = f"{other} is intact" if other else "there is no earlier one"
+        raise SaveError(
+            f"checkpoint {final} could not be saved ({first_line(error)}); {left}; make sure that"
+            f" {directory} has space and can be written to, then {how_to_resume}"
+        ) from error
     steps = steps_in(directory)
-    kept = [path for path in steps if step_of(path) <= state.step][-keep:]  # later ones: of a run given up
+    kept = [path for path in steps if step_of(path) <= state.step][-keep:]  # later ones are abandoned
     for old in set(steps) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def restore(path: Path, trainer: Trainer) -> None:
-    """Puts the checkpoint's tensors into a freshly built trainer."""
+    """Loads a checkpoint into a freshly built trainer."""
     details = read_details(path)
     policy = trainer.unwrapped_policy
     if isinstance(policy, lora.PeftModel):
@@ -79,13 +92,13 @@ def restore(path: Path, trainer: Trainer) -> None:
         _load_all(critic, load_file(path / "critic.safetensors"), known=frozen, path=path)
     if trainer.reference is not None and (path / "reference.safetensors").exists():
         trainer.reference.load(load_file(path / "reference.safetensors", device=trainer.device.kind))
-    # Its tensors alone: learning rates and the like are the run's, which may have changed them.
+    # Tensors only: learning rates and the like come from the run's settings, which may have changed.
     groups = trainer.optimizer.state_dict()["param_groups"]
     trainer.optimizer.load_state_dict(_join(load_file(path / "optimizer.safetensors"), groups))
     resume_schedule(trainer.schedule, details["optimizer_steps"])
     trainer.memory.update(details["memory"])
     if fitted := details.get("micro_batch_tokens"):
-        trainer.micro_batch_tokens = min(trainer.micro_batch_tokens, fitted)
+        trainer.limit.tokens = min(trainer.limit.tokens, fitted)
     trainer.version = details["step"]
 
 
@@ -101,19 +114,9 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
         "settings": deciding(trainer.run),
         "optimizer_steps": trainer.schedule.last_epoch,
         "memory": trainer.memory,
-        "micro_batch_tokens": trainer.fitted_tokens,
+        "micro_batch_tokens": trainer.limit.reduced,
     }
     (draft / "state.json").write_text(json.dumps(details, indent=1))
-
-
-def _failure(final: Path, error: Exception, how_to_go_on: str) -> str:
-    """What is lost, what is not, and how to go on."""
-    other = next(whole_in(final.parent), None)
-    left = f"{other} is whole" if other else "there is none before it"
-    return (
-        f"checkpoint {final} could not be saved ({' '.join(str(error).split())}); {left}; once"
-        f" {final.parent} has room and can be written, {how_to_go_on}"
-    )
 
 
 def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Path) -> None:
@@ -124,7 +127,7 @@ def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Pa
         if trainer.run.checkpoint.merged:
             directories.append(draft / "merged")
             tied = set(lora.base_of(policy).all_tied_weights_keys)
-            # To host memory one by one: the engine may have the device.
+            # Moved to host memory one by one: the engine may hold the device.
             whole = {name: t.cpu() for name, t in lora.merged_tensors(policy) if name not in tied}
             lora.base_of(policy).save_pretrained(draft / "merged", state_dict=whole)
     else:
@@ -134,13 +137,13 @@ def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Pa
 
 
 def _learned(model: nn.Module) -> dict[str, Tensor]:
-    """The state that training changes: of an adapted model the adapters and the head."""
+    """The state that training changes: with LoRA the adapters and the head."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def _load_all(model: Any, tensors: dict[str, Tensor], known: set[str], path: Path) -> None:
-    """Loads what was saved; `known` may be missing: tied to something else, or never changed."""
+    """Loads `tensors`; only those in `known`, tied or never trained, may be missing."""
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     lost = [name for name in missing if name not in known]
     if lost or unexpected:

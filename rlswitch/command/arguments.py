@@ -1,4 +1,4 @@
-"""A command line, taken apart, and Hydra's own entry point for what is Hydra's."""
+"""Parses the command line, and runs Hydra's own entry point for what Hydra does itself."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,9 +17,9 @@ from rlswitch.command.compose import Source
 from rlswitch.errors import ConfigError
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     overrides: list[str]
     flags: list[str]
@@ -32,8 +33,9 @@ class Arguments:
 
 
 def parse(words: Sequence[str]) -> Arguments:
+    """Raises ConfigError for an unknown flag, and for flags of Hydra that are not supported."""
     parser = get_args_parser()
-    parser.error = _refuse  # type: ignore[method-assign]  # argparse would print its usage, which lists none of our settings
+    parser.error = _reject  # type: ignore[method-assign]  # argparse would print its usage, without our settings
     given = parser.parse_intermixed_args(list(words))
     if given.config_path or given.experimental_rerun:
         raise ConfigError(
@@ -54,31 +56,34 @@ def parse(words: Sequence[str]) -> Arguments:
 
 
 def run_hydra(task: Callable[[Any], Any], words: list[str], arguments: Arguments) -> int:
-    """Hydra's own entry point on `words`: its launchers, sweepers and plugins all work."""
+    """Hydra's own entry point on `words`, so that its launchers, sweepers and plugins work."""
     source, command_line = arguments.source, sys.argv
     sys.argv = [command_line[0], *words, *arguments.flags]
     try:
         hydra.main(version_base="1.3", config_path=str(source.conf), config_name=source.name)(task)()
-    except SystemExit as stop:  # Hydra has said why
+    except SystemExit as stop:  # Hydra has printed why
         return int(bool(stop.code))
     finally:
         sys.argv = command_line
     return 0
 
 
-def refuse_broken_environment() -> None:
-    """Raises ConfigError where importing torch or vLLM is known to fail, or where we are one of many."""
-    from rlswitch.command.environment import check_environment
-
-    wrong = check_environment()
+def check_environment() -> None:
+    """Raises ConfigError without vLLM, and in one of several processes of a launcher."""
+    problems = []
+    if find_spec("vllm") is None:
+        problems.append(
+            "vLLM is not installed: nothing could generate; run `make train`, which creates its own"
+            " environment, or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
+        )
     if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":  # accelerate launch, torchrun
-        wrong.append(
-            f"WORLD_SIZE = {processes}: a run trains in one process, {processes} of them would write the same"
+        problems.append(
+            f"WORLD_SIZE = {processes}: a run trains in one process, {processes} would overwrite each other's"
             " files; start it with `python train.py`, and unset WORLD_SIZE"
         )
-    if wrong:
-        raise ConfigError(*wrong)
+    if problems:
+        raise ConfigError(*problems)
 
 
-def _refuse(message: str) -> NoReturn:
+def _reject(message: str) -> NoReturn:
     raise ConfigError(message)

@@ -1,4 +1,4 @@
-"""What is wrong with a composed run and can be told without loading anything: a line for each mistake.
+"""Mistakes in a composed run that need no file to be seen, a line for each.
 
 `key = value: what is wrong; what would happen; what to set`
 """
@@ -39,10 +39,10 @@ NEEDED_BY_PROOF = (
 
 
 def problems(run: Run) -> Iterator[str]:
-    """All of them: single settings first, then what does not go together."""
+    """Single settings first, then combinations."""
     yield from field_problems(run)
-    yield from run.algorithm.shared_problems(run)
-    yield from run.algorithm.problems(run)
+    yield from run.algorithm.shared_problems(run.rollout)
+    yield from run.algorithm.problems(run.rollout)
     yield from vllm_problems(run)
     if isinstance(run.engine, ServerEngineConfig):
         yield from address_problems(run.engine)
@@ -56,7 +56,7 @@ def problems(run: Run) -> Iterator[str]:
     yield from tenant_problems(run)
     if run.model.lora_rank == 0 and run.checkpoint.merged:
         yield (
-            "checkpoint.merged = true: without LoRA the policy in a checkpoint is whole already; set"
+            "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
             " model.lora_rank above 0, or checkpoint.merged=false"
         )
 
@@ -76,7 +76,7 @@ def vllm_problems(run: Run) -> Iterator[str]:
 
 
 def size_problems(run: Run) -> Iterator[str]:
-    """Numbers of rollouts and tokens that do not fit into each other."""
+    """Numbers of rollouts and tokens that do not fit together."""
     rollouts = run.rollout.num_prompts * run.rollout.group_size
     if rollouts % run.trainer.minibatches:
         yield (
@@ -88,42 +88,42 @@ def size_problems(run: Run) -> Iterator[str]:
         yield (
             f"engine.max_model_len = {run.engine.max_model_len}: data.max_prompt_tokens"
             f" {run.data.max_prompt_tokens} + rollout.max_new_tokens {run.rollout.max_new_tokens} = {need}"
-            f" would not fit; set engine.max_model_len={need} or shorten one of them"
+            f" tokens do not fit; set engine.max_model_len={need}, or lower one of them"
         )
     if run.trainer.micro_batch_tokens < need:
         yield (
-            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: one rollout can be {need} tokens"
-            f" long and would never fit; set at least {need}"
+            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: a rollout can have {need} tokens"
+            f" and would not fit; set at least {need}"
         )
 
 
 def reward_problems(run: Run) -> Iterator[str]:
-    """Rewards that cannot be computed, or teach nothing."""
+    """Rewards that cannot be computed, or from which nothing can be learned."""
     if run.reward.weights and len(run.reward.weights) != len(run.reward.functions):
         yield (
             f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
-            f" {len(run.reward.functions)} functions; give one each, or [] for all 1"
+            f" {len(run.reward.functions)} functions; give one for each, or [] for all 1"
         )
     if run.reward.overlong_buffer > run.rollout.max_new_tokens:
         yield (
             f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
-            f" {run.rollout.max_new_tokens}, every completion would be punished; set less"
+            f" {run.rollout.max_new_tokens}, so every completion would be penalised; set less"
         )
     if run.reward.format_pattern is None and "format" in run.reward.functions:
         yield (
-            "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular"
-            " expression that a whole completion has to match"
+            "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a"
+            " whole completion has to match"
         )
     if run.reward.format_pattern is not None:
         try:
             re.compile(run.reward.format_pattern)
         except re.error as error:
             yield (
-                f"reward.format_pattern = {run.reward.format_pattern}: is no regular expression ({error});"
+                f"reward.format_pattern = {run.reward.format_pattern}: not a regular expression ({error});"
                 " set one that a whole completion has to match"
             )
     if not run.reward.functions:
-        yield "reward.functions = []: nothing to learn from; name at least one reward function"
+        yield "reward.functions = []: no reward to learn from; name at least one function"
 
 
 def tenant_problems(run: Run) -> Iterator[str]:

@@ -1,167 +1,147 @@
 """The commands behind train.py: one run, a sweep, and Hydra's questions about the configuration.
 
-Nothing here imports torch or vLLM before configuration and inputs are known to be right.
+Nothing here imports torch or vLLM before the configuration and the files it names are known to be right.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing, suppress
-from operator import attrgetter
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rlswitch.checkpoint.resume import finished
-from rlswitch.command.arguments import Arguments, parse, refuse_broken_environment, run_hydra
-from rlswitch.command.compose import compose_run, planned, read, unique
+from rlswitch.command.arguments import Arguments, check_environment, parse, run_hydra
+from rlswitch.command.compose import compose_run, hydra_words
 from rlswitch.command.sweep import sweep
-from rlswitch.command.torchless import Torchless
+from rlswitch.data.rows import reason
 from rlswitch.errors import ConfigError, Preempted, ProofError, RLSwitchError
 from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
-from rlswitch.processes.fork_server import prepare
-from rlswitch.processes.signals import StopSignals, preemptible
+from rlswitch.processes.signals import preemptible
 from rlswitch.run import Run, register
 
-if TYPE_CHECKING:
-    from rlswitch.inputs import Inputs
-
-NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
-DIRECTORY_NAME_LENGTH = 100
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
-ROOM_HINT = "make room and run the same command again, with resume=auto once it has saved a checkpoint"
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+DISK_FULL_ADVICE = "free some space and run the same command again (resume=auto once a checkpoint is saved)"
+PACKAGE = str(Path(__file__).resolve().parents[1])
+REINSTALL = (
+    "torch, transformers and vLLM do not fit together; run `make train`, which creates its own environment,"
+    " or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
+)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command line `words` (by default this process's) and returns the exit code."""
+    """Runs the command line `words`, by default this process's, and returns the exit code."""
     return guarded(lambda: dispatch(sys.argv[1:] if words is None else words))
 
 
 def dispatch(words: Sequence[str]) -> int:
     arguments = parse(words)
     if arguments.multirun:
-        return sweep(arguments)
+        return sweep(arguments, run_job)
     return ask_hydra(arguments) if arguments.is_question else train_once(arguments)
 
 
-def guarded(command: Callable[[], int]) -> int:
-    """What `command` returns, or the exit code that its error stands for, said in a line for each mistake."""
-    try:
-        return command()
-    except ConfigError as error:
-        return _report(error.problems, WRONG_CONFIG)
-    except ProofError as error:
-        return _report([str(error)], NOT_PROVEN)
-    except Preempted as error:
-        _tell(f"rlswitch: {error}")
-        return PREEMPTED
-    except RLSwitchError as error:
-        return _report(str(error).splitlines(), FAILED)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in NO_ROOM:
-            return _report([f"{error}; {ROOM_HINT}"], FAILED)
-        traceback.print_exc()
-        return FAILED
-
-
 def train_once(arguments: Arguments) -> int:
-    with preemptible() as stop_signals, closing(Torchless()) as torchless:  # it imports while we look
+    with preemptible() as stop_signals:
         run = compose_run(arguments.overrides, arguments.source)
-        run.output_dir = run.output_dir or default_output_dir(run, arguments)
-        refuse_broken_environment()
+        check_environment()
         if run.mode == "plan":
-            from rlswitch.planning.plan import show
+            from rlswitch.planning.plan import show as show_plan
 
-            torchless.close()  # a plan reads no prompts
-            show(run)
+            show_plan(run)
             return DONE
-        from rlswitch.inputs import open_inputs, refuse_wrong_inputs  # numpy comes with it
+        from rlswitch.inputs import check_inputs, open_inputs  # imports numpy
 
-        refuse_wrong_inputs(run)
-        if run.mode == "train" and (said := finished(run)):
-            print(said)
+        check_inputs(run)
+        if run.mode == "train" and (message := finished(run)):
+            print(message)
             write_missing_report(run)
             return DONE
-        with open_inputs(run, torchless, print) as inputs:
-            work(run, inputs, stop_signals)
+        with open_inputs(run, print) as inputs:
+            if run.mode == "rewards":
+                from rlswitch.command.preview import show as show_rewards
+
+                show_rewards(run, inputs)
+            else:
+                from rlswitch.loop import train
+
+                train(run, inputs, stop_signals)
     return DONE
 
 
 def write_missing_report(run: Run) -> None:
-    """A run that was killed when all was saved has none yet."""
-    from rlswitch.report import write_report
+    """A run that was killed after its last checkpoint has none yet."""
+    from rlswitch.report.page import write_report
 
     assert run.output_dir is not None
     if not Path(run.output_dir, "report.html").exists():
         write_report(Path(run.output_dir))
 
 
-def work(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
-    if run.engine.fork_server and run.engine.is_started_here:
-        prepare()  # it imports while we do; earlier it would only slow a refusal down
-    if run.mode == "rewards":
-        from rlswitch.command.preview import show
-
-        show(run, inputs)
-    else:
-        from rlswitch.loop import train  # torch and vLLM come with it
-
-        train(run, inputs, stop_signals)
-
-
-def default_output_dir(run: Run, arguments: Arguments) -> str:
-    """runs/<recipe> and what differs from it: the same command finds its checkpoints again."""
-    named = {}
-    for item in read(arguments.overrides, arguments.source)[0]:
-        if item.key in NOT_IN_DIRECTORY_NAME or item.is_hydra:
-            continue
-        value = item.text if item.is_choice or item.is_free else attrgetter(item.key)(run)
-        named[item.key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-    text = "-".join([run.recipe or "run", *(f"{key}={named[key]}" for key in sorted(named))])
-    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)
-    if len(name) > DIRECTORY_NAME_LENGTH:
-        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
-        name = f"{name[: DIRECTORY_NAME_LENGTH - 1 - len(digest)]}-{digest}"
-    return f"runs/{name}"
+def run_job(words: list[str]) -> None:
+    """One job of a sweep, in its own process."""
+    sys.argv[1:] = words  # the run records its command line
+    leave(main(words))
 
 
 def ask_hydra(arguments: Arguments) -> int:
+    words = arguments.overrides
+    if arguments.about_hydra:
+        register()
+    else:
+        words = hydra_words(words, arguments.source)
     try:
-        return _answer(arguments)
+        return WRONG_CONFIG if run_hydra(lambda _config: None, words, arguments) else DONE
     except BrokenPipeError:  # train.py --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
 
-def _answer(arguments: Arguments) -> int:
-    words = arguments.overrides
-    if arguments.about_hydra:
-        register()
-    else:
-        with planned(words, arguments.source) as plan:
-            words = plan.words
-        if plan.problems:
-            raise ConfigError(*unique(plan.problems))
-    return WRONG_CONFIG if run_hydra(lambda _config: None, words, arguments) else DONE
+def guarded(command: Callable[[], int]) -> int:
+    """What `command` returns; for an error its exit code, after printing one line per problem."""
+    try:
+        return command()
+    except ConfigError as error:
+        return _report(error.problems, WRONG_CONFIG)
+    except Preempted as error:
+        _print(f"rlswitch: {error}")
+        return PREEMPTED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except Exception as error:
+        if failed_import(error):
+            return _report([f"{reason(error)}: {REINSTALL}"], WRONG_CONFIG)
+        if isinstance(error, RLSwitchError):
+            return _report(str(error).splitlines(), NOT_PROVEN if isinstance(error, ProofError) else FAILED)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return _report([f"{error}; {DISK_FULL_ADVICE}"], FAILED)
+        traceback.print_exc()
+        return FAILED
+
+
+def failed_import(error: BaseException | None) -> bool:
+    """Whether a library could not be imported, or raised `error`, or its cause, while it was."""
+    while error is not None:
+        modules = [it.filename for it in traceback.extract_tb(error.__traceback__) if it.name == "<module>"]
+        if isinstance(error, ImportError) or (modules and not modules[-1].startswith(PACKAGE)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _report(lines: Iterable[str], code: int) -> int:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         traceback.print_exc()
     for line in lines:
-        _tell(f"rlswitch: error: {' '.join(line.split())}")
+        _print(f"rlswitch: error: {' '.join(line.split())}")
     return code
 
 
-def _tell(line: str) -> None:
-    with suppress(OSError):  # the terminal has gone: the exit code still says it
+def _print(line: str) -> None:
+    with suppress(OSError):  # the terminal is gone: the exit code still tells
         print(line, file=sys.stderr)
 
 

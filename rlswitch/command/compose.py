@@ -1,15 +1,17 @@
-"""From the words of a command line to a checked Run, with a line for every mistake on the way.
+"""From the words of a command line to a checked Run, with a line for every mistake.
 
-Hydra stops at the first mistake, and its advice for a misspelt key is to add it with '+'. So each
-word is checked against the dataclasses, each chosen YAML file too, and Hydra composes what is left.
+Hydra stops at the first mistake, and for a misspelt key it advises to add the key with '+'. So every word and
+every chosen YAML file is checked against the dataclasses first, and Hydra composes the words that are right.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, get_origin
 
@@ -29,7 +31,7 @@ from omegaconf.errors import (
 from yaml import YAMLError
 
 from rlswitch.command.checks import problems
-from rlswitch.config.fields import TYPES, Leaf, did_you_mean, field_problems, leaves_of, nearest_key
+from rlswitch.config.fields import TYPES, Leaf, did_you_mean, leaves_of, nearest_key
 from rlswitch.errors import ConfigError
 from rlswitch.run import MANDATORY, OPTIONS, Run, register, settings_of
 from rlswitch.text import first_line
@@ -37,20 +39,21 @@ from rlswitch.text import first_line
 GROUPS = ("recipe", *OPTIONS)
 SHORT_FORMS = {"model": "model.path", "data": "data.path"}
 FREE_KEYS = ("engine.vllm", "trainer.lr_schedule_kwargs")
-"""The mappings that take any key: what is in them is checked by whom it is for."""
-SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++"}
-SIGNS[OverrideType.DEL] = "~"
+"""Mappings that take any key: whoever the keys are for checks them."""
+SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
-"""What Hydra and OmegaConf raise for files and words that they cannot make sense of."""
+"""What Hydra and OmegaConf raise for files and words that make no sense to them."""
+NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
+DIRECTORY_NAME_LENGTH = 100
 
 
 @dataclass(kw_only=True, slots=True)
 class Source:
-    """Where the YAML files lie."""
+    """Where the YAML files are."""
 
     conf: Path
     extra: Path | None = None
-    """--config-dir: recipes and algorithm variants of the user's own."""
+    """--config-dir: the user's own recipes and algorithm variants."""
     name: str = "train"
 
     @classmethod
@@ -77,13 +80,12 @@ class Source:
             if not folder.is_dir():
                 yield f"configuration directory {folder}: does not exist"
         if self.file(self.name) is None:
-            known = sorted(file.stem for file in self.conf.glob("*.yaml"))
-            near = did_you_mean(self.name, known)
+            near = did_you_mean(self.name, sorted(file.stem for file in self.conf.glob("*.yaml")))
             yield f"--config-name = {self.name}: no such file in conf{near}"
 
     @contextmanager
     def loader(self, recipe: str | None = None) -> Iterator[ConfigLoader]:
-        """Hydra, initialised on these folders."""
+        """Initialises Hydra on these folders."""
         register(recipe)
         with initialize_config_dir(str(self.conf), job_name="rlswitch", version_base="1.3"):
             yield GlobalHydra.instance().config_loader()
@@ -95,23 +97,23 @@ class Source:
 
 @dataclass(kw_only=True, slots=True)
 class Setting:
-    """One override with its key in full: `model=x` is `model.path`, `x` here."""
+    """One override with its full key: `model=x` has the key `model.path`."""
 
     sign: str
-    """What stood before the key: nothing, +, ++ or ~."""
+    """What the user typed before the key: nothing, +, ++ or ~."""
     key: str
     text: str
-    """The value as typed, in brackets where a list is meant."""
+    """The value as typed, in brackets if the setting is a list."""
     parsed: Override
 
     @property
     def word(self) -> str:
-        """For Hydra, which takes new keys with a sign only."""
+        """For Hydra, which takes new keys only with a sign."""
         return f"{'++' if self.is_free else self.sign}{self.key}={self.text}"
 
     @property
     def value(self) -> Any:
-        """As a person would say it in Python: a scalar for a list is a list of one."""
+        """The Python value: a scalar given for a list is a list of one."""
         value = self.parsed.value()
         return [value] if self.text.startswith("[") and not isinstance(value, list) else value
 
@@ -131,59 +133,61 @@ class Setting:
     def is_hydra(self) -> bool:
         return self.parsed.is_hydra_override()
 
-    def says(self, problem: str) -> str:
+    def line(self, problem: str) -> str:
         return f"{self.sign}{self.key} = {self.text}: {problem}"
 
 
-@dataclass(kw_only=True, slots=True)
-class Plan:
-    """What of a command line can be composed, and what is wrong with the rest."""
-
-    settings: list[Setting]
-    leaves: dict[str, Leaf]
-    problems: list[str] = field(default_factory=list)
-    choices_known: bool = True
-    """False when a recipe or an option cannot be read: what it would have set is then unknown."""
-
-    @property
-    def words(self) -> list[str]:
-        return [setting.word for setting in self.settings]
-
-
 def compose_run(words: Iterable[str], source: Source) -> Run:
-    """The checked Run. Raises ConfigError with every problem there is."""
-    with planned(words, source) as plan:
-        wrong = plan.problems
+    """The checked run. Raises ConfigError with all mistakes at once."""
+    with examined(words, source) as (settings, leaves, wrong):
         try:
-            config = compose(source.name, [*source.words, *plan.words])
+            config = compose(source.name, [*source.words, *(item.word for item in settings)])
         except COMPOSE_ERRORS as error:
-            raise ConfigError(*unique([*wrong, _one_line(error)])) from error
-    missing, unusable = _fill_unusable(config, plan.leaves)
+            raise ConfigError(*wrong, _one_line(error)) from error
+    if unresolved := list(_unresolved_problems(config, leaves)):
+        raise ConfigError(*wrong, *unresolved)
     run: Any = OmegaConf.to_object(config)
-    if plan.choices_known:
-        wrong += [*missing, *unusable, *problems(run)]
-    else:
-        wrong += [*unusable, *field_problems(run)]
-    if wrong:
-        raise ConfigError(*unique(wrong))
-    return run
+    if wrong := [*wrong, *problems(run)]:
+        raise ConfigError(*dict.fromkeys(wrong))
+    return replace(run, output_dir=run.output_dir or default_output_dir(run, settings))
+
+
+def hydra_words(words: Iterable[str], source: Source) -> list[str]:
+    """The words with their full keys, for Hydra's own entry point. Raises ConfigError."""
+    with examined(words, source) as (settings, _, wrong):
+        if wrong:
+            raise ConfigError(*wrong)
+    return [item.word for item in settings]
 
 
 @contextmanager
-def planned(words: Iterable[str], source: Source) -> Iterator[Plan]:
-    """Hydra, initialised, and what of the words of one run it can compose."""
+def examined(
+    words: Iterable[str], source: Source
+) -> Iterator[tuple[list[Setting], dict[str, Leaf], list[str]]]:
+    """The settings that Hydra can compose, every known key, and a line for each mistake; initialises Hydra.
+
+    Raises ConfigError if a recipe, an option or a YAML file is wrong: what it would set is unknown.
+    """
     settings, wrong = read(words, source)
     wrong += [_not_a_sweep(item) for item in settings if item.is_sweep]
+    choices = [item for item in settings if item.is_choice and not item.is_sweep]
+    others = [item for item in settings if not item.is_choice and not item.is_sweep]
     with source.loader(_recipe(settings)) as loader:
-        plan = _examine([item for item in settings if not item.is_sweep], source, loader)
-        plan.problems = wrong + plan.problems
-        yield plan
+        leaves = settings_of()
+        unknown = [line for item in choices if (line := _choice_problem(item, source, loader))]
+        if not unknown:
+            leaves, unknown = _read_files(choices, source, loader)
+        lines = [_setting_problem(item, leaves) for item in others]
+        wrong = list(dict.fromkeys([*wrong, *unknown, *filter(None, lines)]))
+        if unknown:
+            raise ConfigError(*wrong)
+        yield [*choices, *(it for it, line in zip(others, lines, strict=True) if not line)], leaves, wrong
 
 
 def read(words: Iterable[str], source: Source) -> tuple[list[Setting], list[str]]:
-    """The words that can be parsed, short forms written out, and a line for each that cannot.
+    """The words that can be parsed, short forms expanded, and a line for each of the others.
 
-    Raises ConfigError when there is no configuration to read them against.
+    Raises ConfigError if there is no configuration to read them against.
     """
     if wrong := list(source.problems()):
         raise ConfigError(*wrong)
@@ -196,54 +200,42 @@ def read(words: Iterable[str], source: Source) -> tuple[list[Setting], list[str]
         try:
             settings.append(_setting(parser.parse_override(word), value, leaves))
         except HydraException:
-            advice = f"quotes make any value readable: {key}={quoted(value)}"
-            wrong.append(f"'{word}': cannot be read as key=value; {advice}")
+            advice = f"put the value in quotes: {key}={quoted(value)}"
+            wrong.append(f"'{word}': cannot be parsed as key=value; {advice}")
     return settings, wrong
 
 
-def _examine(settings: list[Setting], source: Source, loader: ConfigLoader) -> Plan:
-    """Checks keys, types, choices and the chosen YAML files, without composing anything."""
-    choices = [item for item in settings if item.is_choice]
-    others = [item for item in settings if not item.is_choice]
-    wrong = [line for item in choices if (line := _choice_problem(item, source, loader))]
-    leaves: dict[str, Leaf] = {}
-    if not wrong:
-        leaves, wrong = _read_files(choices, source, loader)
-    if choices_known := not wrong:
-        lines = [_setting_problem(item, leaves) for item in others]
-    else:
-        choices, accepted = [], settings_of()
-        leaves, broken = _read_files(choices, source, loader)
-        if broken:  # the primary file itself: there is nothing to check against
-            raise ConfigError(*unique(wrong + broken))
-        lines = [_setting_problem(item, accepted) for item in others]
-    good = [item for item, line in zip(others, lines, strict=True) if not line]
-    good = [item for item in good if item.is_hydra or item.is_free or item.key in leaves]
-    return Plan(
-        settings=[*choices, *good],
-        leaves=leaves,
-        problems=[*wrong, *filter(None, lines)],
-        choices_known=choices_known,
-    )
+def default_output_dir(run: Run, settings: Iterable[Setting]) -> str:
+    """runs/<recipe> and what differs from it, so that the same command finds its checkpoints again."""
+    named = {}
+    for item in settings:
+        if item.key not in NOT_IN_DIRECTORY_NAME and not item.is_hydra:
+            value = item.text if item.is_choice or item.is_free else attrgetter(item.key)(run)
+            named[item.key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    text = "-".join([run.recipe or "run", *(f"{key}={named[key]}" for key in sorted(named))])
+    name = re.sub(r"[^A-Za-z0-9._=,+-]", "_", text)
+    if len(name) > DIRECTORY_NAME_LENGTH:
+        digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+        name = f"{name[: DIRECTORY_NAME_LENGTH - 1 - len(digest)]}-{digest}"
+    return f"runs/{name}"
 
 
 def quoted(value: str) -> str:
-    """`value` as Hydra's grammar takes it whatever it holds."""
+    """`value` in quotes, so that Hydra's grammar takes it literally."""
     return QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
 def _setting(parsed: Override, text: str, leaves: dict[str, Leaf]) -> Setting:
     key = parsed.key_or_group if parsed.package is None else parsed.get_key_element().lstrip("+~")
-    sign = SIGNS[parsed.type]
     if key in SHORT_FORMS and not isinstance(parsed.value(), dict):
         key = SHORT_FORMS[key]
     if key in leaves and get_origin(leaves[key].annotation) is list:
         text = _as_list(parsed, text)
-    return Setting(sign=sign, key=key, text=text, parsed=parsed)
+    return Setting(sign=SIGNS[parsed.type], key=key, text=text, parsed=parsed)
 
 
 def _as_list(parsed: Override, text: str) -> str:
-    """`wandb` -> `[wandb]`, and each value of a sweep; lists, null and ${...} stay as they are."""
+    """`wandb` -> `[wandb]`, and so each value of a sweep; lists, null and ${...} stay as they are."""
     if parsed.is_sweep_override():
         if not parsed.is_choice_sweep():
             return text
@@ -263,30 +255,30 @@ def _recipe(settings: Iterable[Setting]) -> str | None:
 def _read_files(
     choices: list[Setting], source: Source, loader: ConfigLoader
 ) -> tuple[dict[str, Leaf], list[str]]:
-    """The keys there are with these choices, and what is wrong in the YAML files they name."""
+    """The keys that exist with these choices, and what is wrong in the YAML files that they name."""
     words = [*source.words, *(item.word for item in choices)]
     try:
         chosen = loader.compute_defaults_list(source.name, words, RunMode.RUN).defaults
     except COMPOSE_ERRORS as error:
         files = filter(None, (source.file(f"{it.key}/{it.value}") for it in choices))
-        return {}, [": ".join([*map(_shown, files), _one_line(error)])]
+        return settings_of(), [": ".join([*map(_shown, files), _one_line(error)])]
     leaves, wrong = settings_of([default.config_path for default in chosen]), []
     for default in chosen:
         file = source.file(default.config_path)
-        if file and not default.config_path.startswith("hydra/"):
-            tree: Any = OmegaConf.to_container(OmegaConf.load(file))
-            if not isinstance(tree, dict) or default.package == "recipe":
-                advice = "must start with '# @package _global_' and map keys to values"
-                wrong.append(f"{_shown(file)}: {advice}")
-                continue
-            tree = {key: value for key, value in tree.items() if key not in ("defaults", "hydra")}
-            prefix = f"{default.package}." if default.package else ""
-            wrong += [f"{_shown(file)}: {it}" for it in _tree_problems(tree, prefix, leaves)]
+        if file is None or default.config_path.startswith("hydra/"):
+            continue
+        tree: Any = OmegaConf.to_container(OmegaConf.load(file))
+        if not isinstance(tree, dict) or default.package == "recipe":
+            wrong.append(f"{_shown(file)}: must start with '# @package _global_' and map keys to values")
+            continue
+        tree = {key: value for key, value in tree.items() if key not in ("defaults", "hydra")}
+        prefix = f"{default.package}." if default.package else ""
+        wrong += [f"{_shown(file)}: {line}" for line in _tree_problems(tree, prefix, leaves)]
     return leaves, wrong
 
 
 def _shown(file: Path) -> str:
-    """As short as it can be: from here if it lies below, else in full."""
+    """Relative to the working directory if it lies below."""
     return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
@@ -294,15 +286,16 @@ def _tree_problems(tree: dict[str, Any], prefix: str, leaves: dict[str, Leaf]) -
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in leaves:
-            mismatch = None if value == "???" else leaves[key].mismatch(value)
-            if mismatch:
-                yield f"{key} = {value}: {mismatch}"
+            problem = None if value == "???" else leaves[key].problem(value)
         elif isinstance(value, dict):
             yield from _tree_problems(value, f"{key}.", leaves)
+            continue
         elif key in OPTIONS:
-            yield f"{key} = {value}: belongs in the defaults list: - override /{key}: {value}"
+            problem = f"belongs in the defaults list: - override /{key}: {value}"
         else:
-            yield f"{key} = {value}: {_unknown(key, leaves)}"
+            problem = _unknown(key, leaves)
+        if problem:
+            yield f"{key} = {value}: {problem}"
 
 
 def _choice_problem(item: Setting, source: Source, loader: ConfigLoader) -> str | None:
@@ -310,10 +303,10 @@ def _choice_problem(item: Setting, source: Source, loader: ConfigLoader) -> str 
     known = loader.get_group_options(group) if item.is_hydra else source.options(group)
     available = f"(available: {', '.join(known) or 'none'})"
     if item.sign:
-        return item.says(f"write {group}=NAME {available}")
+        return item.line(f"write {group}=NAME {available}")
     if value in known:
         return None
-    return item.says(f"there is no such {group}{did_you_mean(str(value), known)} {available}")
+    return item.line(f"there is no such {group}{did_you_mean(str(value), known)} {available}")
 
 
 def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
@@ -323,11 +316,11 @@ def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
         return f"~{item.key}: a setting cannot be removed; give it another value"
     leaf = leaves.get(item.key)
     if leaf is None:
-        return None if item.is_free else item.says(_unknown(item.key, leaves, added="+" in item.sign))
+        return None if item.is_free else item.line(_unknown(item.key, leaves, added="+" in item.sign))
     if item.sign == "+" and not item.is_free:
-        return item.says(f"is a setting already; write {item.key}={item.text}")
-    mismatch = leaf.mismatch(item.value)
-    return item.says(mismatch) if mismatch else None
+        return item.line(f"is a setting already; write {item.key}={item.text}")
+    problem = leaf.problem(item.value)
+    return item.line(problem) if problem else None
 
 
 def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
@@ -342,7 +335,7 @@ def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
     ]
     if owners:
         return f"a setting of {', '.join(owners)} only"
-    extra = f" ('+' makes new keys under {' and '.join(FREE_KEYS)} only)" if added else ""
+    extra = f" ('+' adds keys only under {' and '.join(FREE_KEYS)})" if added else ""
     return f"unknown setting{extra}{nearest_key(key, [*leaves, *GROUPS])}"
 
 
@@ -351,32 +344,25 @@ def _not_a_sweep(item: Setting) -> str:
         bare = item.text.replace("[", "").replace("]", "")
         advice = f"write {item.key}=[{bare}] for a list, or add -m to try each"
         return f"{item.key} = {bare}: several values; {advice}"
-    return item.says("several values; add -m to try each, or put the value in quotes if it is one")
+    return item.line("several values; add -m to try each, or quote the value if it is one")
 
 
-def _fill_unusable(config: DictConfig, leaves: dict[str, Leaf]) -> tuple[list[str], list[str]]:
-    """Lines for the values that are missing, and for those that cannot be resolved.
-
-    They get a stand-in, so that the remaining settings can still be checked.
-    """
-    missing, unusable = [], []
+def _unresolved_problems(config: DictConfig, leaves: dict[str, Leaf]) -> Iterator[str]:
+    """A line for each value that is missing or cannot be resolved."""
     for key, leaf in leaves.items():
         section = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
-        raw: Any = OmegaConf.to_container(section)
         try:
             value = section[leaf.name]
             if OmegaConf.is_config(value):
                 OmegaConf.to_container(value, resolve=True)
-            if value or key not in MANDATORY:
-                continue
-            missing.append(f"{key}: not set; set {key}=<{MANDATORY[key]}>")
         except MissingMandatoryValue:
-            missing.append(f"{key}: not set; set {key}=<{MANDATORY[key]}>")
+            value = None
         except OmegaConfBaseException as error:
-            unusable.append(f"{key} = {raw[leaf.name]}: {_why_unresolved(error, leaf)}")
-        defaults: Any = OmegaConf.to_container(OmegaConf.structured(leaf.owner))
-        section[leaf.name] = "stand-in" if key in MANDATORY else defaults[leaf.name]
-    return missing, unusable
+            raw: Any = OmegaConf.to_container(section)
+            yield f"{key} = {raw[leaf.name]}: {_why_unresolved(error, leaf)}"
+            continue
+        if key in MANDATORY and not value:
+            yield f"{key}: not set; set {key}=<{MANDATORY[key]}>"
 
 
 def _why_unresolved(error: OmegaConfBaseException, leaf: Leaf) -> str:
@@ -389,10 +375,6 @@ def _why_unresolved(error: OmegaConfBaseException, leaf: Leaf) -> str:
 
 
 def _one_line(error: Exception) -> str:
-    """What Hydra, OmegaConf or YAML said, less the search path and the name of the primary file."""
+    """The message of Hydra, OmegaConf or YAML without the search path and the name of the primary file."""
     text = str(error.__cause__ or error).partition("Config search path:")[0]
     return " ".join(re.sub(r"^In '[^']*': ", "", text).split())
-
-
-def unique(lines: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(lines))

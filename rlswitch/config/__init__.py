@@ -1,1 +1,1 @@
-"""What a run can be told: every setting, its bounds and how a bad value is reported."""
+"""The settings of a run: every one of them, its bounds, and how a bad value is reported."""

@@ -3,13 +3,14 @@
     lr: float = number(1e-6, above=0)
     transport: str = choice("auto", "shm", "disk")       # the first one is the default
 
-Bounds live beside the default, so the check and the documentation cannot drift apart.
+Bounds stand beside the default, so the check and the documentation cannot drift apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
@@ -32,8 +33,7 @@ def number(
     at_most: float | None = None,
 ) -> Any:
     """A numeric field with its bounds; `above` and `below` are strict."""
-    bounds = {"above": above, "below": below, "at_least": at_least, "at_most": at_most}
-    return field(default=default, metadata={"bounds": bounds})
+    return field(default=default, metadata={"bounds": (above, below, at_least, at_most)})
 
 
 def choice(default: str, *others: str) -> Any:
@@ -42,22 +42,17 @@ def choice(default: str, *others: str) -> Any:
 
 
 def field_problems(node: Any, prefix: str = "") -> Iterator[str]:
-    """One line for every field under `node` that is not finite, out of its bounds or not a choice."""
+    """A line for every field under `node` that is out of its bounds, not finite or not a choice."""
     for item in fields(node):
         value, key = getattr(node, item.name), f"{prefix}{item.name}"
         if is_dataclass(value):
             yield from field_problems(value, f"{key}.")
-        elif (choices := item.metadata.get("choices")) and value not in choices:
-            yield f"{key} = {value}: not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                yield f"{key} = {value}: must be a finite number"
-                continue
-            yield from _bound_problems(key, value, item.metadata.get("bounds") or {})
+        elif problem := _value_problem(value, item.metadata):
+            yield f"{key} = {value}: {problem}"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for the nearest known word, or nothing when none is near."""
+    """`; did you mean 'x'?` for the most similar known word, or nothing."""
     near = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
@@ -69,18 +64,20 @@ class Leaf:
     owner: type
     name: str
     annotation: Any
+    metadata: Mapping[str, Any]
 
-    def mismatch(self, value: Any) -> str | None:
-        """What the value must be, if it is not: OmegaConf decides, except that true is not text."""
+    def problem(self, value: Any) -> str | None:
+        """What is wrong with `value`: its type by OmegaConf's rules (but true is not text), or its bounds."""
         if isinstance(value, str) and "${" in value:
             return None  # known, and checked, once composed
         if self.annotation in (str, str | None) and isinstance(value, bool):
             return "must be text; put it in quotes"
+        config = OmegaConf.structured(self.owner)
         try:
-            OmegaConf.structured(self.owner)[self.name] = value
+            config[self.name] = value
         except OmegaConfBaseException:
             return f"must be {TYPES[self.annotation]}"
-        return None
+        return _value_problem(config[self.name], self.metadata)
 
 
 TYPES = {
@@ -95,7 +92,7 @@ TYPES = {
     list[float]: "a list of numbers: [1, 0.5], or [] for none",
     dict[str, Any]: "a mapping: {key: value}",
 }
-"""What a user calls each type that a setting can have."""
+"""The types that a setting can have, in words."""
 
 
 def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
@@ -107,29 +104,27 @@ def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
         if isinstance(annotation, type) and is_dataclass(annotation):
             found |= leaves_of(annotation, f"{key}.")
         else:
-            found[key] = Leaf(owner=owner, name=item.name, annotation=annotation)
+            found[key] = Leaf(owner=owner, name=item.name, annotation=annotation, metadata=item.metadata)
     return found
 
 
 def settings_from_words(owner: type[T], words: Iterable[str]) -> T:
-    """`owner` as `key=value` words set it; a list is `a,b`. Raises ConfigError with a line per mistake."""
+    """An `owner` with the values of `key=value` words; a list is `a,b`. Raises ConfigError, one line each."""
     known, problems = leaves_of(owner), list[str]()
     values: dict[str, Any] = {}
     for word in words:
         key, sign, text = word.partition("=")
         if key not in known or not sign:
             what = f"{word}: unknown setting" if sign else f"{word}: expected key=value"
-            problems.append(f"{what}{did_you_mean(key, known)} (there is: {', '.join(known)})")
+            problems.append(f"{what}{did_you_mean(key, known)} (available: {', '.join(known)})")
             continue
         leaf = known[key]
         if leaf.annotation == list[str]:
             values[key] = [item for item in text.strip("[]").split(",") if item]
         else:
             values[key] = text if leaf.annotation is str else yaml.safe_load(text)
-        if fault := leaf.mismatch(values[key]):
-            problems.append(f"{word}: {fault}")
-    if not problems:
-        problems = list(field_problems(owner(**values)))
+        if problem := leaf.problem(values[key]):
+            problems.append(f"{key} = {text}: {problem}")
     if problems:
         raise ConfigError(*problems)
     return owner(**values)
@@ -147,13 +142,25 @@ def nearest_key(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(candidates)}?" if candidates else ""
 
 
-def _bound_problems(key: str, value: float, bounds: dict[str, float | None]) -> Iterator[str]:
-    checks = {
-        "above": ("greater than", lambda limit: value > limit),
-        "below": ("less than", lambda limit: value < limit),
-        "at_least": ("at least", lambda limit: value >= limit),
-        "at_most": ("at most", lambda limit: value <= limit),
-    }
-    for name, limit in bounds.items():
-        if limit is not None and not checks[name][1](limit):
-            yield f"{key} = {value}: must be {checks[name][0]} {limit:g}"
+def _value_problem(value: Any, metadata: Mapping[str, Any]) -> str | None:
+    choices = metadata.get("choices")
+    if choices and value not in choices:
+        return f"not one of {', '.join(choices)}{did_you_mean(str(value), choices)}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not math.isfinite(value):
+        return "must be a finite number"
+    broken = [
+        f"must be {words} {limit:g}"
+        for (words, holds), limit in zip(BOUNDS, metadata.get("bounds", ()), strict=False)
+        if limit is not None and not holds(value, limit)
+    ]
+    return broken[0] if broken else None
+
+
+BOUNDS = (
+    ("greater than", operator.gt),
+    ("less than", operator.lt),
+    ("at least", operator.ge),
+    ("at most", operator.le),
+)

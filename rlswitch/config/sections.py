@@ -1,8 +1,7 @@
 """Every setting of a run on one page: the name, the type, the default and what it means.
 
-YAML under conf/ holds choices and deltas only. The algorithms' settings stand in their own files
-(rlswitch/algorithms/); OPTIONS is the one table of what can be chosen by name. Nothing here imports
-torch or vLLM: a typing mistake is answered before either could have been loaded.
+YAML under conf/ holds choices and deltas only. Each algorithm's settings are in its own file
+(rlswitch/algorithms/); OPTIONS in run.py lists what can be chosen by name. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -23,23 +22,23 @@ rewards/models/tenant.py). Each has a section of settings under the same name, a
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     path: str = "???"
-    """A Hugging Face directory or hub id, or `builtin:addition`, made on the spot."""
+    """A Hugging Face directory or hub id, or `builtin:addition`, which is made on the spot."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: str = choice("auto", "float32", "bfloat16", "float16")
-    """What the engine computes in: auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16, float16."""
+    """The engine's dtype: auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16, float16."""
     attn_implementation: str | None = None
-    """The trainer's attention as transformers names it, such as flash_attention_2; null: its choice."""
+    """The trainer's attention by its name in transformers, such as flash_attention_2; null: the default."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for models whose authors you trust."""
+    """Run Python code that comes with the model; only for models whose authors you trust."""
     lora_rank: int = number(0, at_least=0)
-    """Rank of the LoRA adapters that are trained instead of the weights; 0: train the weights."""
+    """Rank of LoRA adapters to train instead of the weights; 0: train the weights."""
     lora_alpha: float = number(0.0, at_least=0)
-    """Their scale is lora_alpha / lora_rank; 0: twice the rank."""
+    """The adapters are scaled by lora_alpha / lora_rank; 0: twice the rank."""
     lora_targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get one, as q_proj; empty: all but the head."""
+    """Names of the linear layers that get an adapter, such as q_proj; empty: all but the head."""
     warm_start_seed: int = number(0, at_least=0)
-    """Seed of the built-in model: apart from `seed`, so that a sweep over seeds starts from one model."""
+    """Seed of the built-in model, apart from `seed`: a sweep over seeds starts from the same model."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -50,19 +49,19 @@ class DataConfig:
     """Configuration (subset) of a hub dataset."""
     split: str = "train"
     eval_path: str | None = None
-    """Where the held-out rows come from; null: `eval_split` of `path`, or `eval_rows` cut off `split`."""
+    """Source of the held-out rows; null: `eval_split` of `path`, or `eval_rows` cut off `split`."""
     eval_split: str | None = None
     eval_rows: int = number(256, at_least=1)
-    """How many held-out rows to evaluate on."""
+    """Number of held-out rows to evaluate on."""
     prompt_key: str = "prompt"
     """The column with the prompt: a string, or a list of chat messages."""
     max_prompt_tokens: int = number(512, at_least=1)
     overlong: str = choice("error", "drop")
-    """What to do with a longer prompt: stop with an error, or drop the row and say how many."""
+    """Longer prompts: stop with an error, or drop their rows and report how many."""
 
     @property
     def cuts_held_out_rows(self) -> bool:
-        """Whether rows to evaluate on have no place of their own, and are taken from those to train on."""
+        """Whether the rows to evaluate on are taken from the training rows."""
         return not (self.eval_path or self.eval_split or self.path.startswith("builtin:"))
 
 
@@ -70,23 +69,23 @@ class DataConfig:
 class RewardConfig:
     functions: list[str] = field(default_factory=lambda: ["exact_match"])
     """Built-in names, `package.module:function`, or `file.py:function`, with TRL's signature; and the models
-    `judge` and `reward_model`, each with its section of settings."""
+    `judge` and `reward_model`, which have their own sections."""
     weights: list[float] = field(default_factory=list)
-    """One weight each; empty: all 1."""
+    """One weight per function; empty: all 1."""
     overlong_buffer: int = number(0, at_least=0)
-    """Completions that use the last so many tokens lose up to 1 of their reward (DAPO); 0: none do."""
+    """Completions that reach into the last this many tokens lose up to 1 of their reward (DAPO); 0: off."""
     workers: int = number(1, at_least=1)
-    """Processes that the functions run in; each gets whole groups of a step, `code` one program."""
+    """Processes that run the functions, on whole groups at a time (`code`: one program at a time)."""
     timeout_s: float = number(60.0, above=0)
-    """A call that takes longer is killed, and repeated in parts to find the rows that fail."""
+    """A call that takes longer is killed, and repeated in parts to find the rows at fault."""
     memory_gib: float = number(4.0, at_least=0.25)
-    """Memory that a worker, and each program in the sandbox, may take."""
+    """Memory limit of each worker, and of each program in the sandbox."""
     max_error_rate: float = number(0.1, at_least=0, at_most=1)
-    """Share of a step's rollouts that may have no reward and be left out; more stops the run."""
+    """Largest share of a step's rollouts that may be left out for want of a reward; more stops the run."""
     format_pattern: str | None = None
-    """Regular expression of the built-in `format`, which the whole completion has to match."""
+    """Regular expression that the built-in `format` matches against the whole completion."""
     allow_unsandboxed: bool = False
-    """Run programs that the model wrote where the kernel gives no isolation: with limits only."""
+    """Run programs that the model wrote with limits only, where the kernel offers no isolation."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -144,35 +143,35 @@ class RewardModelConfig(TenantConfig):
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     num_prompts: int = number(64, at_least=1)
-    """Prompts in one step."""
+    """Prompts per step."""
     group_size: int = number(8, at_least=1)
-    """Completions sampled for each prompt."""
+    """Completions per prompt."""
     max_new_tokens: int = number(256, at_least=1)
-    temperature: float = number(1.0, at_least=0.01)  # vLLM raises less to 0.01 by itself
+    temperature: float = number(1.0, at_least=0.01)  # vLLM raises smaller values to 0.01
 
 
 @dataclass(kw_only=True, slots=True)
 class EngineConfig:
-    """vllm.LLM with its engine core in a process of its own."""
+    """vllm.LLM, with its engine core in another process."""
 
     max_model_len: int | None = number(None, at_least=2)
     """Longest prompt plus completion; null: data.max_prompt_tokens + rollout.max_new_tokens."""
     gpu_memory_utilization: float = number(0.85, above=0, at_most=1)
-    """Share of a GPU's memory for weights and KV cache together."""
+    """Share of a GPU's memory for weights and KV cache."""
     kv_cache_gib: float | None = number(None, above=0)
-    """Fixed size of the KV cache instead; null: fill gpu_memory_utilization on CUDA, 0.25 on a CPU."""
+    """Fixed size of the KV cache; null: what fits gpu_memory_utilization on CUDA, 0.25 on a CPU."""
     tensor_parallel_size: int = number(1, at_least=1)
     enforce_eager: bool = False
-    """Without CUDA graphs and torch.compile: starts sooner, generates slower. Always so on a CPU."""
+    """No CUDA graphs and torch.compile: starts faster, generates slower. Always on on a CPU."""
     fork_server: bool = True
-    """Start vLLM's processes from one that has imported vLLM already; false: a new interpreter each."""
+    """Fork vLLM's processes from a server that has imported vLLM; false: a new interpreter for each."""
     start_timeout_s: float = number(600.0, above=0)
     request_timeout_s: float = number(1800.0, above=0)
-    """Longest silence of vLLM on one call; then the engine counts as lost."""
+    """An engine that is silent for longer during one call counts as lost."""
     max_restarts: int = number(3, at_least=0)
-    """How often in a row a lost engine is started again; its version is pushed and proven anew."""
+    """Restarts of a lost engine in a row; each pushes the weights and proves them again."""
     vllm: dict[str, Any] = field(default_factory=dict)
-    """Anything else for vllm.LLM, as it is: engine.vllm.max_num_seqs=64."""
+    """Other arguments of vllm.LLM: engine.vllm.max_num_seqs=64."""
 
     @property
     def is_started_here(self) -> bool:
@@ -181,14 +180,14 @@ class EngineConfig:
 
 @dataclass(kw_only=True, slots=True)
 class ServerEngineConfig(EngineConfig):
-    """vLLM's HTTP server, launched or attached to; the same settings, and how it is reached."""
+    """vLLM's HTTP server, launched or attached to."""
 
     listen: str = "socket"
-    """Where to launch it: socket (in a private directory), or HOST:PORT (port 0: any free one)."""
+    """Where the launched server listens: socket (in a private directory), or HOST:PORT (port 0: any free)."""
     url: str | None = None
     """Attach to a running server instead: http://HOST:PORT, or unix:/path/of/the/socket."""
     allow_remote: bool = False
-    """Allow other addresses than loopback: whoever reaches the server controls it, see docs/server.md."""
+    """Allow addresses other than loopback. Whoever reaches the server controls it: see docs/server.md."""
 
     @property
     def is_started_here(self) -> bool:
@@ -198,14 +197,14 @@ class ServerEngineConfig(EngineConfig):
 @dataclass(kw_only=True, slots=True)
 class SwitchConfig:
     level: str = choice("2", "1", "kv", "0", "auto")
-    """2: weights and KV cache discarded; 1: weights to RAM; kv: KV cache only; 0: pause only; auto: the
-    least that makes room for the update (docs/levels.md)."""
+    """How deep the engine sleeps. 2: discard weights and KV cache; 1: weights to RAM; kv: discard only the KV
+    cache; 0: pause only; auto: the lightest that makes room for the update (docs/levels.md)."""
     transport: str = choice("auto", "shm", "disk")
-    """Where a push goes through: /dev/shm (shm), the run directory (disk), or shm when it fits (auto)."""
+    """Files of a push: in /dev/shm (shm), in the run directory (disk), or in shm if they fit (auto)."""
     verify: str = choice("every", "first", "off")
-    """Prove every push, the first one only, or none."""
+    """Prove every push, only the first, or none."""
     canary_tolerance: float = number(1e-4, above=0)
-    """Largest |difference| of a canary log-probability in float32. Other dtypes learn it on push 0."""
+    """Largest |difference| of a canary log-probability in float32. Other dtypes learn theirs on push 0."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -221,9 +220,9 @@ class TrainerConfig:
         "inverse_sqrt",
         "warmup_stable_decay",
     )
-    """What the learning rate does between the warm-up and num_steps; transformers' schedules."""
+    """Schedule of the learning rate from the warm-up to num_steps, by its name in transformers."""
     lr_schedule_kwargs: dict[str, Any] = field(default_factory=dict)
-    """What else the schedule takes: trainer.lr_schedule_kwargs.min_lr_rate=0.1."""
+    """Other arguments of the schedule: trainer.lr_schedule_kwargs.min_lr_rate=0.1."""
     warmup_steps: int = number(0, at_least=0)
     """Optimizer steps over which the learning rate rises from zero."""
     critic_lr: float = number(1e-5, above=0)
@@ -234,30 +233,30 @@ class TrainerConfig:
     epochs: int = number(1, at_least=1)
     """Passes over each step's rollouts."""
     minibatches: int = number(1, at_least=1)
-    """Optimizer steps in one pass."""
+    """Optimizer steps per pass."""
     micro_batch_tokens: int = number(16384, at_least=1)
-    """Tokens (padding included) in one forward and backward: memory only, never the result."""
+    """Tokens, padding included, in one forward and backward pass: changes memory, never the result."""
     packing: bool = False
-    """Rollouts of a micro-batch in one row without padding. Pays off with attn_implementation
-    flash_attention_2 and lengths that differ much; same result."""
+    """Pack the rollouts of a micro-batch into one row without padding: same result, faster with
+    attn_implementation flash_attention_2 and very different lengths."""
     gradient_checkpointing: bool = False
     park: str = choice("auto", "nothing", "optimizer", "everything")
-    """What leaves the GPU while the engine has it; auto: only what would not fit beside the engine."""
+    """What leaves the GPU while the engine has it; auto: only what does not fit beside the engine."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
     every: int = number(50, at_least=0)
-    """Save after every so many steps, and at the end; 0: only at the end."""
+    """Steps between checkpoints; the last step is always saved; 0: only that one."""
     keep: int = number(2, at_least=1)
-    """How many checkpoints to keep."""
+    """Number of checkpoints to keep."""
     merged: bool = False
-    """With LoRA: write merged/ beside the adapter, a whole model that needs no peft."""
+    """With LoRA: also write merged/, a whole model that loads without peft."""
 
 
 @dataclass(kw_only=True, slots=True)
 class EvaluationConfig:
     every: int = number(25, at_least=0)
-    """Evaluate before training, after every so many steps, and at the end; 0: never."""
+    """Steps between evaluations; the first is before training, the last at the end; 0: never evaluate."""
     num_samples: int = number(4, at_least=1)
-    """Samples per prompt for pass@k; the accuracy itself is greedy."""
+    """Samples per prompt for pass@k; accuracy is measured greedily."""

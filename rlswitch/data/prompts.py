@@ -1,42 +1,41 @@
-"""Prompts: which rows they are made of, their tokens, and in which order they are trained on."""
+"""Prompts: which rows they come from, their tokens, and the order in which they are trained on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rlswitch.config.fields import did_you_mean
-from rlswitch.data.rows import Source, Table, few, read, reason, shown
+from rlswitch.data.rows import Source, Table, few, gather, read, reason, shown
 from rlswitch.errors import ConfigError
 from rlswitch.types import Prompt
 
-if TYPE_CHECKING:  # datasets and transformers take seconds to import
+if TYPE_CHECKING:  # transformers takes seconds to import
     from transformers import PreTrainedTokenizerBase
 
     from rlswitch.run import Run
 
 _PROMPT_COLUMNS = ("prompt", "question", "problem", "messages", "instruction", "query", "input")
-_HELD_OUT_SEED = 0  # not run.seed: every seed of a sweep is to be evaluated on the same prompts
+_HELD_OUT_SEED = 0  # not run.seed: every seed of a sweep is evaluated on the same prompts
 
-Say = Callable[[str], None]
-T = TypeVar("T")
+Log = Callable[[str], None]
 
 
 class Prompts:
     """An endless stream of prompts: one permutation per epoch, a pure function of (seed, epoch).
 
-    `cursor` is its whole state: a stream of the same prompts and seed goes on exactly where another
-    stopped after `seek(cursor)`.
+    `cursor` is its whole state: after `seek(cursor)` a stream of the same prompts and seed continues exactly
+    where another one stopped.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int):
         assert prompts, "a stream needs at least one prompt"
         self.cursor = 0
-        """How many prompts were handed out."""
+        """How many prompts were taken."""
         self._prompts = prompts
         self._seed = seed
         self._order = (-1, np.empty(0, dtype=np.int64))  # (epoch, its permutation)
@@ -50,12 +49,12 @@ class Prompts:
         return self.cursor / len(self)
 
     def seek(self, cursor: int) -> None:
-        """Go on as if `cursor` prompts had been handed out."""
+        """Continues as if `cursor` prompts had been taken."""
         assert cursor >= 0, cursor
         self.cursor = cursor
 
     def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts, across the border of an epoch if need be."""
+        """The next `n` prompts, into the next epoch if need be."""
         places = [divmod(place, len(self)) for place in range(self.cursor, self.cursor + n)]
         self.cursor += n
         return [replace(self._prompts[self._index(*place)], epoch=place[0]) for place in places]
@@ -68,148 +67,37 @@ class Prompts:
         return int(self._order[1][place])
 
 
-def read_tables(run: Run) -> list[Table]:
-    """The rows of every source: to train on, and held out if they have a place of their own.
-
-    Raises ConfigError with everything that is wrong with all of them.
-    """
-    return _all([partial(read, source) for source in sources_of(run)])
-
-
-def load_prompts(
-    run: Run, tables: Sequence[Table], tokenizer: PreTrainedTokenizerBase, say: Say = print
-) -> tuple[Prompts, list[Prompt]]:
-    """The stream of training prompts, and the held-out ones in the order of their rows.
-
-    With evaluation.every = 0 no rows are cut off the training split; rows named as held out stay
-    so. `say` gets a line for every set of rows left out. Raises ConfigError with everything that is
-    wrong with all the tables.
-    """
-    parts = _all([partial(_tokenize, table, run, tokenizer, say) for table in tables])
-    training, *others = parts
-    found, held_out = len(training), []
-    if others:
-        held_out = _choose(others[0], run.data.eval_rows)
-    elif run.evaluation.every:
-        held_out = _cut(training, run, say)
-    training = _without(training, held_out, say)
-    if len(training) < run.rollout.num_prompts:
-        raise ConfigError(
-            f"rollout.num_prompts = {run.rollout.num_prompts}: {run.data.path} leaves only"
-            f" {len(training)} of {found} prompts to train on, the others being held out;"
-            " set fewer, or give more rows"
-        )
-    return Prompts(training, run.seed), held_out
-
-
-def _all(calls: Iterable[Callable[[], T]]) -> list[T]:
-    """What each returns. Raises the ConfigErrors of all together."""
-    results, problems = [], []
-    for call in calls:
-        try:
-            results.append(call())
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(*dict.fromkeys(problems))  # two splits of one source can say the same
-    return results
-
-
-# ---- which rows
-
-
 def sources_of(run: Run) -> Iterator[Source]:
-    """Where the training rows come from, and the held-out ones if they have a place of their own."""
+    """Where the training rows come from, and the held-out rows if they have a source of their own."""
     data = run.data
     yield Source("data.path", data.path, "data.split", data.split, data.name)
-    key = "data.eval_path" if data.eval_path else "data.path"
-    path = data.eval_path or data.path
-    split = data.eval_split or ("test" if path.startswith("builtin:") else None)
     if not data.cuts_held_out_rows:
-        name = data.name if path == data.path else None
-        yield Source(key, path, "data.eval_split", split, name)
+        key = "data.eval_path" if data.eval_path else "data.path"
+        path = data.eval_path or data.path
+        split = data.eval_split or ("test" if path.startswith("builtin:") else None)
+        yield Source(key, path, "data.eval_split", split, data.name if path == data.path else None)
 
 
-def _choose(prompts: list[Prompt], n: int) -> list[Prompt]:
-    order = np.random.RandomState(_HELD_OUT_SEED).permutation(len(prompts))
-    return [prompts[i] for i in sorted(order[:n])]
+def read_tables(run: Run) -> list[Table]:
+    """The rows of every source. Raises ConfigError with everything that is wrong with them."""
+    return gather(partial(read_table, source, run.data.prompt_key) for source in sources_of(run))
 
 
-def _cut(training: list[Prompt], run: Run, say: Say) -> list[Prompt]:
-    n = run.data.eval_rows
-    if n >= len(training):
-        raise ConfigError(
-            f"data.eval_rows = {n}: {run.data.path} has {len(training)} prompts, so none would be"
-            f" left to train on; set data.eval_rows={max(len(training) // 10, 1)}, or name held-out"
-            " rows with data.eval_path or data.eval_split"
-        )
-    say(f"data: held out {n} of the {len(training)} prompts of {run.data.path}")
-    return _choose(training, n)
-
-
-def _without(training: list[Prompt], held_out: list[Prompt], say: Say) -> list[Prompt]:
-    """`training` without any prompt that is also held out."""
-    cut = {id(prompt) for prompt in held_out}  # the very rows that _cut took: said already
-    training = [prompt for prompt in training if id(prompt) not in cut]
-    hidden = {tuple(prompt.token_ids) for prompt in held_out}
-    kept = [prompt for prompt in training if tuple(prompt.token_ids) not in hidden]
-    if removed := len(training) - len(kept):
-        say(f"data: removed {removed} of {len(training)} training rows: their prompt is held out")
-    return kept
-
-
-# ---- rows to prompts
-
-
-def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, say: Say) -> list[Prompt]:
-    """The rows as prompts, without those that data.overlong drops."""
-    key = run.data.prompt_key
-    blame = f"data.prompt_key = {key}"
-    refuse_bad_rows(table, key)
-    if not tokenizer.chat_template and any(isinstance(row[key], list) for row in table.rows):
-        raise ConfigError(
-            f"{blame}: holds chat messages, but the tokenizer of {run.model.path} has no chat"
-            " template; set model.path to an instruct model, or give a column of strings"
-        )
-    prompts, problems = [], []
-    for index, row in enumerate(table.rows):
-        columns = dict(row)
-        messages, token_ids = _without_nulls(columns.pop(key)), []
-        try:
-            token_ids = encode(messages, tokenizer)
-        except Exception as error:  # a chat template raises whatever it likes
-            what = "tokenizer" if isinstance(messages, str) else "chat template"
-            problems.append(f"{table.where(index)} makes the {what} fail ({reason(error)})")
-        else:
-            if not token_ids:
-                problems.append(f"{table.where(index)} is empty: it has no tokens")
-        prompts.append(Prompt(index=index, messages=messages, token_ids=token_ids, columns=columns))
-    if problems:
-        raise ConfigError(*few(blame, problems))
-    return _within_limit(prompts, table, run, say)
-
-
-def refuse_bad_rows(table: Table, key: str) -> None:
-    """Raises ConfigError where `key` is no column, or holds what is no prompt; asks no tokenizer."""
-    blame = f"data.prompt_key = {key}"
-    if key not in (columns := table.rows[0]):
+def read_table(source: Source, prompt_key: str) -> Table:
+    """The rows of `source`. Raises ConfigError if the column `prompt_key` is missing or not all prompts."""
+    table = read(source)
+    blame, columns = f"data.prompt_key = {prompt_key}", table.rows[0]
+    if prompt_key not in columns:
         guess = next((name for name in _PROMPT_COLUMNS if name in columns), "...")
-        hint = did_you_mean(key, columns) or f"; set data.prompt_key={guess}"
-        raise ConfigError(f"{blame}: {table.source.path} has only {', '.join(columns)}{hint}")
-    faults = ((index, _fault(_without_nulls(row[key]))) for index, row in enumerate(table.rows))
-    if problems := [f"{table.where(index)} {fault}" for index, fault in faults if fault]:
+        hint = did_you_mean(prompt_key, columns) or f"; set data.prompt_key={guess}"
+        raise ConfigError(f"{blame}: {source.path} has only {', '.join(columns)}{hint}")
+    found = ((index, _prompt_problem(row[prompt_key])) for index, row in enumerate(table.rows))
+    if problems := [f"{table.where(index)} {problem}" for index, problem in found if problem]:
         raise ConfigError(*few(blame, problems))
+    return table
 
 
-def _without_nulls(messages: Any) -> Any:
-    """Chat messages without the null fields that Arrow adds: templates take them for given ones."""
-    if not isinstance(messages, list) or not all(isinstance(item, dict) for item in messages):
-        return messages
-    return [{k: v for k, v in item.items() if v is not None} for item in messages]
-
-
-def _fault(messages: Any) -> str:
-    """What is wrong with a prompt, or nothing."""
+def _prompt_problem(messages: Any) -> str:
     if isinstance(messages, str):
         texts: list[Any] = [messages]
     elif not isinstance(messages, list):
@@ -224,25 +112,110 @@ def _fault(messages: Any) -> str:
     return ""
 
 
+def load_prompts(
+    run: Run, tables: Sequence[Table], tokenizer: PreTrainedTokenizerBase, log: Log = print
+) -> tuple[Prompts, list[Prompt]]:
+    """The stream of training prompts, and the held-out prompts in the order of their rows.
+
+    With evaluation.every = 0 no rows are cut off the training split, but rows that a setting names as held
+    out stay so. Logs every set of rows that is left out. Raises ConfigError with all problems of all tables.
+    """
+    training, *others = gather(partial(_tokenize, table, run, tokenizer, log) for table in tables)
+    found, held_out = len(training), []
+    if others:
+        held_out = _choose(others[0], run.data.eval_rows)
+    elif run.evaluation.every:
+        held_out = _cut(training, run, log)
+    training = _without(training, held_out, log)
+    if len(training) < run.rollout.num_prompts:
+        raise ConfigError(
+            f"rollout.num_prompts = {run.rollout.num_prompts}: {run.data.path} has only {len(training)} of"
+            f" {found} prompts left to train on, the others are held out; set fewer, or give more rows"
+        )
+    return Prompts(training, run.seed), held_out
+
+
+def _choose(prompts: list[Prompt], n: int) -> list[Prompt]:
+    order = np.random.RandomState(_HELD_OUT_SEED).permutation(len(prompts))
+    return [prompts[i] for i in sorted(order[:n])]
+
+
+def _cut(training: list[Prompt], run: Run, log: Log) -> list[Prompt]:
+    n = run.data.eval_rows
+    if n >= len(training):
+        raise ConfigError(
+            f"data.eval_rows = {n}: {run.data.path} has {len(training)} prompts, so none would be"
+            f" left to train on; set data.eval_rows={max(len(training) // 10, 1)}, or name held-out"
+            " rows with data.eval_path or data.eval_split"
+        )
+    log(f"data: held out {n} of the {len(training)} prompts of {run.data.path}")
+    return _choose(training, n)
+
+
+def _without(training: list[Prompt], held_out: list[Prompt], log: Log) -> list[Prompt]:
+    """`training` without the prompts that are also held out."""
+    cut = {id(prompt) for prompt in held_out}  # rows that _cut took, which it has logged
+    training = [prompt for prompt in training if id(prompt) not in cut]
+    hidden = {tuple(prompt.token_ids) for prompt in held_out}
+    kept = [prompt for prompt in training if tuple(prompt.token_ids) not in hidden]
+    if removed := len(training) - len(kept):
+        log(f"data: removed {removed} of {len(training)} training rows: their prompt is held out")
+    return kept
+
+
+def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, log: Log) -> list[Prompt]:
+    """The rows as prompts, without those that data.overlong drops."""
+    key = run.data.prompt_key
+    blame = f"data.prompt_key = {key}"
+    if not tokenizer.chat_template and any(isinstance(row[key], list) for row in table.rows):
+        raise ConfigError(
+            f"{blame}: holds chat messages, but the tokenizer of {run.model.path} has no chat"
+            " template; set model.path to an instruct model, or give a column of strings"
+        )
+    prompts, problems = [], []
+    for index, row in enumerate(table.rows):
+        columns = dict(row)
+        messages, token_ids = _without_nulls(columns.pop(key)), []
+        try:
+            token_ids = encode(messages, tokenizer)
+        except Exception as error:  # a chat template can raise anything
+            what = "tokenizer" if isinstance(messages, str) else "chat template"
+            problems.append(f"{table.where(index)} makes the {what} fail ({reason(error)})")
+        else:
+            if not token_ids:
+                problems.append(f"{table.where(index)} is empty: it has no tokens")
+        prompts.append(Prompt(index=index, messages=messages, token_ids=token_ids, columns=columns))
+    if problems:
+        raise ConfigError(*few(blame, problems))
+    return _within_limit(prompts, table, run, log)
+
+
+def _without_nulls(messages: str | list[dict[str, Any]]) -> Any:
+    """Chat messages without the null fields that Arrow adds: templates would treat them as given."""
+    if isinstance(messages, str):
+        return messages
+    return [{k: v for k, v in item.items() if v is not None} for item in messages]
+
+
 def encode(messages: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a text or of chat messages; the latter through the chat template."""
+    """Token ids of a text, or of chat messages through the chat template."""
     if isinstance(messages, str):
         token_ids = list(tokenizer(messages)["input_ids"])
         if token_ids and token_ids[-1] == tokenizer.eos_token_id:
-            token_ids.pop()  # some tokenizers end every text: nothing could follow
+            token_ids.pop()  # some tokenizers append it to every text: nothing could follow
         return token_ids
-    goes_on = messages[-1]["role"] == "assistant"  # as in TRL: the completion goes on with it
+    continues = messages[-1]["role"] == "assistant"  # as in TRL: the completion continues that message
     token_ids = tokenizer.apply_chat_template(
         messages,
-        add_generation_prompt=not goes_on,
-        continue_final_message=goes_on,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
         tokenize=True,
         return_dict=False,
     )
     return list(token_ids)
 
 
-def _within_limit(prompts: list[Prompt], table: Table, run: Run, say: Say) -> list[Prompt]:
+def _within_limit(prompts: list[Prompt], table: Table, run: Run, log: Log) -> list[Prompt]:
     limit, lengths = run.data.max_prompt_tokens, [len(prompt.token_ids) for prompt in prompts]
     num_long, longest = sum(length > limit for length in lengths), max(lengths)
     if not num_long:
@@ -253,7 +226,8 @@ def _within_limit(prompts: list[Prompt], table: Table, run: Run, say: Say) -> li
     )
     if num_long == len(prompts) or run.data.overlong == "error":
         drop = " or data.overlong=drop" if num_long < len(prompts) else ""
-        set_it = f"set data.max_prompt_tokens={longest}{drop}"
-        raise ConfigError(f"data.max_prompt_tokens = {limit}: {many}; {set_it}")
-    say(f"data: dropped, by data.max_prompt_tokens = {limit}: {many}")
+        raise ConfigError(
+            f"data.max_prompt_tokens = {limit}: {many}; set data.max_prompt_tokens={longest}{drop}"
+        )
+    log(f"data: dropped, by data.max_prompt_tokens = {limit}: {many}")
     return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]

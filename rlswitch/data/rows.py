@@ -1,7 +1,7 @@
-"""Sources: the rows of a file, a directory, a built-in task or a dataset of the hub.
+"""The rows of a file, a directory, a built-in task or a dataset of the hub.
 
-JSON and CSV files are read here, not by `datasets`: it guesses types from strings, and the answer
-"007" would reach the reward functions as 7, "NA" as nothing and "2020-01-01 00:00:00" as a date.
+JSON and CSV files are read here and not by `datasets`, which guesses types from strings: the answer "007"
+would reach the reward functions as 7, "NA" as nothing and "2020-01-01 00:00:00" as a date.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import csv
 import json
 import os
 import re
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rlswitch.config.fields import did_you_mean
-from rlswitch.data.builtin import refuse_unknown_task, task_of
+from rlswitch.data.builtin import check_builtin, task_of
 from rlswitch.errors import ConfigError
 
 HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
@@ -24,17 +25,20 @@ HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 
 _TEXT = (".jsonl", ".json", ".csv")
 _SUFFIXES = (*_TEXT, ".parquet")
-_MAX_LINES = 5  # of one kind of mistake in one source
+_MAX_LINES = 5  # for one kind of mistake in one source
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
 class Source:
-    """A place that a setting names."""
+    """Where a setting says that rows are."""
 
     key: str
     path: str
     split_key: str
-    split: str | None  # None: the only one there is
+    split: str | None
+    """None: the only split."""
     name: str | None
 
     @property
@@ -43,12 +47,11 @@ class Source:
 
     @property
     def is_text(self) -> bool:
-        """Whether its rows are read here, and not by `datasets`."""
+        """Whether its rows are read here and not by `datasets`."""
         return self.file.suffix in _TEXT and os.path.isfile(self.file)
 
-    def problem(self, what: str) -> ConfigError:
-        """The error to raise for `what`, blamed on the setting."""
-        return ConfigError(f"{self.key} = {self.path}: {what}")
+    def error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self.key} = {self.path}: {problem}")
 
 
 @dataclass(slots=True)
@@ -57,41 +60,54 @@ class Table:
 
     source: Source
     rows: list[dict[str, Any]]
-    lines: list[int] = field(default_factory=list)  # of each row, where the source has lines
+    lines: list[int] = field(default_factory=list)
+    """Line number of each row, for a source that has lines."""
 
     def where(self, row: int) -> str:
-        """Where a user finds the row: its file and line, or its number."""
+        """The file and line of a row, or its number."""
         if self.lines:
             return f"{Path(self.source.path).name}:{self.lines[row]}"
         return f"row {row} of {self.source.path}"
 
 
+def gather(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """What each call returns. Raises one ConfigError with the problems of all of them."""
+    results, problems = [], []
+    for call in calls:
+        try:
+            results.append(call())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*dict.fromkeys(problems))  # two splits of one source can have the same problem
+    return results
+
+
 def read(source: Source) -> Table:
-    """The rows of `source`, at least one; raises ConfigError where it cannot be read."""
-    refuse_missing(source)
+    """The rows of `source`, at least one. Raises ConfigError if it cannot be read."""
+    check_source(source)
     try:
         if source.is_text:
             table = (_read_csv if source.file.suffix == ".csv" else _read_json)(source, source.file)
-        elif task := task_of(source.path):
-            table = Table(source, _rows(task.load_datasets(), source))
         else:
-            table = Table(source, _rows(_load(source), source))
+            task = task_of(source.path)
+            table = Table(source, _rows(task.load_datasets() if task else _load(source), source))
     except OSError as error:
-        raise source.problem(f"cannot be read ({error.strerror or error})") from error
+        raise source.error(f"cannot be read ({error.strerror or error})") from error
     if not table.rows:
-        raise source.problem("has 0 rows; give at least one")
+        raise source.error("has no rows; give at least one")
     return table
 
 
-def refuse_missing(source: Source) -> None:
-    """Raises ConfigError where there can be no rows: told in no time, before `datasets` is imported."""
+def check_source(source: Source) -> None:
+    """Raises ConfigError for a source that cannot exist. Fast: reads nothing, imports nothing."""
     file, is_file = source.file, os.path.isfile(source.file)
-    refuse_unknown_task(source.key, source.path)
+    check_builtin(source.key, source.path)
     if is_file and file.suffix not in _SUFFIXES:
-        raise source.problem(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
+        raise source.error(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
     is_hub_id = file.suffix not in _SUFFIXES and HUB_ID.fullmatch(source.path)
     if not (os.path.exists(file) or is_hub_id or source.path.startswith("builtin:")):
-        raise source.problem(f"no such file{nearest_file(file)}")
+        raise source.error(f"no such file{nearest_file(file)}")
     if (is_file or os.path.exists(file / "state.json")) and source.split not in (None, "train"):
         raise ConfigError(
             f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
@@ -100,7 +116,7 @@ def refuse_missing(source: Source) -> None:
 
 
 def nearest_file(missing: Path) -> str:
-    """`; did you mean 'x'?` for what lies beside a missing file under a similar name."""
+    """`; did you mean 'x'?` for a file beside the missing one with a similar name."""
     with suppress(OSError, ValueError):
         return did_you_mean(missing.name, os.listdir(missing.parent))
     return ""
@@ -120,13 +136,13 @@ def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:
 
 
 def _load(source: Source) -> Any:
-    """What `datasets` makes of a parquet file, a directory or a hub id."""
+    """A parquet file, a directory or a hub id, read by `datasets`."""
     import datasets
 
     file = source.file
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # what it raises says it all
+    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)  # its exceptions say it all
     if os.path.exists(file):
-        datasets.disable_progress_bars()  # of a download they are of use
+        datasets.disable_progress_bars()  # they are useful for a download only
     try:
         if file.is_file():
             return datasets.load_dataset("parquet", data_files=str(file), split="train")
@@ -134,20 +150,20 @@ def _load(source: Source) -> Any:
             return datasets.load_from_disk(str(file))
         path = str(file) if file.is_dir() else source.path
         return datasets.load_dataset(path, source.name, split=source.split)
-    except Exception as error:  # datasets raises nearly every type: all mean the same to a user
+    except Exception as error:  # datasets raises nearly every type
         for part in sorted(file.rglob("*.jsonl")) if file.is_dir() else []:
             _read_json(source, part)  # names the bad line, which datasets does not
         if isinstance(error, ConnectionError) and datasets.config.HF_HUB_OFFLINE:
-            what = "no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset it"
-            raise source.problem(what) from error
+            problem = "no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset it"
+            raise source.error(problem) from error
         if isinstance(error, ValueError) and "unknown split" in str(error).lower():
-            what = f"{source.split_key} = {source.split}: {source.path}: {reason(error)}"
-            raise ConfigError(what) from error
-        raise source.problem(f"cannot load it ({reason(error)})") from error
+            blame = f"{source.split_key} = {source.split}: {source.path}"
+            raise ConfigError(f"{blame}: {reason(error)}") from error
+        raise source.error(f"cannot be loaded ({reason(error)})") from error
 
 
 def reason(error: BaseException) -> str:
-    """One line from the innermost cause: `datasets` wraps it in a sentence that says nothing."""
+    """The innermost cause in one line: libraries wrap it in sentences that say nothing."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -160,7 +176,7 @@ def _read_json(source: Source, file: Path) -> Table:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise source.problem(f"{file.name}:{line} is not UTF-8 ({error.reason})") from error
+        raise source.error(f"{file.name}:{line} is not UTF-8 ({error.reason})") from error
     table, problems = Table(source, []), []
     is_list = text.lstrip().startswith("[")
     for line, part in enumerate([text] if is_list else text.split("\n"), 1):
@@ -188,7 +204,7 @@ def _read_json(source: Source, file: Path) -> Table:
 
 
 def _read_csv(source: Source, file: Path) -> Table:
-    """Every value stays a string; a short row ends in nulls."""
+    """Values stay strings; a short row ends in nulls."""
     table = Table(source, [])
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
@@ -203,17 +219,17 @@ def _read_csv(source: Source, file: Path) -> Table:
                 table.lines.append(reader.line_num)
         except (csv.Error, UnicodeDecodeError) as error:
             at = f"{file.name}:{reader.line_num}"
-            raise source.problem(f"{at} is not valid UTF-8 CSV ({error})") from error
+            raise source.error(f"{at} is not valid UTF-8 CSV ({error})") from error
     return table
 
 
 def shown(value: Any) -> str:
-    """The beginning of a wrong value, as JSON, for a message."""
+    """The start of a wrong value, as JSON, for a message."""
     return json.dumps(value, default=repr)[:40]
 
 
 def few(blame: str, problems: list[str]) -> list[str]:
-    """The first problems, each with what is to blame, and how many more there are."""
+    """The first problems, each after `blame`, and how many more there are."""
     more = len(problems) - _MAX_LINES
     lines = [*problems[:_MAX_LINES], *([f"{more} more rows are wrong too"] if more > 0 else [])]
     return [f"{blame}: {line}" for line in lines]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlswitch.processes.group import Family
+from rlswitch.processes.group import ProcessGroup
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Completion:
 class Backend(ABC):
     """The verbs of one kind of engine. No order is checked here: that is Engine's part."""
 
-    family: Family
+    family: ProcessGroup
     """The processes that end with it: none of a server that was there before."""
 
     @property

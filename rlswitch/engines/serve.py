@@ -11,12 +11,12 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from rlswitch.processes.group import SERVER_PID, watch_owner
+from rlswitch.processes.group import Owner, watch_owner
 
 
 def serve(flags: Sequence[str]) -> None:
     sys.argv[1:] = flags
-    os.environ[SERVER_PID] = str(os.getpid())  # its engine core ends with it
+    os.environ.update(Owner.read()._replace(server=os.getpid()).variable())  # its engine core ends with it
     watch_owner()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__", alter_sys=True)
 

@@ -1,4 +1,4 @@
-"""Leaving the process with the exit code that was meant."""
+"""Exit codes, and an exit that keeps them."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 from typing import NoReturn
 
 POLITE = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-"""A scheduler's, and the end of the terminal."""
+"""Stop signals: a scheduler's, and that of a closed terminal."""
 DONE, FAILED, WRONG_CONFIG, NOT_PROVEN, PREEMPTED, INTERRUPTED = 0, 1, 2, 3, 75, 130
 
 
 def leave(code: int) -> NoReturn:
-    """Runs the exit handlers and ends the process without tearing the interpreter down.
+    """Exits without tearing down native threads, which could overwrite the exit code.
 
-    torch, vLLM and W&B keep native threads. Now and then one of them is still running when its library
-    is unloaded, and the process ends with SIGABRT ("terminate called without an active exception")
-    instead of `code`: seen once in about thirty runs, after a push that could not be proven.
+    torch, vLLM and W&B keep native threads. If one still runs while its library is unloaded, the process
+    dies of SIGABRT ("terminate called without an active exception"): seen once in about thirty runs.
     """
     for number in POLITE:
-        signal.signal(number, signal.SIG_IGN)  # we are leaving
-    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # somebody cannot wait
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))  # a second Ctrl-C does not wait
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        try:
+        with suppress(OSError, ValueError):  # its reader has closed it
             stream.flush()
-        except (OSError, ValueError):  # closed by whoever reads it
-            continue
     os._exit(code)

@@ -1,11 +1,9 @@
 """Processes that start warm: forked from a server that has imported torch and vLLM once.
 
-vLLM runs its engine core and its workers in processes of their own, and a sweep runs its jobs so. Started
-plainly each of them imports the same libraries anew, one after the other: most of the time until the first
-token of a small model. The server imports them while this process does, computes nothing, touches no GPU,
-and is forked whenever vLLM asks for a process to be spawned. docs/starting.md says what that saves.
-
-vLLM's own API server has the idea too (VLLM_WORKER_MULTIPROC_METHOD=forkserver), but not its LLM class.
+vLLM runs its engine core and workers in processes of their own, and so does a sweep its jobs. Spawned, each
+imports the same libraries again, one after the other: for a small model most of the time to the first token.
+The server imports them while this process does, computes nothing and touches no GPU. docs/starting.md has the
+numbers. vLLM's own VLLM_WORKER_MULTIPROC_METHOD=forkserver only works for its API server, not for LLM.
 """
 
 from __future__ import annotations
@@ -34,42 +32,38 @@ from rlswitch.processes.exit import INTERRUPTED
 from rlswitch.processes.output import redirected_output
 
 SUPPORTED = (3, 11, 1) <= sys.version_info < (3, 14)
-"""Before, any user of the machine could have the server run things (CVE-2022-42919); later ones give it a key
-that its children do not inherit."""
+"""Before 3.11.1 any user of the machine could make the server run things (CVE-2022-42919); from 3.14 on it
+asks for a key that its children do not inherit."""
 
 DIRECTORY = "RLSWITCH_FORK_SERVER_DIRECTORY"
-"""Where it listens: it removes that when it ends, for its owner may have been killed."""
+"""Environment variable: the socket directory, which the server removes if its owner was killed."""
 
 _get_context = multiprocessing.get_context
+_forkserver: Any = forkserver._forkserver
 
 
 def prepare() -> None:
-    """Starts the server unless there is one. It is ready some seconds later; who asks before that waits."""
-    server: Any = forkserver._forkserver
-    if not SUPPORTED or server._forkserver_address is not None:
+    """Starts the server unless it runs already. Processes requested before it is ready wait for it."""
+    if not SUPPORTED or _forkserver._forkserver_address is not None:
         return
     forkserver.set_forkserver_preload([f"{__package__}.preload"])
     root, before = str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([root, *([before] if before else [])])
     os.environ[DIRECTORY] = multiprocessing.util.get_temp_dir()
     try:
-        with redirected_output(Path(os.devnull)):  # what the imports have to say is said again here
+        with redirected_output(Path(os.devnull)):  # this process prints the same warnings
             forkserver.ensure_running()
         atexit.register(_end_server, os.getpid())
     finally:
-        del os.environ[DIRECTORY]
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+        del os.environ[DIRECTORY], os.environ["PYTHONPATH"]
+        os.environ.update({"PYTHONPATH": before} if before is not None else {})
 
 
 def _end_server(owner: int) -> None:
-    """It would end by itself soon after its last client; nothing of ours is to outlive us even so long."""
-    server: Any = forkserver._forkserver
-    pid, server._forkserver_pid = server._forkserver_pid, None
+    """Kills the server, which would otherwise outlive its last client, and so us, for a moment."""
+    pid, _forkserver._forkserver_pid = _forkserver._forkserver_pid, None
     if pid is not None and os.getpid() == owner:
-        signal.signal(signal.SIGINT, _leave_nothing)  # killed, it removes no directory
+        signal.signal(signal.SIGINT, _leave_nothing)  # killed, the server removes no directory
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
@@ -80,16 +74,16 @@ def _leave_nothing(*_: object) -> None:
 
 
 def socket_directory() -> str | None:
-    """Where the server listens, in one of its children: a killed owner cannot remove it any more."""
-    address = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+    """The server's socket directory, for its children to remove if the owner was killed."""
+    address = _forkserver._forkserver_address
     return os.path.dirname(address) if address else None
 
 
 @contextmanager
 def serving_vllm(warm: bool) -> Iterator[None]:
-    """While it is open the processes that vLLM spawns are forked from the server, if `warm`.
+    """Inside, the processes that vLLM spawns are forked from the server, if `warm`.
 
-    By way of multiprocessing.get_context, where vLLM asks for them: it takes no context from its caller.
+    vLLM takes no multiprocessing context from its caller, so this patches multiprocessing.get_context.
     """
     if warm and SUPPORTED:
         prepare()
@@ -108,9 +102,9 @@ def start_process(
     outputs: tuple[int, int] = (1, 2),
     warm: bool = True,
 ) -> multiprocessing.process.BaseProcess:
-    """Starts `target(*args)`, out of the reach of a terminal's Ctrl-C.
+    """Starts `target(*args)` in a process group of its own, so that a terminal's Ctrl-C does not reach it.
 
-    `environment` and the file descriptors `outputs` (stdout, stderr) are ours by default. `target` must be
+    `environment` and the file descriptors `outputs` (stdout, stderr) default to ours. `target` must be
     importable, as with any spawned process.
     """
     warm = warm and SUPPORTED
@@ -124,10 +118,10 @@ def start_process(
 
 
 class _Travelling:
-    """Takes environment and output along, in place before anything of the process is unpickled."""
+    """A process that sets environment and output before anything else of it is unpickled."""
 
     environment: Mapping[str, str] | None = None
-    """By default this process's, as it is when the process starts."""
+    """None: this process's own when it starts the other."""
     outputs = (1, 2)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,7 +135,7 @@ class WarmProcess(_Travelling, ForkServerProcess):
     """Forked from the server."""
 
     def join(self, timeout: float | None = None) -> None:
-        """Until it has ended, also where the server was killed and cannot tell: the exit code is 255 then."""
+        """Waits until it has ended, even if the server was killed; the exit code is then 255."""
         deadline = None if timeout is None else time.monotonic() + timeout
         super().join(timeout)
         if self.exitcode == 255:
@@ -163,19 +157,17 @@ def _warm_context(method: str | None = None) -> Any:
 
 
 def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Sequence[Any]) -> _Travelling:
-    """In the new process, first of all. What it starts in turn comes from the same server."""
+    """Runs first in the new process. The processes that it starts come from the same server."""
     os.environ.clear()
     os.environ.update(environment)
-    tempfile.tempdir = None  # what the server found in its own environment
+    tempfile.tempdir = None  # cached from the server's environment
     for target, stream in zip((1, 2), streams, strict=True):
         os.dup2(stream.detach(), target)
-    for text in (sys.stdout, sys.stderr):  # made by the server, for whom nobody listens
+    for text in (sys.stdout, sys.stderr):  # inherited from the server, whose output nobody reads
         text.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if issubclass(kind, WarmProcess):
-        # Python itself would start a second server here, though it has just told us where ours is.
-        forkserver._forkserver.ensure_running = partial(  # type: ignore[method-assign]
-            _replace_if_dead, os.getppid(), forkserver._forkserver.ensure_running
-        )
+        # Python would start a second server here, although the first has just passed on its address.
+        _forkserver.ensure_running = partial(_replace_if_dead, os.getppid(), _forkserver.ensure_running)
         multiprocessing.get_context = _warm_context
     return kind.__new__(kind)
 
@@ -183,8 +175,8 @@ def _arrive(kind: type[_Travelling], environment: Mapping[str, str], streams: Se
 def _replace_if_dead(server: int, start: Callable[[], None]) -> None:
     if os.getppid() == server:
         return
-    if forkserver._forkserver._forkserver_pid is None:  # type: ignore[attr-defined]
-        # Another one listens in a directory of ours: the server's is for others too, and outlives us.
+    if _forkserver._forkserver_pid is None:
+        # The new server needs a directory of its own: the old one's is shared and outlives us.
         multiprocessing.process.current_process()._config.pop("tempdir", None)  # type: ignore[attr-defined]
     start()
 
@@ -195,10 +187,10 @@ def _in_own_group(target: Callable[..., object], *args: Any) -> None:
 
 
 def leave_group() -> None:
-    """A terminal sends Ctrl-C to one group of processes, and ours ends its children in order.
+    """Leaves the terminal's process group, which Ctrl-C goes to: the run ends its children in order.
 
-    Not a session: Linux shares the cores out by session first, and what takes turns here has to yield to
-    each other (vLLM's waiting workers spin, and another session's would keep a core of two).
+    Not a new session: Linux first shares the cores between sessions, and processes that take turns must yield
+    to each other (a waiting vLLM worker spins, and in another session would keep one core of two).
     """
-    if os.getsid(0) != os.getpid():  # who leads a session leads a group already, and may not leave it
+    if os.getsid(0) != os.getpid():  # a session leader leads a group already and may not leave it
         os.setpgrp()

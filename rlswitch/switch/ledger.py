@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlswitch.records.jsonl import LineFile, trim
+from rlswitch.records.jsonl import LineFile, replacing, trim
 from rlswitch.switch.device import Device, resident_bytes
 
 SWITCH = "switch.jsonl"
@@ -162,9 +162,8 @@ class Trace:
     def __init__(self, path: Path, fresh: bool):
         old = path.read_bytes().splitlines() if path.exists() and not fresh else []
         whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may have torn the last one
-        draft = path.with_name(path.name + ".tmp")
-        draft.write_bytes(b"\n".join([b"[", *whole]) + b"\n")
-        os.replace(draft, path)
+        with replacing(path) as file:
+            file.write(b"\n".join([b"[", *whole]) + b"\n")
         self._events = LineFile(path, end=",\n")
 
     def append(self, event: dict) -> None:

@@ -1,4 +1,4 @@
-"""Rollouts to tensors, a minibatch to micro-batches that fit a token budget, and their layout for a model."""
+"""Rollouts to tensors, minibatches to micro-batches within a token budget, rows to a model's inputs."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ def to_batch(groups: Sequence[Group], pad_token_id: int, device: torch.device) -
     """All rollouts of `groups`, prompt and completion side by side, padded on the right."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     sequences = [r.prompt.token_ids + r.token_ids for r in rollouts]
-    completions = [r.token_ids for r in rollouts]
+    learned = [r.learned or [True] * len(r.token_ids) for r in rollouts]
     token_ids = pad_right(sequences, pad_token_id, torch.long)
     group_index = [i for i, group in enumerate(groups) for _ in group.rollouts]
     batch = Batch(
         token_ids=token_ids,
         attention_mask=pad_right([[1] * len(s) for s in sequences], 0, torch.long),
         prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
-        mask=pad_right([[True] * len(c) for c in completions], False, torch.bool),
+        completion_mask=pad_right([[True] * len(r.token_ids) for r in rollouts], False, torch.bool),
+        loss_mask=pad_right(learned, False, torch.bool),
         rollout_logprobs=pad_right([r.logprobs for r in rollouts], 0.0, torch.float32),
         rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float32),
         group=torch.tensor(group_index),
         truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
     )
+    batch.rollout_logprobs = batch.learned(batch.rollout_logprobs)
     return batch.to(device)
 
 
 def micro_batches(batch: Batch, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
     """Row indices [N] of each micro-batch: neighbours in length, padded size within the budget.
 
-    Packed, only the tokens themselves count. A rollout longer than the budget gets a micro-batch of its
-    own rather than being lost.
+    When `packed`, only the tokens themselves count. A rollout longer than the budget is a micro-batch alone.
     """
     return within_budget(batch.attention_mask.sum(-1), token_budget, packed)
 
 
 def within_budget(lengths: Tensor, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
-    """As micro_batches, of rows with these lengths [B]."""
+    """micro_batches for rows of these lengths [B]."""
     order = torch.argsort(lengths, descending=True, stable=True)
     sizes = lengths[order].tolist()
     start = 0
@@ -54,7 +55,7 @@ def within_budget(lengths: Tensor, token_budget: int, packed: bool = False) -> I
 
 
 def minibatches(size: int, count: int, seed: int) -> Iterator[Tensor]:
-    """A seeded permutation of `size` rollouts cut into `count` parts as equal as can be."""
+    """A seeded permutation of `size` rollouts in `count` parts whose sizes differ by at most one."""
     assert size >= count, (size, count)
     generator = torch.Generator().manual_seed(seed)
     yield from torch.randperm(size, generator=generator).tensor_split(count)
@@ -62,26 +63,26 @@ def minibatches(size: int, count: int, seed: int) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Rollouts as a model takes them: a padded row each, or all in one row."""
+    """A model's inputs, one padded row per rollout or all in one row, and where its N learned tokens are."""
 
     inputs: dict[str, Tensor]
-    """Keyword arguments: token ids [R, L] and what tells the rollouts apart."""
-    positions: Tensor  # [N] into the R * L positions: those that predict the completion tokens
-    rows: Tensor  # [N] rollout of each
-    columns: Tensor  # [N] and its place among the rollout's completion tokens
+    """Keyword arguments: token ids [R, L], and the attention mask or position ids."""
+    positions: Tensor  # [N] index into the R * L positions of the one that predicts each token
+    rows: Tensor  # [N] its rollout
+    columns: Tensor  # [N] its place in the completion
 
     def spread(self, values: Tensor, batch: Batch) -> Tensor:
-        """Values [N] to [B, T], zero on padding."""
-        empty = torch.zeros(batch.mask.shape, dtype=values.dtype, device=values.device)
+        """Values [N] to [B, T], zero off the loss mask."""
+        empty = torch.zeros(batch.completion_mask.shape, dtype=values.dtype, device=values.device)
         return empty.index_put((self.rows, self.columns), values)
 
 
 def lay_out(batch: Batch, packed: bool) -> Layout:
-    """Padded, or packed: no padding, and position ids that start at zero with every rollout.
+    """One row per rollout, or `packed`: no padding, and position ids that restart at zero per rollout.
 
-    transformers tells packed rollouts apart by their position ids when there is no attention mask.
+    Without an attention mask transformers separates packed rollouts by their position ids.
     """
-    rows, columns = batch.mask.nonzero(as_tuple=True)
+    rows, columns = batch.loss_mask.nonzero(as_tuple=True)
     within = completion_positions(batch)[rows, columns]
     if not packed:
         inputs = {"input_ids": batch.token_ids, "attention_mask": batch.attention_mask}
@@ -98,13 +99,13 @@ def lay_out(batch: Batch, packed: bool) -> Layout:
 
 def completion_positions(batch: Batch) -> Tensor:
     """Index into the sequence [B, T] of the position that predicts each completion token."""
-    steps = torch.arange(batch.mask.shape[1], device=batch.mask.device)
+    steps = torch.arange(batch.completion_mask.shape[1], device=batch.token_ids.device)
     positions = batch.prompt_lengths[:, None] - 1 + steps
     return positions.clamp(max=batch.token_ids.shape[1] - 1)
 
 
 def completion_tokens(batch: Batch) -> Tensor:
-    """The completion tokens [B, T]; padding repeats whatever stands last in the sequence."""
+    """The completion tokens [B, T]; past a completion's end the values are arbitrary."""
     last = batch.token_ids.shape[1] - 1
     return batch.token_ids.gather(1, (completion_positions(batch) + 1).clamp(max=last))
 

@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685) by peft: train little, push the whole model.
 
-The engine never hears of adapters: a push carries the merged weights, so sleep level 2 loses nothing
-that the next push would not bring, and the engine runs its plain, fast kernels.
+A push carries the merged weights. The engine knows no adapters: it runs its plain kernels, and sleep level 2
+may discard its weights.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ LORA = ".lora_"
 
 
 def add_adapters(model: Any, config: ModelConfig, path: str, *, causal: bool) -> PeftModel:
-    """`model`, loaded from `path`, frozen, with trainable float32 adapters that start as no change at all.
+    """Freezes `model`, loaded from `path`, and adds float32 adapters, which change nothing at first.
 
-    Raises ConfigError for layers that a push could not carry merged.
+    Raises ConfigError for layers whose adapter cannot be merged.
     """
     adapters = LoraConfig(
         r=config.lora_rank,
@@ -45,22 +45,22 @@ def add_adapters(model: Any, config: ModelConfig, path: str, *, causal: bool) ->
     )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # refused below
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings")  # _check_mergeable rejects it
             adapted = get_peft_model(model, adapters)
     except ValueError as error:
         raise ConfigError(
             f"model.lora_targets = {config.lora_targets}: {first_line(error)};"
             " name linear layers of the model, as q_proj, or [] for all of them"
         ) from error
-    _refuse_what_cannot_be_merged(adapted, config)
-    # What loads the adapter has to find its base, from wherever it is started.
+    _check_mergeable(adapted, config)
+    # Absolute, so that a saved adapter finds its base from any working directory.
     local = Path(path).exists()
     adapted.peft_config[ADAPTER].base_model_name_or_path = str(Path(path).absolute()) if local else path
     adapted.peft_config[ADAPTER].revision = None if local else config.revision
     return adapted
 
 
-def _refuse_what_cannot_be_merged(model: PeftModel, config: ModelConfig) -> None:
+def _check_mergeable(model: PeftModel, config: ModelConfig) -> None:
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for name, layer in model.named_modules():
         if isinstance(layer, LoraLayer):
@@ -68,21 +68,21 @@ def _refuse_what_cannot_be_merged(model: PeftModel, config: ModelConfig) -> None
             if shared or not isinstance(layer, Linear):
                 kind = "shares its weight with another layer" if shared else "is not a plain linear layer"
                 raise ConfigError(
-                    f"model.lora_targets = {config.lora_targets}: {name.rpartition('.')[2]} {kind}; a push"
-                    " could not carry its adapter merged; name linear layers, as q_proj, or [] for all"
+                    f"model.lora_targets = {config.lora_targets}: {name.rpartition('.')[2]} {kind}; its"
+                    " adapter cannot be merged for a push; name linear layers, as q_proj, or [] for all"
                 )
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The transformers model below the adapters, if there are any."""
+    """The transformers model below any adapters."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's checkpoint by name with the adapters added in float32; the model is left as it is.
+    """The model's checkpoint by name, adapters added in float32; the model itself does not change.
 
-    One layer is merged at a time: the whole model in float32 may not fit. Merging in place and back
-    would round the frozen weights a little more at every push.
+    Layers are merged one at a time: the whole model in float32 may not fit. Merging in place and undoing
+    it would round the frozen weights at every push.
     """
     base = base_of(model)
     adapted = {name: layer for name, layer in base.named_modules() if isinstance(layer, Linear)}
@@ -98,20 +98,20 @@ def merged_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_adapter(model: PeftModel, directory: Path) -> None:
-    """The adapter as peft writes it: AutoModelForCausalLM.from_pretrained loads it with its base."""
-    # "auto" would ask the hub whether the vocabulary of the base model has grown.
+    """Saves the adapter in peft's format: AutoModelForCausalLM.from_pretrained loads it with its base."""
+    # The default, "auto", asks the hub whether the base model's vocabulary has grown.
     model.save_pretrained(str(directory), save_embedding_layers=False)
-    (directory / "README.md").unlink(missing_ok=True)  # a model card with nothing in it
+    (directory / "README.md").unlink(missing_ok=True)  # an empty model card
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:
-    """The reverse of save_adapter, into adapters of the same shape and scale. Raises ConfigError."""
+    """Loads a saved adapter into one of the same shape and scale. Raises ConfigError."""
     ours, wrong = model.peft_config[ADAPTER], []
     try:
         saved = json.loads((directory / "adapter_config.json").read_text())
         for name in ("r", "lora_alpha"):
             if saved[name] != getattr(ours, name):
-                wrong.append(f"it has {name} {saved[name]}, the run says {getattr(ours, name)}")
+                wrong.append(f"it has {name} {saved[name]}, the run {getattr(ours, name)}")
         if not wrong:
             result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
             wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if LORA in key)]
@@ -120,7 +120,7 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     if wrong:
         raise ConfigError(
             f"resume = {directory.parent}: its adapter does not fit model.lora_rank, model.lora_alpha and"
-            f" model.lora_targets ({wrong[0]}); set what it was trained with, or another output_dir"
+            f" model.lora_targets ({wrong[0]}); set the values it was trained with, or another output_dir"
         )
 
 
@@ -131,7 +131,7 @@ def adapter_copy(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def adapter_replaced(model: Any, adapter: dict[str, Tensor] | None) -> Iterator[None]:
-    """The model with another adapter, or with none at all, while the context is open."""
+    """Uses another adapter, or none, while the context is open."""
     if adapter is None:
         with model.disable_adapter():
             yield

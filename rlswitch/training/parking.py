@@ -1,4 +1,4 @@
-"""What the trainer moves to host memory while the engine has the GPU, and brings back."""
+"""Moves the trainer's tensors to host memory while the engine holds the GPU, and back."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from rlswitch.switch.device import Device
 
-SLACK = 0.03  # of the GPU: CUDA context, fragmentation, kernels' workspaces
+SLACK = 0.03  # share of the GPU for the CUDA context, fragmentation and kernels' workspaces
 
 
 class Parking:
-    """Parks as configured: nothing, the optimizer's state, or everything. Gradients are freed anyway.
+    """Parks what trainer.park names: nothing, the optimizer's state, or everything.
 
-    `auto` parks only what would not fit beside the engine: copying what fits costs seconds each step
-    for nothing. On a CPU the device is host memory, so there is nowhere to park and nothing moves.
+    `auto` parks only what does not fit beside the engine: copying the rest would cost seconds a step for
+    nothing. On a CPU the device is host memory already, so nothing moves.
     """
 
     def __init__(
@@ -26,18 +26,16 @@ class Parking:
         parts: Callable[[], Iterator[nn.Module]],
         optimizer: torch.optim.Optimizer,
     ):
-        self.policy = policy
-        self.device = device
-        self.parts = parts
-        self.optimizer = optimizer
+        self.policy, self.device = policy, device
+        self.parts, self.optimizer = parts, optimizer
         self.engine_bytes = 0
-        """What the engine needs when it is awake; set once it has been measured."""
+        """What the awake engine needs; set once it is measured."""
         self.pinned: dict[int, Tensor] = {}
         self.parked: list[Tensor] = []
 
     def park(self) -> int:
         """Moves the chosen tensors to pinned host memory in place; returns the bytes moved."""
-        if self.parked:  # the hand-over before was refused half-way
+        if self.parked:  # the last hand-over failed half-way
             return 0
         self.parked = [t for t in self._chosen() if t.device.type == "cuda"]
         for tensor in self.parked:
@@ -53,7 +51,7 @@ class Parking:
         return nbytes(self.parked)
 
     def bring_back(self) -> int:
-        """The reverse of park; returns the bytes moved."""
+        """Reverses `park`; returns the bytes moved."""
         moved = nbytes(self.parked)
         for tensor in self.parked:
             tensor.data = tensor.data.to(self.device.torch, non_blocking=True)
@@ -88,7 +86,7 @@ class Parking:
 
 
 def parked_by_auto(parameters: int, states: int, engine: int, device: int) -> str:
-    """What `auto` parks on a GPU of `device` bytes beside an engine: nothing, optimizer, everything."""
+    """What `auto` parks beside an engine on a GPU of `device` bytes: nothing, optimizer or everything."""
     room = (1 - SLACK) * device - engine
     if parameters + states <= room:
         return "nothing"

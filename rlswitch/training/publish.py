@@ -1,6 +1,6 @@
-"""Publishing: the trainer's weights become a fresh, versioned checkpoint that the engine can reload.
+"""Publishes the trainer's weights: every version is a new checkpoint that the engine reloads.
 
-A path is never used twice: an engine that maps the file would see it change under it (vllm#32718).
+A path is never reused: an engine may have the old file mapped into memory (vllm#32718).
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ LOCK = ".lock"
 
 
 class Publisher:
-    """Owns the directory that versions are published in; at most one old version is kept beside the new."""
+    """Owns the directory of published versions; it holds the newest one and the one before."""
 
     def __init__(self, transport: str, nbytes: int, output_dir: Path):
-        """Raises ConfigError when `transport` is shm and two versions of `nbytes` do not fit there."""
+        """Raises ConfigError when `transport` is shm and two versions of `nbytes` do not fit."""
         parent = choose_directory(transport, nbytes, output_dir)
         for directory in {SHM, parent}:
             sweep_dead_runs(directory)
         self.root = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{owner_tag()}-", dir=parent))
         self._lock = os.open(self.root / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-        with suppress(OSError):  # some file systems have none
+        with suppress(OSError):  # some file systems have no locks
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.published: list[Path] = []
 
     def publish(self, model: nn.Module, dtype: torch.dtype, version: int, canary: Canary) -> PolicyWeights:
-        """Writes `model`, adapters merged, in the engine's dtype as safetensors under a path of its own."""
+        """Writes `model`, adapters merged, as safetensors in the engine's dtype."""
         tensors = cast_state(model, dtype)
         fingerprints = named_fingerprints(tensors.items())  # save_pretrained empties the dict
         path = self.root / f"v{version:06d}"
-        for old in self.published[:-1]:  # before writing: room was found for two versions, not three
+        for old in self.published[:-1]:  # before writing: there is space for two versions
             shutil.rmtree(old, ignore_errors=True)
         del self.published[:-1]
         lora.base_of(model).save_pretrained(path, state_dict=tensors, safe_serialization=True)
@@ -65,7 +65,7 @@ class Publisher:
 
 
 def cast_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The checkpoint of `model` by name, floating tensors in `dtype`, a tied tensor once."""
+    """The checkpoint of `model` by name: floating tensors in `dtype`, tied tensors once."""
     tied = set(lora.base_of(model).all_tied_weights_keys)
     return {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
@@ -75,7 +75,7 @@ def cast_state(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def choose_directory(transport: str, nbytes: int, output_dir: Path) -> Path:
-    """/dev/shm when asked for, or when two versions fit with room to spare; else the run directory."""
+    """/dev/shm for shm, or for auto if two versions fit there with room to spare; else the run directory."""
     need = 2 * nbytes
     free = shutil.disk_usage(SHM).free if SHM.is_dir() and os.access(SHM, os.W_OK) else 0
     if transport == "shm" and free < need:
@@ -89,15 +89,15 @@ def choose_directory(transport: str, nbytes: int, output_dir: Path) -> Path:
 
 
 def owner_tag() -> str:
-    """Names this process beyond doubt: a pid alone may belong to somebody else after a crash."""
+    """Identifies this process by pid and start time: pids are reused."""
     process = psutil.Process()
     return f"{process.pid}-{int(process.create_time() * 100)}"
 
 
 def sweep_dead_runs(directory: Path) -> None:
-    """Removes what dead runs of ours left here, and nothing else."""
+    """Removes directories that dead runs of this user left behind."""
     for path in directory.glob(f"{PREFIX}*-*-*"):
-        with suppress(OSError, ValueError):  # gone meanwhile, or not a name of ours
+        with suppress(OSError, ValueError):  # already removed, or another program's name
             pid, born = map(int, path.name.removeprefix(PREFIX).split("-")[:2])
             ours = path.stat().st_uid == os.getuid()
             if ours and not _alive(pid, born) and not _is_locked(path / LOCK):
@@ -112,12 +112,12 @@ def _alive(pid: int, born: int) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether its owner lives after all: in another container, or born before somebody set the clock."""
+    """Whether the owner is alive although its pid is not: in another container, or after a clock change."""
     try:
-        with path.open("r+") as file:  # as NFS wants it
+        with path.open("r+") as file:  # NFS locks need write access
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # there is none, or the file system has no locks
+    except OSError:  # no lock file, or a file system without locks
         return False
     return False

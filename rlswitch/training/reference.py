@@ -1,4 +1,4 @@
-"""The reference policy of a KL penalty: what the policy was, now and then brought up to date."""
+"""The reference policy of a KL penalty: an earlier policy, refreshed now and then."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rlswitch.config.sections import ModelConfig
 from rlswitch.training import lora
+from rlswitch.training.models import load_causal
 
 
 class Reference(ABC):
     """A frozen earlier version of the policy, used through `with reference.model() as model`."""
+
+    parts: list[nn.Module]
+    """Modules besides the policy that take memory on the device."""
 
     @abstractmethod
     def model(self) -> AbstractContextManager[nn.Module]:
@@ -22,29 +27,35 @@ class Reference(ABC):
 
     @abstractmethod
     def refresh(self) -> None:
-        """From now on the reference is the policy as it is now."""
+        """Makes the current policy the reference."""
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint has to keep: nothing before the first refresh."""
+        """The tensors a checkpoint keeps: none before the first refresh."""
 
     @abstractmethod
     def load(self, state: dict[str, Tensor]) -> None:
-        """Puts a kept state back."""
+        """Restores `state()`."""
 
-    @property
-    @abstractmethod
-    def parts(self) -> list[nn.Module]:
-        """Modules of its own that take memory on the device."""
+
+def load_reference(
+    config: ModelConfig, path: str, dtype: torch.dtype, device: torch.device, policy: nn.Module
+) -> Reference:
+    """The initial policy: with LoRA the policy without its adapters, otherwise a model loaded from `path`."""
+    if config.lora_rank:
+        return OtherAdapter(policy)
+    frozen = load_causal(config, path, dtype)
+    frozen.to(device)
+    return FrozenModel(frozen, policy)
 
 
 class FrozenModel(Reference):
-    """A model of its own, in the engine's dtype."""
+    """A second model, in the engine's dtype."""
 
     def __init__(self, frozen: PreTrainedModel, policy: nn.Module):
         frozen.eval().requires_grad_(False)
         self._frozen, self._policy = frozen, policy
-        self._refreshed = False
+        self._refreshed, self.parts = False, [frozen]
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:
@@ -61,20 +72,16 @@ class FrozenModel(Reference):
     def load(self, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             for name, tensor in self._frozen.state_dict().items():
-                if name in state:  # a tied tensor is there under its other name
+                if name in state:  # a tied tensor has only its other name there
                     tensor.copy_(state[name])
         self._refreshed = True
 
-    @property
-    def parts(self) -> list[nn.Module]:
-        return [self._frozen]
-
 
 class OtherAdapter(Reference):
-    """The policy's own frozen weights under an earlier adapter, or under none: no second model."""
+    """The policy's frozen weights with an earlier adapter, or with none: no second model."""
 
     def __init__(self, policy: nn.Module):
-        self._policy = policy
+        self._policy, self.parts = policy, []
         self._adapter: dict[str, Tensor] | None = None
 
     @contextmanager
@@ -90,7 +97,3 @@ class OtherAdapter(Reference):
 
     def load(self, state: dict[str, Tensor]) -> None:
         self._adapter = dict(state)
-
-    @property
-    def parts(self) -> list[nn.Module]:
-        return []

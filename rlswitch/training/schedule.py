@@ -1,4 +1,4 @@
-"""The learning rate over a run: transformers' schedules, by name."""
+"""The optimizer, and the learning rate over a run: transformers' schedules by name."""
 
 from __future__ import annotations
 
@@ -6,20 +6,39 @@ import inspect
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from rlswitch.config.sections import TrainerConfig
 from rlswitch.errors import ConfigError
 from rlswitch.run import Run
 
 OURS = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
-"""What a schedule gets from the run itself."""
+"""Arguments of a schedule that the run decides."""
+
+
+def build_optimizer(config: TrainerConfig, policy: nn.Module, critic: nn.Module | None) -> Optimizer:
+    groups = [{"params": trained(policy), "lr": config.lr}]
+    if critic is not None:
+        groups.append({"params": trained(critic), "lr": config.critic_lr})
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,  # an absolute min_lr of a schedule is relative to this
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def build_schedule(run: Run, optimizer: Optimizer) -> LambdaLR:
-    """The schedule of `trainer.lr_schedule`, one tick per optimizer step. Raises ConfigError."""
+    """The schedule named by trainer.lr_schedule, in optimizer steps. Raises ConfigError."""
     config = run.trainer
     name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
     build = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
@@ -39,15 +58,15 @@ def build_schedule(run: Run, optimizer: Optimizer) -> LambdaLR:
         return build(optimizer, **given, **config.lr_schedule_kwargs)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"trainer.lr_schedule = {config.lr_schedule}: {error}; set what it needs in"
+            f"trainer.lr_schedule = {config.lr_schedule}: {error}; set its arguments in"
             f" trainer.lr_schedule_kwargs ({', '.join(free)})"
         ) from error
 
 
 def resume_schedule(schedule: LambdaLR, steps: int) -> None:
-    """Puts a fresh schedule where it is after `steps` optimizer steps, and its optimizer's rates with it.
+    """Advances a fresh schedule by `steps` optimizer steps, and sets its optimizer's rates.
 
-    Recomputed, not restored: a run that is resumed with more steps or another rate follows its own curve.
+    Rates are recomputed, not restored: a run resumed with more steps or another rate follows the new curve.
     """
     schedule.last_epoch, schedule._step_count = steps, steps + 1
     schedule._last_lr = [
@@ -57,6 +76,6 @@ def resume_schedule(schedule: LambdaLR, steps: int) -> None:
         group["lr"] = rate
 
 
-def refuse_unfit_schedule(run: Run) -> None:
-    """Raises ConfigError where the schedule cannot be built, before anything is loaded."""
+def check_schedule(run: Run) -> None:
+    """Raises ConfigError if the schedule cannot be built, before anything is loaded."""
     build_schedule(run, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=run.trainer.lr))

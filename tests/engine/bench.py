@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from rlswitch.recipes.addition.task import build_tokenizer
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from samples import tiny_config
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from rlswitch.algorithms.grpo import GRPO
 from rlswitch.engines.engine import Engine, State
@@ -22,7 +23,7 @@ from rlswitch.proof.canary import canary_sequences
 from rlswitch.run import OPTIONS, Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
-from rlswitch.training.models import sequence_logprobs
+from rlswitch.training.logprobs import sequence_logprobs
 from rlswitch.training.publish import Publisher
 from rlswitch.types import Canary, PolicyWeights
 
@@ -33,20 +34,13 @@ BACKENDS: dict[str, type[VLLMBackend]] = {"local": LocalBackend, "server": Serve
 def build_model() -> Qwen3ForCausalLM:
     """Tied embeddings, and as many key heads as query heads: q and k have one shape."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=16,
+    config = tiny_config(
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=12,
-        bos_token_id=13,
-        eos_token_id=14,
     )
     return Qwen3ForCausalLM(config).eval()
 

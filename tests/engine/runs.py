@@ -9,7 +9,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import NamedTuple
 
-from rlswitch.command.sweep import run_job
+from rlswitch.command.cli import run_job
 from rlswitch.processes.fork_server import start_process
 
 
@@ -33,7 +33,7 @@ def start(
 
 
 def finish(
-    target: Callable[[list[str]], object], words: Sequence[object], cwd: Path, timeout: float = 600
+    target: Callable[[list[str]], object], words: Sequence[object], cwd: Path, timeout: float = 1000
 ) -> Finished:
     """Runs `target(words)` to its end, or kills it."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:

@@ -6,7 +6,7 @@ from bench import Bench
 from rlswitch.engines.engine import State
 from rlswitch.errors import SwitchError
 from rlswitch.switch.device import resident_bytes
-from rlswitch.training.models import sequence_logprobs
+from rlswitch.training.logprobs import sequence_logprobs
 from rlswitch.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("bench", ["local", "server"], indirect=True)]

@@ -12,7 +12,7 @@ import torch
 from runs import start, train
 from transformers import AutoModelForCausalLM
 
-from rlswitch.checkpoint.lock import only_run_in
+from rlswitch.checkpoint.run_directory import only_run_in
 
 pytestmark = pytest.mark.engine
 

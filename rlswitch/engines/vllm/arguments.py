@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlswitch.engines.vllm.address import MAX_SOCKET_PATH
-from rlswitch.processes.group import OWNER_PID, PUBLISH_ROOT, SOCKET_DIRECTORY
+from rlswitch.processes.group import Owner
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 
@@ -96,9 +96,7 @@ def environment(run: Run, device: Device, publish_root: Path, sockets: str) -> d
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # which forkserver.py makes a warm start of
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # pickle from whoever reaches a socket
         "VLLM_ENGINE_READY_TIMEOUT_S": str(math.ceil(run.engine.start_timeout_s)),
-        OWNER_PID: str(os.getpid()),
-        PUBLISH_ROOT: str(publish_root),
-        SOCKET_DIRECTORY: sockets,
+        **Owner(os.getpid(), directories=[str(publish_root), sockets]).variable(),
         # The engine's processes import the worker from here.
         "PYTHONPATH": os.pathsep.join([root, *(path for path in paths if path not in ("", root))]),
     }

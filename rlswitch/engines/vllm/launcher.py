@@ -22,7 +22,7 @@ from rlswitch.engines.vllm.client import Client
 from rlswitch.engines.vllm.watch import at_start, at_work
 from rlswitch.errors import ConfigError, EngineError, EngineLost
 from rlswitch.processes.fork_server import start_process
-from rlswitch.processes.group import SHUTDOWN_SECONDS, Family, kin_of
+from rlswitch.processes.group import SHUTDOWN_SECONDS, ProcessGroup, kin_of
 from rlswitch.processes.output import last_error, tail
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
@@ -36,7 +36,7 @@ def server_config(run: Run) -> ServerEngineConfig:
 @contextmanager
 def launched(
     run: Run, model_path: str, device: Device, log_path: Path, publish_root: Path
-) -> Iterator[tuple[Client, Family]]:
+) -> Iterator[tuple[Client, ProcessGroup]]:
     """A server of our own and its processes; they end with the context, or with this process."""
     config = server_config(run)
     # mkdtemp makes the directory 0700: nobody else reaches a socket in it.
@@ -54,12 +54,12 @@ def launched(
             )
         assert process.pid is not None, "it has been started"
         client = Client(address, at_start(config), log_path)
-        family = Family([process.pid])
+        family = ProcessGroup([process.pid])
         try:
             wait_until_ready(process, client, config.start_timeout_s, log_path)
             workers = client.post("/collective_rpc", {"method": "memory"})["results"]
             pids, files = kin_of(workers)
-            family = Family([process.pid, *pids], files)
+            family = ProcessGroup([process.pid, *pids], files)
             yield client, family
         finally:
             client.close()

@@ -19,9 +19,9 @@ from rlswitch.engines.vllm.backend import VLLMBackend
 from rlswitch.engines.vllm.watch import at_start, at_work, guard, has_ended
 from rlswitch.errors import ConfigError, EngineError, EngineLost
 from rlswitch.processes.fork_server import serving_vllm
-from rlswitch.processes.group import Family, kin_of
+from rlswitch.processes.group import ProcessGroup, kin_of
 from rlswitch.processes.output import log_to_file, redirected_output, tail
-from rlswitch.processes.signals import let_through
+from rlswitch.processes.signals import reraise_interrupts
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.text import first_line
@@ -44,7 +44,7 @@ class LocalBackend(VLLMBackend):
     ):
         self.log_path = log_path
         self.patience = at_start(run.engine)
-        self.family = Family()
+        self.family = ProcessGroup()
         self.sockets = tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True)
         os.environ.update(environment(run, device, publish_root, self.sockets.name))
         before = multiprocessing.active_children()
@@ -52,11 +52,11 @@ class LocalBackend(VLLMBackend):
             with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
                 from vllm import LLM
 
-                with let_through(), guard([], self.patience):  # vLLM itself waits without a limit
+                with reraise_interrupts(), guard([], self.patience):  # vLLM itself waits without a limit
                     self.llm = LLM(**llm_arguments(run, model_path, device))
         except BaseException as error:
             for process in set(multiprocessing.active_children()) - set(before):
-                Family([process.pid or 0]).end(ask=process.kill)
+                ProcessGroup([process.pid or 0]).end(ask=process.kill)
             self.sockets.cleanup()
             if not isinstance(error, Exception):
                 raise
@@ -67,7 +67,7 @@ class LocalBackend(VLLMBackend):
         log_to_file(log_path)
         try:
             workers = self.collective_rpc("memory")
-            self.family = Family(*kin_of(workers))
+            self.family = ProcessGroup(*kin_of(workers))
             super().__init__(model_path, tokenizer, device, warm=warm)
             self.patience = at_work(run.engine)
         except BaseException:

@@ -14,7 +14,7 @@ from rlswitch.engines.vllm.backend import VLLMBackend
 from rlswitch.engines.vllm.launcher import attached, launched, server_config
 from rlswitch.engines.vllm.watch import at_work, has_ended
 from rlswitch.errors import EngineError, EngineLost
-from rlswitch.processes.group import Family
+from rlswitch.processes.group import ProcessGroup
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 
@@ -37,7 +37,7 @@ class ServerBackend(VLLMBackend):
         warm: bool = True,
     ):
         config = server_config(run)
-        self.family = Family()  # of a server that was there before: none of ours
+        self.family = ProcessGroup()  # of a server that was there before: none of ours
         with ExitStack() as stack:
             if config.url:
                 self.client = stack.enter_context(attached(config, model_path))
