@@ -198,6 +198,13 @@ def build_session(
         tokenizer=tokenizer,
         output_dir=output_dir,
         stop_signals=stop_signals,
-        health=Health(output_dir, monitor.log_line, lambda: None, start.kept),
+        health=Health(
+            output_dir,
+            monitor.log_line,
+            lambda: None,
+            start.kept,
+            start.state.skipped_in_a_row,
+            start.state.flat_in_a_row,
+        ),
         saved_step=start.kept,
     )
