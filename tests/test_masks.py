@@ -219,7 +219,7 @@ def test_holes_change_no_statistic(twins: Twins):
 
 
 @given(twins=TWINS)
-def test_holes_change_what_a_record_says_of_no_batch(twins: Twins):
+def test_holes_change_no_record_of_a_batch(twins: Twins):
     compact, holed = twins.batches()
     compact.advantages, holed.advantages = twins.tokens()
     assert_equal(holed.mean_advantages(), compact.mean_advantages())
