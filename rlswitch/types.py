@@ -96,7 +96,7 @@ class Canary:
 class PolicyWeights:
     """One published version of the policy: where it lies, and what proves that it arrived.
 
-    A frozen engine's own checkpoint is one as well, of version 0 (rlswitch/engines/frozen.py).
+    A frozen engine's own checkpoint is version 0 (rlswitch/engines/start.py).
     """
 
     version: int
@@ -108,8 +108,8 @@ class PolicyWeights:
     tensors: dict[str, int]
     """Fingerprint by checkpoint name: names the culprit when a proof fails."""
     canary: Canary
-    held: list[int | None] | None = None
-    """What each worker of a frozen engine held when it was started; None: `fingerprint`, as published."""
+    initial_fingerprints: list[int | None] | None = None
+    """What each worker of a frozen engine held at its start; None: `fingerprint`, as published."""
 
 
 LATER: Any = None

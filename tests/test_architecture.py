@@ -249,6 +249,25 @@ def test_source_is_ascii():
     assert not [file.name for file in FILES if not file.read_bytes().isascii()]
 
 
+def test_nobody_forges_a_run_to_get_an_engine():
+    """An engine is described by an EngineSpec; only a command line, or a checkpoint of one, makes a Run."""
+    engines = {name for name in TREES if name.startswith(("engines/", "serving/", "switch/", "proof/"))}
+    importers = {name for name, _, target in imports_between_rooms() if target == "run"}
+    assert engines and not engines & importers
+
+
+def test_an_engine_is_made_behind_one_door():
+    found = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("Engine", "RestartingEngine", "LocalBackend", "ServerBackend")
+    }
+    assert found == {"engines/start.py"}
+
+
 def test_the_trainer_knows_no_algorithm_by_name():
     algorithms = {"rlswitch.algorithms.ppo", "rlswitch.algorithms.grpo"}
     importers = {

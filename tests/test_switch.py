@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from rlswitch.recipes.addition.task import build_tokenizer
+from samples import make_spec
 
 from rlswitch.engines.backend import Backend, Completion, Request
-from rlswitch.engines.engine import Engine, Revival, State
+from rlswitch.engines.engine import Engine, State
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
 from rlswitch.errors import EngineError, EngineLost, ProofError, SwitchError
 from rlswitch.proof.checks import Tolerance
 from rlswitch.seeds import request_seed
@@ -223,20 +225,12 @@ def build(ledger: Ledger) -> Callable[..., Engine]:
         level: str = "2",
         verify: str = "every",
         asleep: bool = True,
-        own: PolicyWeights | None = None,
+        base_weights: PolicyWeights | None = None,
         **faults: Any,
     ) -> Engine:
-        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS}, loaded=own)
-        engine = Engine(
-            "rollout engine",
-            backend,
-            build_tokenizer(),
-            ledger,
-            level=level,
-            verify=verify,
-            tolerance=Tolerance(1e-4),
-            own=own,
-        )
+        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS}, loaded=base_weights)
+        spec = make_spec(level=level, verify=verify)
+        engine = Engine(spec, backend, build_tokenizer(), ledger, Tolerance(1e-4), base_weights)
         if asleep:
             engine.release()
         backend.log.clear()
@@ -484,11 +478,11 @@ def test_stale_weights_are_found_before_the_kv_cache_is_woken(build):
 
 
 def own(version: int) -> PolicyWeights:
-    return replace(pushed(version), version=0, held=[1000 + version])
+    return replace(pushed(version), version=0, initial_fingerprints=[1000 + version])
 
 
 def test_two_frozen_engines_take_turns_and_reload_their_own_checkpoints(build, ledger):
-    a, b = build(own=own(1)), build(own=own(2))
+    a, b = build(base_weights=own(1)), build(base_weights=own(2))
     switch = Switch(ledger)
     for engine in (a, b, a, b):
         switch.give_to(engine)
@@ -499,20 +493,20 @@ def test_two_frozen_engines_take_turns_and_reload_their_own_checkpoints(build, l
 
 
 def test_a_frozen_engine_at_level_1_wakes_with_its_weights(build):
-    engine = build(level="1", own=own(1))
+    engine = build(level="1", base_weights=own(1))
     engine.acquire(None)
     assert engine.backend.log == ["wake weights", "wake kv_cache", "reset", "count cached", "score"]
     assert engine.proven
 
 
 def test_a_frozen_engine_must_hold_what_it_held_at_the_start(build):
-    engine = build(own=replace(own(1), held=[999]))
+    engine = build(base_weights=replace(own(1), initial_fingerprints=[999]))
     with pytest.raises(ProofError, match=r"wake-up with /nowhere/v1 is not proven: fingerprint.* holds"):
         engine.acquire(None)
 
 
 def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_published_sum(build):
-    engine = build(own=replace(own(1), held=[None]))
+    engine = build(base_weights=replace(own(1), initial_fingerprints=[None]))
     engine.backend.loaded = None
     engine.backend.fingerprint = lambda: [{"received": WEIGHTS[1].tensors, "live": None}]
     engine.acquire(None)
@@ -523,7 +517,7 @@ def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_publishe
 
 
 @pytest.fixture
-def mortal(build) -> Callable[..., tuple[Engine, list[FakeBackend], list[str]]]:
+def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], list[str]]]:
     """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; what was said."""
 
     def make(dies: Sequence[str], limit: int = 2, **settings: Any):
@@ -531,15 +525,15 @@ def mortal(build) -> Callable[..., tuple[Engine, list[FakeBackend], list[str]]]:
         backends = [engine.backend]
 
         def start() -> Backend:
-            backends.append(MortalBackend(shelf=engine.backend.shelf, loaded=engine.own))
+            backends.append(MortalBackend(shelf=engine.backend.shelf, loaded=engine.base_weights))
             backends[-1].dies_in = dies[len(backends) - 1] if len(backends) <= len(dies) else ""
             backends[-1]._do("start")
             return backends[-1]
 
-        engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.own)
+        engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.base_weights)
         engine.backend.dies_in = dies[0]
-        engine.revival = Revival(start=start, limit=limit, say=said.append)
-        return engine, backends, said
+        policy = RestartPolicy(start=start, limit=limit, log=said.append)
+        return RestartingEngine(engine, policy), backends, said
 
     return make
 
@@ -574,7 +568,7 @@ def test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven(mortal, verb: st
     assert first.log[-2:] == [verb, "abandon"]
     assert engine.backend.log == ["start", "sleep 2", *PUSH]
     assert (engine.version, engine.proven, engine.restarts) == (1, True, 1)
-    assert said == [f"rollout engine is lost and will be started again: vLLM has died ({verb})"]
+    assert said == [f"rollout engine is lost and will be restarted: vLLM has died ({verb})"]
 
 
 def test_an_engine_that_was_started_again_proves_its_first_push_again(mortal):
@@ -612,7 +606,7 @@ def test_an_engine_lost_in_its_sleep_is_missed_when_it_is_needed(mortal, ledger,
 
 
 def test_a_frozen_engine_that_is_lost_proves_its_checkpoint_again(mortal):
-    engine, backends, _ = mortal(["generate"], level="1", own=own(1))
+    engine, backends, _ = mortal(["generate"], level="1", base_weights=own(1))
     engine.acquire(None)
     engine.generate(PROMPTS, SAMPLING)
     assert backends[1].log == ["start", "sleep 1", *PUSH, "generate"]

@@ -25,6 +25,7 @@ from rlswitch.engines.vllm.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.errors import ConfigError
 from rlswitch.planning import footprint as sizes
 from rlswitch.planning.footprint import DeviceFacts, ModelShape, Scoring, gib
+from rlswitch.planning.policy import policy_spec
 from rlswitch.planning.verdicts import refuted_levels
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
@@ -175,7 +176,8 @@ def make_plan(run: Run, facts: DeviceFacts, unusable: Mapping[str, str] = Mappin
 def predict(run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Plan:
     """The arithmetic, for steps after the first: with Adam's states; gradients come and go."""
     cuda, level = facts.kind == "cuda", run.switch.level
-    engine = llm_arguments(run, run.model.path, Device(facts.kind))
+    gpu_or_cpu = Device(facts.kind)
+    engine = llm_arguments(policy_spec(run, run.model.path, gpu_or_cpu), gpu_or_cpu)
     itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
     published = shape.parameters * itemsize
     weights, own = published // ranks, sizes.ENGINE_OWN[facts.kind]
