@@ -8,7 +8,7 @@ Backends know how to do each verb; the order is enforced here, once for all of t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import NoReturn
@@ -161,11 +161,8 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.num_samples` rollouts of every prompt, each with its own seed."""
         completions: dict[int, Completion] = {}
-        weights = self.serving()
         self.complete(requests_for(prompts, sampling), completions)
-        return groups_from(
-            self.name, weights.version, prompts, sampling.num_samples, completions, self.tokenizer
-        )
+        return self.groups(prompts, completions, sampling)
 
     def serving(self) -> PolicyWeights:
         """The weights it is READY with. Raises SwitchError."""
@@ -181,6 +178,13 @@ class Engine:
             self.state = State.FAILED  # requests may still be running in it
             raise
         self._newest = max((it.token_ids for it in requests[-NEWEST:]), key=len, default=[])
+
+    def groups(
+        self, prompts: Sequence[Prompt], completions: Mapping[int, Completion], sampling: Sampling
+    ) -> list[Group]:
+        """What it has completed, decoded and grouped by prompt."""
+        version = self.serving().version
+        return groups_from(self.name, version, prompts, completions, sampling, self.tokenizer)
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache, so that later output does not depend on earlier prompts."""

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from rlswitch.engines.backend import Backend, Completion
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.rollouts import groups_from, requests_for
+from rlswitch.engines.rollouts import requests_for
 from rlswitch.errors import EngineError
 from rlswitch.text import first_line
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
@@ -33,7 +31,7 @@ class RestartingEngine:
 
     def __init__(self, engine: Engine, policy: RestartPolicy):
         self.engine, self.policy = engine, policy
-        self.name = engine.name
+        self.name, self.tokenizer = engine.name, engine.tokenizer
         self.restarts = 0
         self._is_lost = False
         self._lost_in_a_row = 0
@@ -42,10 +40,6 @@ class RestartingEngine:
     def backend(self) -> Backend:
         """The current one."""
         return self.engine.backend
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self.engine.tokenizer
 
     @property
     def version(self) -> int | None:
@@ -94,9 +88,7 @@ class RestartingEngine:
             finally:
                 completions |= {missing[index]: it for index, it in finished.items()}
         self._lost_in_a_row = 0
-        return groups_from(
-            self.name, weights.version, prompts, sampling.num_samples, completions, self.tokenizer
-        )
+        return self.engine.groups(prompts, completions, sampling)
 
     def forget_prefixes(self) -> None:
         self.engine.forget_prefixes()

@@ -32,50 +32,46 @@ def groups_from(
     engine: str,
     version: int,
     prompts: Sequence[Prompt],
-    num_samples: int,
     completions: Mapping[int, Completion],
+    sampling: Sampling,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[Group]:
-    """The completions of `requests_for`, by request index, as groups of rollouts.
+    """The completions of `requests_for`, by request index, as groups of rollouts of policy `version`.
 
-    `engine` is its name and `version` the policy it serves. Raises EngineError for what is no rollout.
+    `engine` is the name for errors. Raises EngineError for a completion that is missing or unusable.
     """
-    if len(completions) != len(prompts) * num_samples:
-        raise EngineError(
-            f"{engine}: {len(completions)} completions for {len(prompts) * num_samples} requests"
-        )
+    size = sampling.num_samples
+    if len(completions) != len(prompts) * size:
+        raise EngineError(f"{engine}: {len(completions)} completions for {len(prompts) * size} requests")
     ordered = [completions[index] for index in range(len(completions))]
     texts = tokenizer.batch_decode([it.token_ids for it in ordered], skip_special_tokens=True)
-    rows = iter(zip(ordered, texts, strict=True))
-    groups = []
-    for prompt in prompts:
-        rollouts = []
-        for sample in range(num_samples):
-            completion, text = next(rows)
-            _check_completion(f"{engine}: prompt {prompt.index} sample {sample}", completion)
-            rollouts.append(
-                Rollout(
-                    prompt=prompt,
-                    sample=sample,
-                    token_ids=completion.token_ids,
-                    logprobs=completion.logprobs,
-                    text=text,
-                    finish_reason=completion.finish_reason,
-                    policy_version=version,
-                )
-            )
-        groups.append(Group(prompt=prompt, rollouts=rollouts))
-    return groups
-
-
-def _check_completion(where: str, completion: Completion) -> None:
-    tokens, logprobs = len(completion.token_ids), len(completion.logprobs)
-    if not tokens or tokens != logprobs:
-        raise EngineError(
-            f"{where} came back with {tokens} tokens and {logprobs} log-probabilities: not a rollout"
+    rollouts = [
+        Rollout(
+            prompt=prompts[index // size],
+            sample=index % size,
+            token_ids=completion.token_ids,
+            logprobs=completion.logprobs,
+            text=text,
+            finish_reason=completion.finish_reason,
+            policy_version=version,
         )
-    if completion.finish_reason not in ("stop", "length"):
+        for index, (completion, text) in enumerate(zip(ordered, texts, strict=True))
+    ]
+    for rollout in rollouts:
+        _check_rollout(engine, rollout)
+    return [
+        Group(prompt=prompt, rollouts=rollouts[index * size : (index + 1) * size])
+        for index, prompt in enumerate(prompts)
+    ]
+
+
+def _check_rollout(engine: str, rollout: Rollout) -> None:
+    tokens, logprobs = len(rollout.token_ids), len(rollout.logprobs)
+    where = f"{engine}: prompt {rollout.prompt.index} sample {rollout.sample}"
+    if not tokens or tokens != logprobs:
+        raise EngineError(f"{where} came back with {tokens} tokens and {logprobs} log-probabilities")
+    if rollout.finish_reason not in ("stop", "length"):
         raise EngineError(
-            f"{where} ended with '{completion.finish_reason}' after {tokens} tokens: another client controls"
+            f"{where} ended with '{rollout.finish_reason}' after {tokens} tokens: another client controls"
             " this engine too; start one for this run alone"
         )

@@ -6,8 +6,6 @@ its monitor thread closes the sockets and does not wake the caller. A signal doe
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import threading
 import time
@@ -22,8 +20,8 @@ from rlswitch.config.sections import EngineConfig
 from rlswitch.errors import EngineLost
 
 INTERRUPT = signal.SIGRTMIN + 5
-"""Sent to this process by itself; no other use is known."""
-LOOK_SECONDS = 0.5
+"""Sent by this process to itself; nothing else uses it."""
+LOOK_SECONDS = 0.1
 
 
 class Deadline(NamedTuple):
@@ -37,7 +35,7 @@ class Deadline(NamedTuple):
 
 
 def at_start(settings: EngineConfig) -> Deadline:
-    """For the start, whose first forward passes compile and allocate."""
+    """The start has its own limit: its first forward passes compile and allocate."""
     return Deadline("engine.start_timeout_s", settings.start_timeout_s)
 
 
@@ -95,15 +93,14 @@ def has_ended(processes: Sequence[psutil.Process]) -> bool:
 
 
 class Guard:
-    """One guarded call, and a thread that waits for the processes, the deadline or the end of the call."""
+    """One guarded call of the current thread, and a thread that watches the processes meanwhile."""
 
     def __init__(self, processes: Sequence[psutil.Process], deadline: Deadline):
         self.reason = ""
-        self._deadline = deadline
+        self._processes, self._deadline = processes, deadline
         self._heard = time.monotonic()
-        self._processes = processes
         self._caller = threading.get_ident()
-        self._over = os.eventfd(0)
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rlswitch-guard", daemon=True)
 
     def start(self) -> None:
@@ -113,36 +110,20 @@ class Guard:
         self._heard = time.monotonic()
 
     def stop(self) -> None:
-        os.eventfd_write(self._over, 1)
+        self._over.set()
         if self._thread.ident is not None:
             self._thread.join()
-        os.close(self._over)
 
     def _watch(self) -> None:
-        poller, handles = select.poll(), []
-        poller.register(self._over, select.POLLIN)
-        try:
-            for process in self._processes:
-                with suppress(ProcessLookupError):
-                    handles.append(os.pidfd_open(process.pid))
-                    poller.register(handles[-1], select.POLLIN)
-            while not self._is_over(dict(poller.poll(1000 * LOOK_SECONDS))):
-                pass
-        finally:
-            for handle in handles:
-                os.close(handle)
-
-    def _is_over(self, events: dict[int, int]) -> bool:
-        if self._over in events:
-            return True
-        if events or has_ended(self._processes):
-            self.reason = "has died"
-        elif time.monotonic() - self._heard > self._deadline.seconds:
-            self.reason = f"was silent for {self._deadline}"
-        else:
-            return False
-        signal.pthread_kill(self._caller, INTERRUPT)
-        return True
+        while not self._over.is_set():
+            if has_ended(self._processes):
+                self.reason = "has died"
+            elif time.monotonic() - self._heard > self._deadline.seconds:
+                self.reason = f"was silent for {self._deadline}"
+            if self.reason:
+                signal.pthread_kill(self._caller, INTERRUPT)
+                return
+            self._over.wait(LOOK_SECONDS)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
