@@ -74,11 +74,8 @@ class Client:
 
     async def _open(self) -> aiohttp.ClientSession:
         limits: dict[str, Any] = {"limit": MAX_IN_FLIGHT, "keepalive_timeout": KEEP_ALIVE_SECONDS}
-        connector: aiohttp.BaseConnector
-        if self.address.socket:
-            connector = aiohttp.UnixConnector(self.address.socket, **limits)
-        else:
-            connector = aiohttp.TCPConnector(**limits)
+        path = self.address.socket
+        connector = aiohttp.UnixConnector(path, **limits) if path else aiohttp.TCPConnector(**limits)
         return aiohttp.ClientSession(self.address.base_url, connector=connector)
 
     async def _ask(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:

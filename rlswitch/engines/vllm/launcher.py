@@ -69,7 +69,9 @@ def attached(settings: ServerEngineConfig, model_path: str) -> Iterator[Client]:
     assert settings.url is not None
     address = parse_url(settings.url)
     with claimed(address), closing(Client(address, at_work(settings))) as client:
-        wait_until_back(client, settings.start_timeout_s)
+        deadline = time.monotonic() + settings.start_timeout_s
+        while client.status("/health") != 200 and time.monotonic() < deadline:
+            time.sleep(0.2)  # it was there when the run began: somebody may be restarting it
         # The previous run may have left it asleep, half awake, without weights or with its own.
         wake_all(client)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
@@ -79,7 +81,7 @@ def attached(settings: ServerEngineConfig, model_path: str) -> Iterator[Client]:
 
 
 def wake_all(client: Client) -> None:
-    """One tag per call: without a tag older vLLM maps memory twice that is awake already."""
+    """Wakes one tag per call: without a tag older vLLM maps memory twice that is already awake."""
     for tags in ("weights", "kv_cache", ""):  # the last for an engine that only pauses
         if client.get("/is_sleeping")["is_sleeping"]:
             client.post("/wake_up", **({"tags": tags} if tags else {}))
@@ -123,6 +125,7 @@ def choose_address(settings: ServerEngineConfig, directory: str) -> Address:
 
 
 def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log_path: Path) -> None:
+    """Raises EngineLost if the server ends or the time is up."""
     deadline = time.monotonic() + timeout_s
     while client.status("/health") != 200:
         if process.exitcode is not None:
@@ -133,13 +136,6 @@ def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log
             time.sleep(0.2)
             continue
         raise EngineLost(f"vLLM's server did not start: {cause}; its log: {log_path}\n{tail(log_path)}")
-
-
-def wait_until_back(client: Client, timeout_s: float) -> None:
-    """Waits while somebody else restarts a server that was there when the run began."""
-    deadline = time.monotonic() + timeout_s
-    while client.status("/health") != 200 and time.monotonic() < deadline:
-        time.sleep(0.2)
 
 
 def end_politely(process: BaseProcess) -> None:
@@ -163,7 +159,7 @@ def check_server(spec: EngineSpec, model: str) -> None:
 
 
 def server_problems(client: Client, spec: EngineSpec, model: str, device: Device) -> Iterator[str]:
-    """What an attached server lacks; stops at a problem that hides the others."""
+    """What the server lacks; stops at a problem that hides the others."""
     if client.status("/health") != 200:
         yield "no vLLM server answers there"
         return
