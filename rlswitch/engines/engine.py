@@ -242,8 +242,8 @@ class Engine:
     def _expect(self, state: State, verb: str) -> None:
         if self.state is not state:
             raise SwitchError(
-                f"{self.name} is {self.state}: cannot {verb}, which needs it {state}; use Switch.give_to, which"
-                " keeps the order"
+                f"{self.name} is {self.state}: cannot {verb}, which needs it {state}; Switch.give_to keeps"
+                " the order"
             )
 
     @contextmanager
