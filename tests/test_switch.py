@@ -13,11 +13,14 @@ import pytest
 from rlswitch.recipes.addition.task import build_tokenizer
 from samples import make_spec
 
+from rlswitch.config.sections import EngineConfig, ModelConfig, SwitchConfig
 from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.engine import Engine, State
 from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.spec import Launch, engine_spec
+from rlswitch.engines.start import BACKENDS, start_engine
 from rlswitch.errors import EngineError, EngineLost, ProofError, SwitchError
-from rlswitch.proof.checks import Tolerance
+from rlswitch.proof.checks import LEARNED_FLOOR, Tolerance
 from rlswitch.seeds import request_seed
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -641,6 +644,60 @@ def test_a_proof_that_fails_is_not_started_again(mortal):
     with pytest.raises(SwitchError, match="is failed"):
         engine.acquire(WEIGHTS[1])
     assert len(backends) == 1
+
+
+# -- the one door ------------------------------------------------------------------------------
+
+
+def test_auto_is_resolved_and_only_exact_arithmetic_has_a_fixed_tolerance():
+    def made(dtype: str, kind: str):
+        model, switch = ModelConfig(path="m", dtype=dtype), SwitchConfig(canary_tolerance=1e-3)
+        where = {"model_path": "/m", "max_model_len": 8, "seed": 0}
+        return engine_spec("e", model, EngineConfig(), switch, Device(kind), **where)
+
+    assert (made("auto", "cpu").dtype, made("auto", "cuda").dtype) == ("float32", "bfloat16")
+    assert made("auto", "cpu").tolerance == made("float32", "cpu").tolerance == 1e-3
+    assert made("bfloat16", "cpu").tolerance is None and made("float32", "cuda").tolerance is None
+
+
+@pytest.fixture
+def started(monkeypatch, ledger, tmp_path: Path):
+    """started(spec, frozen=True, gap=0.1): start_engine over fake backends set up like this; all backends."""
+    backends: list[FakeBackend] = []
+
+    def start(spec, frozen: bool = False, **faults: Any):
+        def backend(launch: Launch) -> FakeBackend:
+            backends.append(FakeBackend(loaded=WEIGHTS[1], **faults))
+            assert launch.spec is spec
+            return backends[-1]
+
+        monkeypatch.setitem(BACKENDS, type(spec.settings), backend)
+        return start_engine(spec, build_tokenizer(), ledger, tmp_path / "log", tmp_path, frozen)
+
+    return start, backends
+
+
+def test_a_pushed_engine_learns_its_tolerance_and_a_frozen_one_has_nothing_to_learn_from(started, tmp_path):
+    start, _ = started
+    spec = make_spec(model_path=str(tmp_path), tolerance=None)
+    assert start(spec).engine.tolerance.limit is None
+    frozen = start(spec, frozen=True).engine
+    assert frozen.tolerance.limit == LEARNED_FLOOR and frozen.base_weights.version == 0
+    assert frozen.base_weights.initial_fingerprints == [WEIGHTS[1].fingerprint]
+    assert start(make_spec(model_path=str(tmp_path)), frozen=True).engine.tolerance.limit == 1e-4
+
+
+def test_a_frozen_engine_that_is_never_proven_is_not_scored(started, tmp_path):
+    start, backends = started
+    start(make_spec(model_path=str(tmp_path), verify="off"), frozen=True)
+    assert backends[0].log == []
+
+
+def test_an_engine_that_cannot_be_described_leaves_no_backend(started, tmp_path):
+    start, backends = started
+    with pytest.raises(RuntimeError, match="score broke"):
+        start(make_spec(model_path=str(tmp_path)), frozen=True, broken="score")
+    assert backends[0].log[-1] == "close"
 
 
 # -- what it generates -------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Everything an engine is told, whoever it serves: the policy, a judge, or one of several models in turn."""
+"""What describes an engine, and what starts it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rlswitch.switch.device import Device
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineSpec:
+    """An engine, whatever it is for: the policy, a judge, or one of several models that take turns."""
+
     name: str
     """In switch.jsonl and in messages."""
     model_path: str
