@@ -1,31 +1,22 @@
-"""The experiment as a picture: seconds on a logarithmic scale, for each mode and model."""
+"""The experiment as a picture and a page: seconds on a logarithmic scale, for each mode and model."""
 
 from __future__ import annotations
 
-import base64
-import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from rlswitch.report.figures import COLORS, Spec, base, colored, png
+from rlswitch.report.page import render
 
-from rlswitch.report_style import CSS
-
-from .experiment import BASE, Result
+from .experiment import BASE, WAKE, Result
 from .settings import RESTART, BenchSettings
-from .tables import ARTICLE_SOURCE, SECONDS, restart_of, summary
+from .tables import ARTICLE_SOURCE, SECONDS, mode_name, restart_of, summary
 
-WIDTH, LEFT, RIGHT, TOP, ROW, FOOT = 1400, 300, 330, 110, 34, 60
-PARTS = {
-    "restart": "#67717e",
-    "wake_weights": "#3568d4",
-    "reload": "#d07f1e",
-    "wake_kv_cache": "#3f9152",
-    "reset_prefix_cache": "#9a5fb5",
-}
-INK, MUTED, RULE, PAPER = "#1b232d", "#67717e", "#e3e7ec", "#ffffff"
+PARTS = {RESTART: "restart"} | {part: SECONDS[part] for part in WAKE}
+PALETTE = {name: COLORS[i] for name, i in zip(PARTS.values(), (7, 0, 1, 2, 3), strict=True)}
+TITLE = "Seconds until a model can answer: a restart against a wake-up"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,100 +39,87 @@ def bars(result: Result, settings: BenchSettings) -> list[Bar]:
         for mode in settings.modes:
             for model in "AB":
                 key, restart = (BASE, transport, mode, model), restart_of(spreads, model, transport)
-                names = tuple(PARTS)[1:]
-                parts = {name: spreads[*key, name].median for name in names if (*key, name) in spreads}
-                if mode == RESTART and (own := spreads.get((*key, "load"))):
-                    parts = {"restart": own.median}
+                parts = {PARTS[part]: spreads[*key, part].median for part in WAKE if (*key, part) in spreads}
+                if mode == RESTART and (load := spreads.get((*key, "load"))):
+                    parts = {PARTS[RESTART]: load.median}
                 if not parts:
                     continue
                 total = sum(parts.values())
                 times = f"  {restart.median / total:,.0f}x" if restart and mode != RESTART else ""
-                what = "restart" if mode == RESTART else "kv only" if mode == "kv" else f"level {mode}"
-                found.append(Bar(f"{transport}, {what}, {model}", parts, f"{_seconds(total)}{times}"))
+                found.append(
+                    Bar(f"{transport}, {mode_name(mode)}, {model}", parts, f"{_seconds(total)}{times}")
+                )
     return found
 
 
-def draw(found: list[Bar], title: str, subtitle: str) -> Image.Image:
-    """Horizontal bars; a bar's length is the logarithm of its seconds, its colors are linear shares."""
-    height = TOP + ROW * len(found) + FOOT
-    image = Image.new("RGB", (WIDTH, height), PAPER)
-    pen = ImageDraw.Draw(image)
-    pen.text((24, 18), title, INK, _font(26))
-    pen.text((24, 54), subtitle, MUTED, _font(16))
-    low = 10.0 ** math.floor(math.log10(min(bar.seconds for bar in found)))
-    high = 10.0 ** math.ceil(math.log10(max(bar.seconds for bar in found)))
-    span = max(math.log10(high / low), 1.0)
-
-    def place(seconds: float) -> float:
-        return LEFT + math.log10(seconds / low) / span * (WIDTH - LEFT - RIGHT)
-
-    for power in range(round(span) + 1):
-        x = place(low * 10.0**power)
-        pen.line((x, TOP - 8, x, height - FOOT), RULE, 2)
-        pen.text((x, height - FOOT + 8), _seconds(low * 10.0**power), MUTED, _font(15), anchor="ma")
-    for row, bar in enumerate(found):
-        top = TOP + ROW * row
-        pen.text((LEFT - 14, top + ROW / 2), bar.label, INK, _font(17), anchor="rm")
-        x, end = float(LEFT), place(bar.seconds)
+def figure(found: Sequence[Bar], title: str) -> Spec:
+    """Horizontal bars: a bar's length is the logarithm of its seconds, its colors are linear shares."""
+    low = math.floor(math.log10(min(bar.seconds for bar in found)))
+    high = math.ceil(math.log10(max(bar.seconds for bar in found)))
+    rows: list[dict[str, object]] = []
+    for bar in found:
+        done, share = 0.0, math.log10(bar.seconds) - low
         for part, seconds in bar.parts.items():
-            width = (end - LEFT) * seconds / bar.seconds
-            pen.rectangle((x, top + 6, x + width, top + ROW - 6), PARTS[part])
-            x += width
-        pen.text((end + 10, top + ROW / 2), bar.note, INK, _font(17), anchor="lm")
-    _legend(pen, found, height)
-    return image
+            start, end = (10 ** (low + share * at / bar.seconds) for at in (done, done + seconds))
+            rows.append({"label": bar.label, "series": part, "seconds": seconds, "start": start, "end": end})
+            done += seconds
+        rows.append({"label": bar.label, "note": bar.note, "end": bar.seconds})
+    used = {part: part for part in PALETTE if any(part in bar.parts for bar in found)}
+    powers = {"grid": True, "values": [10.0**power for power in range(low, high + 1)]}
+    labels = {"labelExpr": "datum.value < 1 ? round(1000 * datum.value) + ' ms' : datum.value + ' s'"}
+    seconds_scale = {"scale": {"type": "log", "domain": [10.0**low, 10.0**high]}, "axis": powers | labels}
+    drawn = {
+        "transform": [{"filter": "isValid(datum.series)"}],
+        "mark": "bar",
+        "encoding": {
+            "x": {"field": "start", "type": "quantitative", "title": None} | seconds_scale,
+            "x2": {"field": "end"},
+            "color": colored(used, [PALETTE[part] for part in used]),
+            "tooltip": [{"field": field} for field in ("label", "series", "seconds")],
+        },
+    }
+    notes = {
+        "transform": [{"filter": "isValid(datum.note)"}],
+        "mark": {"type": "text", "align": "left", "dx": 6},
+        "encoding": {"x": {"field": "end", "type": "quantitative"}, "text": {"field": "note"}},
+    }
+    rows_of = {
+        "field": "label",
+        "type": "nominal",
+        "sort": None,
+        "axis": {"labelLimit": 260, "labelFontSize": 12},
+    }
+    return base(title, rows, "seconds", {}) | {
+        "height": {"step": 26},
+        "encoding": {"y": rows_of},
+        "layer": [drawn, notes],
+    }
 
 
 def write(result: Result, settings: BenchSettings, models: str, directory: Path) -> list[Path]:
-    """switch.png, and switch.html with the picture and the numbers; nothing when nothing was measured."""
+    """switch.png, and switch.html with the figure and the numbers; nothing when nothing was measured."""
     found = bars(result, settings)
     if not found:
         return []
-    title = "Seconds until a model can answer: a restart against a wake-up"
-    image = draw(found, title, f"{models}; logarithmic scale, colors show each bar's shares")
-    picture = directory / "switch.png"
-    image.save(picture, optimize=True)
-    encoded = io.BytesIO()
-    image.save(encoded, "PNG", optimize=True)
-    page = directory / "switch.html"
-    page.write_text(_page(found, title, models, base64.b64encode(encoded.getvalue()).decode()))
-    return [picture, page]
-
-
-def _legend(pen: ImageDraw.ImageDraw, found: list[Bar], height: int) -> None:
-    x = float(LEFT)
-    for part, color in PARTS.items():
-        if not any(part in bar.parts for bar in found):
-            continue
-        name = SECONDS.get(part, part)
-        pen.rectangle((x, height - 24, x + 12, height - 12), color)
-        pen.text((x + 18, height - 18), name, MUTED, _font(15), anchor="lm")
-        x += 18 + pen.textlength(name, _font(15)) + 24
-
-
-def _page(found: list[Bar], title: str, models: str, picture: str) -> str:
-    rows = "".join(
-        f"<tr><td>{escape(bar.label)}</td>"
-        + "".join(f"<td>{bar.parts[part]:.4f}</td>" if part in bar.parts else "<td></td>" for part in PARTS)
-        + f"<td>{escape(bar.note)}</td></tr>"
+    picture, page = directory / "switch.png", directory / "switch.html"
+    how = f"{models}; logarithmic scale, colors show each bar's shares"
+    drawn = figure(found, TITLE)
+    picture.write_bytes(png(drawn | {"title": {"text": TITLE, "subtitle": how}}, width=640))
+    cells = [
+        [bar.label, *(f"{bar.parts[part]:.4f}" if part in bar.parts else "" for part in PALETTE), bar.note]
         for bar in found
-    )
-    heads = "".join(f"<th>{escape(SECONDS.get(part, part))}</th>" for part in PARTS)
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{CSS} img {{ max-width: 100%; border-radius: 8px; }}</style><main>"
-        f"<header><h1>{escape(title)}</h1><p>{escape(models)}</p></header>"
-        f'<p><img alt="{escape(title)}" src="data:image/png;base64,{picture}"></p>'
-        f'<div class="scroll"><table class="numbers"><tr><th>seconds, median</th>{heads}<th>in all</th></tr>'
-        f"{rows}</table></div><p>For comparison: {escape(ARTICLE_SOURCE)}.</p></main></html>"
-    )
+    ]
+    table = {"head": ["seconds, median", *PALETTE, "in all"], "rows": cells, "text_columns": 1}
+    sections = [
+        {"title": "", "figures": [drawn], "wide": True},
+        {"title": "Numbers", "figures": [], "table": table, "wide": True},
+    ]
+    facts = [how, f"For comparison: {ARTICLE_SOURCE}."]
+    page.write_text(render({"title": "benchmark", "facts": facts, "sections": sections}), encoding="utf-8")
+    return [picture, page]
 
 
 def _seconds(value: float) -> str:
     if value >= 100:
         return f"{value:,.0f} s"
     return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
-
-
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)

@@ -177,7 +177,7 @@ def _phases(spreads: dict[Key, Spread], variant: str, transport: str) -> Table:
     columns = sorted(found, key=lambda it: (it[0] != "", it[0] != RESTART, it))
     table.add_column("")
     for mode, model in columns:
-        table.add_column(f"{_mode(mode)}\n{model}", justify="right")
+        table.add_column(f"{mode_name(mode)}\n{model}", justify="right")
     for what, name in (SECONDS | SIZES).items():
         cells = [spreads.get((variant, transport, *column, what)) for column in columns]
         if any(cells):
@@ -197,7 +197,7 @@ def _beside_the_article(result: Result, spreads: dict[Key, Spread], settings: Be
                 theirs = ARTICLE.get((mode, model), {}).get(what)
                 load = ARTICLE[RESTART, model]["load"]
                 table.add_row(
-                    f"{transport}, {_mode(mode)}",
+                    f"{transport}, {mode_name(mode)}",
                     model,
                     f"{spread.median:.3f}" if spread else "-",
                     _times(speed_up(result, mode, model, transport)),
@@ -223,7 +223,7 @@ def _warm_up(spreads: dict[Key, Spread]) -> Table | None:
     return table if table.row_count == 4 else None
 
 
-def _mode(mode: str) -> str:
+def mode_name(mode: str) -> str:
     return {"": "start", RESTART: "restart", "kv": "kv only"}.get(mode, f"level {mode}")
 
 

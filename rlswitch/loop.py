@@ -12,7 +12,7 @@ from rlswitch.errors import Preempted
 from rlswitch.evaluation import evaluate
 from rlswitch.inputs import Inputs
 from rlswitch.processes.signals import StopSignals
-from rlswitch.report import write_report
+from rlswitch.report.page import write_report
 from rlswitch.rewards.models.tenant import ask_in_turn
 from rlswitch.rewards.shaping import punish_overlong
 from rlswitch.run import Run

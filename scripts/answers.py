@@ -1,8 +1,8 @@
-"""python scripts/answers.py [JSON]: how long a command line waits for the answer to each bad input.
+"""python scripts/answers.py [JSON]: measure how fast each bad input is rejected.
 
-Types every row of tests/bad_inputs.py that needs no other machine, as a user would, a process each; checks
-exit code and number of lines (tests/test_faults.py reads them), and writes the seconds to
-benchmarks/results/answers-cpu.json or to the file that is named.
+Runs every row of tests/bad_inputs.py that needs no other machine in a process of its own, checks the exit
+code and the number of error lines (tests/test_faults.py checks their text), and writes the seconds to JSON
+(default: benchmarks/results/answers-cpu.json).
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from rlswitch.switch.device import Device
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = BASE.replace(" engine.fork_server=false", "")
-"""With the fork server, as it is by default."""
+"""With the fork server, which is the default."""
 
 
 def answer(given: BadInput, model: Path) -> tuple[float, str]:
-    """Seconds until the exit, and what is wrong with it."""
+    """Seconds until the process exits, and the unexpected outcome (empty if none)."""
     with tempfile.TemporaryDirectory() as name:
         here = Path(name)
         lay(here, {"rows.jsonl": ROWS, **given.files})

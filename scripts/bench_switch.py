@@ -1,8 +1,8 @@
-"""python scripts/bench_switch.py [key=value ...]: what switching costs here, in every mode.
+"""python scripts/bench_switch.py [key=value ...]: measure what switching between two models costs.
 
-Two models take turns: with a restart each time, and asleep at each level, in process and over HTTP.
-`model_a=` and `model_b=` take directories or hub ids; without them two small ones are made on the spot.
-Every setting stands in benchmarks/settings.py.
+Two models take turns: restarted each time, then asleep at each level, in process and over HTTP.
+model_a= and model_b= take directories or hub ids; the defaults are two small models with random weights.
+All settings: benchmarks/settings.py.
 """
 
 from __future__ import annotations

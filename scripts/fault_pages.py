@@ -1,10 +1,9 @@
-"""python scripts/fault_pages.py: writes docs/faults.md from tests/faults.py and tests/bad_inputs.py."""
+"""python scripts/fault_pages.py: write docs/faults.md from tests/faults.py and tests/bad_inputs.py."""
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -14,64 +13,108 @@ import faults
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
 
+FAULTS = (
+    "The engine reloads its original checkpoint",
+    "The engine loads an older version",
+    "A bit flips",
+    "A tied `lm_head` keeps its old weights",
+    "Prefixes cached under older weights are reused",
+    "Rollouts come from another policy version",
+    "A sleeping engine frees no memory",
+    "The engine is killed while it generates",
+    "The engine hangs",
+    "The engine cannot be restarted",
+    "The run is killed in any phase of a step",
+    "The scheduler preempts the run",
+    "A gradient is NaN or infinite",
+    "All rewards are equal, step after step",
+    "The forward pass runs out of memory",
+    "A checkpoint is truncated",
+    "The disk fills up during a save",
+    "A reward function raises",
+    "A model-written program uses the network",
+    "A tracker (W&B, TensorBoard) raises",
+)
+"""The faults on the page, by `about`: those that a user is likely to meet."""
 
-def page() -> str:
-    """The page, both tables section by section."""
-    return "\n".join([*_faults(), *_bad_inputs()])
+BAD_INPUTS = (
+    "a recipe that does not exist",
+    "a misspelt key",
+    "several values without -m",
+    "no model and no data",
+    "several mistakes, each reported once",
+    "a group of one for an algorithm with a group baseline",
+    "minibatches that do not divide the rollouts of a step",
+    "micro-batches smaller than a rollout",
+    "a misspelt file",
+    "a misspelt column",
+    "a row that is not JSON",
+    "prompts that are too long",
+    "fewer rows than a step has prompts",
+    "a misspelt function",
+    "functions whose arguments do not match the columns",
+    "a language model as reward model",
+    "a hub model that is not cached, offline",
+    "pickled weights",
+    "chat messages for a model without a chat template",
+    "rollouts longer than the model's context",
+)
+"""The bad inputs on the page, by `about`."""
 
+TEMPLATE = """# Faults and bad inputs
 
-def _faults() -> Iterator[str]:
-    yield f"""# What goes wrong, and what happens then
+A selection: the tests cover [{num_faults} faults](../tests/faults.py) and
+[{num_inputs} bad inputs](../tests/bad_inputs.py). `python scripts/fault_pages.py` writes this page from those
+tables; do not edit it.
 
-Made by `python scripts/fault_pages.py` from the tables that the tests run: do not edit.
-
-A run that cannot go on stops with a line that says why, and its last checkpoint is whole. Exit codes: 2 wrong
-configuration or input, 3 a push that could not be proven, 75 stopped by a signal, what was learned saved;
-anything else is a crash.
-
-* [{len(faults.FAULTS)} faults](#faults), each injected by a test
-* [{len(bad_inputs.BAD_INPUTS)} bad inputs](#bad-inputs), each with the line that answers it
+Exit codes: 0 done; 2 wrong configuration or input; 3 a push could not be proven; 75 stopped by a signal,
+checkpoint saved; 130 Ctrl-C; anything else is a crash. Whatever the exit code, the last checkpoint is intact
+([fault tolerance](reliability.md)).
 
 ## Faults
-"""
-    for title, entries in faults.SECTIONS.items():
-        yield f"### {title}\n"
-        yield _table(
-            ("what goes wrong", "how it is injected", "what rlswitch does", "shown by"),
-            ((it.about, it.injected, it.does, _link(it.test)) for it in entries),
-        )
 
+Each is injected by the linked test.
 
-def _bad_inputs() -> Iterator[str]:
-    heavy = sum(it.needs_torch for it in bad_inputs.BAD_INPUTS)
-    yield f"""## Bad inputs
+{faults}
+## Bad inputs
 
-Each is answered by its lines on stderr, `rlswitch: error: ` before each, and exit code 2: no traceback (but
-with `HYDRA_FULL_ERROR=1`), no run directory. `...` stands for what depends on the machine. All mistakes of
-the settings are told at once, then all of the files, then what needs the tokenizer, the model or the code of
-a reward function. The words are typed after
+rlswitch prints each line below to stderr after `rlswitch: error: ` and exits with code 2: no traceback (set
+`HYDRA_FULL_ERROR=1` to get one), no run directory. It reports all wrong settings together, then all wrong
+files, then problems that only the tokenizer, the model or the code of a reward function can reveal. `...`
+stands for text that depends on the machine. Every command starts with
 
 ```
-python train.py {bad_inputs.BASE}
+python train.py {base}
 ```
 
-where `rows.jsonl` has 20 rows with `prompt` and `answer`, and `model/` is a model of two layers.
+where `rows.jsonl` has 20 rows with `prompt` and `answer`, and `model/` is a two-layer model.
 
-All are told before torch is imported, but for {heavy} that only torch, a model's own code or vLLM can tell:
-*after torch*. `python scripts/answers.py` measures how long it takes
+{bad_inputs}
+`python scripts/answers.py` measures how fast each bad input is rejected
 ([answers-cpu.json](../benchmarks/results/answers-cpu.json)).
 """
-    for title, entries in bad_inputs.SECTIONS.items():
-        yield f"### {title}\n"
-        yield _table(
-            ("bad input", "words", "answer"),
-            ((_situation(it), _code(it.words), "<br>".join(map(_code, it.says))) for it in entries),
-        )
 
 
-def _situation(given: bad_inputs.BadInput) -> str:
-    there = f", where {given.machine.__doc__}" if given.machine else ""
-    return f"{given.about}{there}{' (*after torch*)' if given.needs_torch else ''}"
+def page() -> str:
+    """The text of docs/faults.md. Raises KeyError for a row that is not in the tables."""
+    fault = {it.about: it for it in faults.FAULTS}
+    bad_input = {it.about: it for it in bad_inputs.BAD_INPUTS}
+    return TEMPLATE.format(
+        num_faults=len(fault),
+        num_inputs=len(bad_input),
+        base=bad_inputs.BASE,
+        faults=_table(
+            ("fault", "injected by", "what rlswitch does", "test"),
+            ((it.about, it.injected, it.does, _link(it.test)) for it in (fault[about] for about in FAULTS)),
+        ),
+        bad_inputs=_table(
+            ("bad input", "arguments", "error"),
+            (
+                (it.about, _code(it.words), "<br>".join(map(_code, it.says)))
+                for it in (bad_input[about] for about in BAD_INPUTS)
+            ),
+        ),
+    )
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -81,9 +124,7 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _code(text: str) -> str:
-    """As it is typed; long runs of one character are cut."""
-    short = re.sub(r"(.)\1{20,}", r"\1\1\1...", text)
-    return f"`{short}`".replace("|", r"\|") if text else ""
+    return f"`{text}`".replace("|", r"\|") if text else ""
 
 
 def _link(test: str) -> str:

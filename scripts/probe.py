@@ -1,7 +1,7 @@
-"""python scripts/probe.py model=PATH [key=value ...]: which sleep levels and transports work here?
+"""python scripts/probe.py model=PATH [key=value ...]: test which sleep levels and transports work here.
 
-For each one: does it give back the memory, keep the outputs, stay flat over cycles? A verdict per row,
-and runs/probe.json. Every setting stands in benchmarks/settings.py.
+For each one: does it free the memory, keep the outputs, and stay flat over several cycles? Prints a verdict
+per row and writes runs/probe.json, which switch.level=auto reads. All settings: benchmarks/settings.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""python scripts/report.py RUN_DIR: writes RUN_DIR/report.html, self-contained."""
+"""python scripts/report.py RUN_DIR: write RUN_DIR/report.html, one self-contained file."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlswitch.errors import ConfigError
-from rlswitch.report import write_report
+from rlswitch.report.page import write_report
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Writes RUN_DIR/report.html, self-contained.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output_dir of a run")
+    parser = argparse.ArgumentParser(description="Write RUN_DIR/report.html, one self-contained file.")
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a run directory")
     try:
         print(write_report(parser.parse_args().run_dir))
     except (ConfigError, OSError) as error:

@@ -1,9 +1,9 @@
-"""python scripts/soak.py [key=value ...]: does a run with faults end like one without?
+"""python scripts/soak.py [key=value ...]: check that a run with faults ends like one without.
 
-Trains twice with the same settings, once undisturbed and once with faults injected at random: engines
-killed and stopped, reward workers killed, the run itself killed and told to stop. Compares every record
-and the final weights byte by byte, and looks for what grows. It counts all of /dev/shm: let nothing else
-use that meanwhile. Every setting stands in benchmarks/settings.py.
+Trains twice with the same settings, once undisturbed and once with faults injected at random: it kills and
+stops engines, kills reward workers, and kills and stops the run itself. Compares every record and the final
+weights byte for byte, and checks for leaks. It measures all of /dev/shm, so nothing else should use it
+meanwhile. All settings: benchmarks/settings.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every bad input there is a line for: what is typed, what lies there, and what rlswitch answers.
+"""Every bad input with its error message: what the user types, which files exist, what rlswitch prints.
 
-tests/test_faults.py runs each row through the command line; scripts/fault_pages.py makes docs/faults.md of
-them. In an expected line `...` stands for anything.
+tests/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection into
+docs/faults.md. In an expected line `...` matches anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BASE = (
     "model=model data=rows.jsonl data.max_prompt_tokens=16 data.eval_rows=2 rollout.max_new_tokens=8"
     " rollout.num_prompts=2 rollout.group_size=2 engine.fork_server=false logger=[]"
 )
-"""What every row is typed after: a run that would start, with `rows` and a tiny model."""
+"""The start of every command: a run that would start, with ROWS and a tiny model."""
 
 
 def lines(*rows: Any) -> str:
@@ -38,13 +38,13 @@ class BadInput:
     words: str
     says: tuple[str, ...]
     files: Mapping[str, str | bytes | Path] = field(default_factory=dict)
-    """What lies there beside rows.jsonl and model/; a Path is linked to."""
+    """Files beside rows.jsonl and model/; a Path becomes a symlink."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """How files of model/ differ: None for a missing one, a mapping to change keys, else the content."""
+    """Changes to files of model/: None deletes one, a mapping changes its keys, else it is the content."""
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
-    """How the machine differs."""
+    """Patches that imitate another machine."""
     needs_torch: bool = False
-    """Whether only torch, transformers' models or vLLM can tell: the answer waits until they are imported."""
+    """Whether only torch, transformers' models or vLLM can detect it, so that they are imported first."""
 
 
 def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:
@@ -66,7 +66,7 @@ COMMAND_LINE = [
         "recipe = pppo: there is no such recipe; did you mean 'ppo'? (available: cispo, ...)",
     ),
     bad(
-        "unknown choices, and what else is wrong beside them",
+        "unknown choices together with other mistakes",
         "algorithm=gropo engine=lokal trainer.lr=-1 algorithm.gamma=2 x=1",
         "algorithm = gropo: there is no such algorithm; did you mean 'grpo'? (available: ...)",
         "engine = lokal: there is no such engine; did you mean 'local'? (available: local, server)",
@@ -79,25 +79,25 @@ COMMAND_LINE = [
         "trainer.lrr = 1: unknown setting; did you mean 'trainer.lr'?",
     ),
     bad("a key without its section", "lr=1", "lr = 1: unknown setting; did you mean 'trainer.lr'?"),
-    bad("a key of two other sections", "trainer.every=5", f"trainer.every = 5: {TWO_SECTIONS}"),
+    bad("a key that two other sections have", "trainer.every=5", f"trainer.every = 5: {TWO_SECTIONS}"),
     bad(
-        "a misspelt key with a plus, as Hydra advises",
+        "a misspelt key with a plus sign, as Hydra suggests",
         "+trainer.lrr=1",
         f"+trainer.lrr = 1: {NO_NEW_KEY}; did you mean 'trainer.lr'?",
     ),
     bad("a made-up key with two", "++zzz=1", f"++zzz = 1: {NO_NEW_KEY}"),
     bad(
-        "a plus before a setting",
+        "a plus sign before an existing setting",
         "+trainer.lr=1",
         "+trainer.lr = 1: is a setting already; write trainer.lr=1",
     ),
     bad(
-        "a setting removed",
+        "a removed setting",
         "~trainer.lr",
         "~trainer.lr: a setting cannot be removed; give it another value",
     ),
     bad(
-        "a setting of another algorithm",
+        "a setting that another algorithm has",
         "algorithm=grpo algorithm.gamma=1",
         "algorithm.gamma = 1: a setting of algorithm=ppo, algorithm=reinforce_pp only",
     ),
@@ -137,7 +137,7 @@ COMMAND_LINE = [
     ),
     bad("an environment variable that is not set", "seed=${oc.env:NOPE}", f"seed = ...: {NO_VARIABLE}"),
     bad(
-        "a reference to a setting that is none",
+        "a reference to an unknown setting",
         "seed=${no}",
         "seed = ${no}: cannot be resolved: Interpolation key 'no' not found",
     ),
@@ -147,7 +147,7 @@ COMMAND_LINE = [
         "trainer.lr = ${model.path}: must be a number",
     ),
     bad(
-        "several mistakes, each told once and none that only follows from another",
+        "several mistakes, each reported once",
         "model trainer.lr=abc trainer.lrr=1 seed=-1 +zzz=1 mode=x",
         "'model': expected key=value",
         "trainer.lr = abc: must be a number",
@@ -157,7 +157,7 @@ COMMAND_LINE = [
         "mode = x: not one of train, plan, rewards",
     ),
     bad(
-        "a recipe of one's own with mistakes",
+        "a user's recipe with mistakes",
         "--config-dir mine recipe=keys seed=-1",
         "mine/recipe/keys.yaml: trainr.lr = 1: unknown setting; did you mean 'trainer.lr'?",
         "mine/recipe/keys.yaml: switch.verify = False: must be text; put it in quotes",
@@ -174,7 +174,7 @@ COMMAND_LINE = [
         },
     ),
     bad(
-        "a recipe that is no YAML",
+        "a recipe that is not YAML",
         "--config-dir mine recipe=odd",
         "mine/recipe/odd.yaml: ... line 3...",
         files={"mine/recipe/odd.yaml": "# @package _global_\nmodel: {path: x\n"},
@@ -216,7 +216,7 @@ COMMAND_LINE = [
         "output_dir = a,b: a sweep has one directory, its jobs are numbered in it; give one",
     ),
     bad(
-        "a sweep over a range that nothing samples",
+        "a sweep over an interval without a sampler",
         "-m trainer.lr=interval(1e-6,1e-5)",
         "trainer.lr = interval(1e-6,1e-5): only a sweeper that samples can use an interval, ...",
     ),
@@ -226,7 +226,7 @@ COMMAND_LINE = [
         "hydra/launcher = joblib: there is no such hydra/launcher (available: basic)",
     ),
     bad(
-        "a sweep over data of which some is not there",
+        "a sweep over datasets, one of them missing",
         "-m data=rows.jsonl,rosw.jsonl seed=1,2",
         "data.path = rosw.jsonl: no such file; did you mean 'rows.jsonl'?",
     ),
@@ -253,12 +253,12 @@ SETTINGS = [
     ),
     bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1.0: must be less than 1"),
     bad(
-        "more memory than there is",
+        "more memory than the device has",
         "engine.gpu_memory_utilization=1.4",
         "engine.gpu_memory_utilization = 1.4: must be at most 1",
     ),
     bad(
-        "a clip range of nothing",
+        "an empty clip range",
         "algorithm.ratio_clip_low=0",
         "algorithm.ratio_clip_low = 0.0: must be greater than 0",
     ),
@@ -273,13 +273,13 @@ SETTINGS = [
         "mode = trian: not one of train, plan, rewards; did you mean 'train'?",
     ),
     bad(
-        "a pattern that is no regular expression",
+        "a pattern that is not a regular expression",
         "reward.format_pattern='('",
         "reward.format_pattern = (: is no regular expression (missing ), unterminated subpattern at position"
         " 0); set one that a whole completion has to match",
     ),
     bad(
-        "models for rewards that are not named, and one that is asked twice",
+        "judge and reward model without a path, and one named twice",
         "reward.functions=[judge,reward_model,judge]",
         "judge.path = null: reward.functions names 'judge', there would be nothing to ask; set"
         " judge.path=<a Hugging Face directory or hub id>",
@@ -289,13 +289,13 @@ SETTINGS = [
         " name it once",
     ),
     bad(
-        "a reward model that is not asked",
+        "a reward model that reward.functions does not name",
         "reward_model.path=m judge.pattern='('",
         "reward_model.path = m: reward.functions = ['exact_match'] does not name 'reward_model', it would"
         " never be asked; set reward.functions=[exact_match,reward_model], or reward_model.path=null",
     ),
     bad(
-        "a judge that does not see the answer, and whose score cannot be told",
+        "a judge prompt without the answer and a pattern without a group",
         "reward.functions=judge judge.path=m judge.prompt='{prompt}' judge.pattern='[01]' judge.level=kv",
         "judge.prompt = '{prompt}': has no {completion}, the judge would not see what it judges; put"
         " {completion} where the answer belongs",
@@ -304,23 +304,23 @@ SETTINGS = [
         "judge.level = kv: not one of 1, 2",
     ),
     bad(
-        "minibatches that do not divide a step",
+        "minibatches that do not divide the rollouts of a step",
         "rollout.num_prompts=4 rollout.group_size=2 trainer.minibatches=3",
         "trainer.minibatches = 3: does not divide the 8 rollouts of a step (rollout.num_prompts x"
         " rollout.group_size); set a divisor of 8",
     ),
     bad(
-        "a group of one where groups are compared",
+        "a group of one for an algorithm with a group baseline",
         "algorithm=grpo rollout.group_size=1",
         "rollout.group_size = 1: a group baseline needs siblings, every advantage would be 0; set at least 2",
     ),
     bad(
-        "one rollout to whiten",
+        "whitening with one rollout",
         "algorithm=ppo algorithm.whiten_advantages=true rollout.num_prompts=1 rollout.group_size=1",
         "algorithm.whiten_advantages = true: one rollout has no spread to divide by; ...",
     ),
     bad(
-        "micro-batches that no rollout fits into",
+        "micro-batches smaller than a rollout",
         "trainer.micro_batch_tokens=20",
         "trainer.micro_batch_tokens = 20: one rollout can be 24 tokens long and would never fit; set at"
         " least 24",
@@ -332,7 +332,7 @@ SETTINGS = [
         " set engine.max_model_len=24 or shorten one of them",
     ),
     bad(
-        "a punishment longer than a completion",
+        "an overlong buffer longer than a completion",
         "reward.overlong_buffer=9",
         "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, every completion would be"
         " punished; set less",
@@ -344,7 +344,7 @@ SETTINGS = [
         " set algorithm.kl_coef above 0, or algorithm.kl_target=0",
     ),
     bad(
-        "a refreshed reference without one",
+        "a reference refresh without a reference",
         "algorithm.reference_refresh=5",
         "algorithm.reference_refresh = 5: there is no reference while algorithm.kl_coef is 0, ...",
     ),
@@ -361,7 +361,7 @@ SETTINGS = [
         " is, it would hardly hold it; set k1, or algorithm.kl_in=loss",
     ),
     bad(
-        "two bounds of which one does nothing",
+        "two bounds, one of them without effect",
         "algorithm=cispo algorithm.dual_clip=4",
         "algorithm.dual_clip = 4.0: algorithm.surrogate=weighted bounds its weights by the ordinary clips,"
         " it would do nothing; set algorithm.dual_clip=0",
@@ -379,7 +379,7 @@ SETTINGS = [
         " model.lora_rank above 0, or checkpoint.merged=false",
     ),
     bad(
-        "arguments of vLLM that are settings here, or fixed",
+        "vLLM arguments that are rlswitch settings, or fixed",
         "engine.vllm.logprobs_mode=raw_logits engine.vllm.dtype=float16",
         "engine.vllm.logprobs_mode: is fixed, a push could not be proven otherwise; leave it out",
         "engine.vllm.dtype: has a setting of its own; set model.dtype",
@@ -391,7 +391,7 @@ SETTINGS = [
         " with them sleep level 2 loses their base; leave it out, set model.lora_rank",
     ),
     bad(
-        "a level to be chosen for a server that runs already",
+        "switch.level=auto for a running server",
         "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
         "switch.level = auto: what a running server can do and needs is not measured here; set 2, or what"
         " docs/levels.md says",
@@ -412,7 +412,7 @@ SETTINGS = [
     ),
     *(
         bad(
-            f"an address that is none ({url})",
+            f"an invalid address ({url})",
             f"engine=server engine.url={url}",
             f"engine.url = {url}: must be http://HOST:PORT, https://HOST:PORT or unix:/path/of/the/socket",
         )
@@ -426,7 +426,7 @@ SETTINGS = [
     ),
     *(
         bad(
-            f"a place to listen that is none ({place})",
+            f"an invalid listening address ({place})",
             f"engine=server engine.listen={place}",
             f"engine.listen = {place}: must be socket or HOST:PORT, such as 127.0.0.1:0 (any free port)",
         )
@@ -463,7 +463,7 @@ DATA = [
     ),
     bad("a file that is not there", "data=/no/such/place", "data.path = /no/such/place: no such file"),
     bad(
-        "a file in a home that is nobody's",
+        "a file in the home of an unknown user",
         "data='~nobody-of-that-name/a.csv'",
         "data.path = ~nobody-of-that-name/a.csv: no such file",
     ),
@@ -480,7 +480,7 @@ DATA = [
         "data.path = builtin:adition: no such built-in task (there is addition); did you mean 'addition'?",
     ),
     bad(
-        "a file of an unknown kind",
+        "a file of an unknown type",
         "data=notes.txt",
         "data.path = notes.txt: not a .jsonl .json .csv .parquet file, a directory or a hub id",
         files={"notes.txt": "prompt"},
@@ -522,7 +522,7 @@ DATA = [
         files={"parts/train.jsonl": lines(ROW, "{")},
     ),
     bad(
-        "a split of a file, which has none",
+        "a split of a file, which has no splits",
         "data.split=test",
         "data.split = test: rows.jsonl has no splits; leave data.split out, or name another file with"
         " data.eval_path",
@@ -539,12 +539,12 @@ DATA = [
         " them",
     ),
     bad(
-        "held-out rows that are not there",
+        "a missing file of held-out rows",
         "data.eval_path=nope.jsonl",
         "data.eval_path = nope.jsonl: no such file...",
     ),
     bad(
-        "mistakes in both sources, told at once",
+        "mistakes in both sources, reported together",
         "data=a.jsonl data.eval_path=b.jsonl",
         "data.path = a.jsonl: no such file...",
         "data.eval_path = b.jsonl: b.jsonl:1 is not valid JSON (...)",
@@ -617,7 +617,7 @@ DATA = [
     ),
     row("a row that is null", "null", "data.path = rows.jsonl: rows.jsonl:2 is not an object but null"),
     row(
-        "a row that is no JSON",
+        "a row that is not JSON",
         '{"prompt": b}',
         "data.path = rows.jsonl: rows.jsonl:2 is not valid JSON (Expecting value, column 12)",
     ),
@@ -638,7 +638,7 @@ DATA = [
         files={"rows.jsonl": f"{ROW}\n{ROW}\n".encode() + b'{"prompt": "\xff"}\n'},
     ),
     bad(
-        "more bad rows than one wants to read",
+        "more bad rows than are worth printing",
         "",
         *(f"{KEY}rows.jsonl:{line} is null; ..." for line in range(1, 6)),
         f"{KEY}15 more rows are wrong too",
@@ -651,7 +651,7 @@ DATA = [
         files={"rows.json": json.dumps([{"prompt": "1"}, {"prompt": None}])},
     ),
     bad(
-        "a list that is no JSON",
+        "a list that is not JSON",
         "data=rows.json",
         "data.path = rows.json: rows.json:3 is not valid JSON (...)",
         files={"rows.json": '[\n{"prompt": "a"},\n{"prompt" "b"}]'},
@@ -689,7 +689,7 @@ DATA = [
         " rows.jsonl:11); set data.max_prompt_tokens=6",
     ),
     bad(
-        "a column with the name of an argument of reward functions",
+        "a column named like an argument of reward functions",
         "",
         "data.path: column 'completions' has the name of an argument of reward functions; rename it",
         files={"rows.jsonl": lines(*({"prompt": f"{i}", "answer": "", "completions": ""} for i in range(9)))},
@@ -710,7 +710,7 @@ REWARDS = [
         "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one each, or [] for all 1",
     ),
     bad(
-        "a format that asks for nothing",
+        "a format reward without a pattern",
         "reward.functions=format",
         "reward.format_pattern = null: the reward 'format' has nothing to ask for; set a regular expression"
         " that a whole completion has to match",
@@ -729,14 +729,14 @@ REWARDS = [
         " 'judge'?), ...",
     ),
     bad(
-        "models for rewards that are not there",
+        "missing judge and reward model",
         "reward.functions=[judge,reward_model] judge.path=./modle reward_model.path=rows.jsonl",
         "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
         " 'model'?",
         "reward_model.path = rows.jsonl: is a file; set the directory that it lies in",
     ),
     bad(
-        "built-in models for rewards that do not exist",
+        "unknown built-in judge and reward model",
         "reward.functions=[judge,reward_model] judge.path=builtin:adition-judge reward_model.path=builtin:x",
         "judge.path = builtin:adition-judge: no such built-in model (there is addition, addition-judge,"
         " addition-reward-model); did you mean 'addition-judge'?",
@@ -744,13 +744,13 @@ REWARDS = [
         " addition-reward-model)",
     ),
     bad(
-        "a sweep over judges of which one is not there",
+        "a sweep over judges, one of them missing",
         "-m reward.functions=judge judge.path=model,./modle",
         "judge.path = ./modle: no such directory, and not a hub id (name or owner/name); did you mean"
         " 'model'?",
     ),
     bad(
-        "a language model for a reward model",
+        "a language model as reward model",
         "reward.functions=reward_model reward_model.path=model",
         "reward_model.path = model: is no sequence classifier (Qwen3ForCausalLM): its scores would be made"
         " up; set a model that was saved by AutoModelForSequenceClassification with num_labels=1",
@@ -767,13 +767,13 @@ REWARDS = [
         },
     ),
     bad(
-        "a blank for the judge that no column fills in",
+        "a judge prompt with an unknown column",
         "reward.functions=judge judge.path=model judge.prompt='{completion}{anser}'",
         "judge.prompt: {anser} is no column of the dataset, so it could not be filled in; there is prompt,"
         " completion, answer; did you mean 'answer'?",
     ),
     bad(
-        "questions longer than the judge's context",
+        "prompts longer than the judge's context",
         "reward.functions=judge judge.path=model judge.prompt='{prompt}{completion}' judge.max_new_tokens=60",
         "judge.path = model: its context is 64 tokens, a question is up to 6, a completion"
         " rollout.max_new_tokens 8, a reply judge.max_new_tokens 60: 74 would not fit; shorten one of them,"
@@ -786,18 +786,18 @@ REWARDS = [
         files={"mine.py": ""},
     ),
     bad(
-        "a file of rewards that is not there",
+        "a missing file of reward functions",
         "reward.functions=mien.py:f",
         "reward.functions = mien.py:f: no such file 'mien.py' in ...; did you mean 'mine.py'?",
         files={"mine.py": ""},
     ),
     bad(
-        "several, and weights that are none",
+        "several unknown functions, and weights that are not numbers",
         "reward.functions=[nope,exact_match,math:nope] reward.weights=[1,nan,1]",
         "reward.functions = nope: no such built-in function; ...",
     ),
     bad(
-        "held-out rows without a column that a function asks for",
+        "held-out rows without a column that a function needs",
         "data.eval_path=others.jsonl reward.functions=exact_match",
         "reward.functions = exact_match: cannot be called (...'answer'); it gets prompts, completions,"
         " completion_ids; let it take the unnamed as **columns",
@@ -810,13 +810,13 @@ REWARDS = [
         " module named 'no_such_module')",
     ),
     bad(
-        "a function that the module does not have, and a weight that is no number",
+        "an unknown function of a module, and a weight that is NaN",
         "reward.functions=[math:sqr,exact_match] reward.weights=[1,nan]",
         "reward.weights = [1.0, nan]: nan is not a finite number",
         "reward.functions = math:sqr: 'math' has no 'sqr'; did you mean 'sqrt'?",
     ),
     bad(
-        "a name that is no function",
+        "a name that is not a function",
         "reward.functions=math:pi",
         "reward.functions = math:pi: is a float; name a function",
     ),
@@ -833,7 +833,7 @@ REWARDS = [
             files={"mine.py": source},
         )
         for what, source, says in (
-            ("is no Python", "def f(:", "cannot import 'mine.py' (SyntaxError: ...)"),
+            ("is not Python", "def f(:", "cannot import 'mine.py' (SyntaxError: ...)"),
             ("leaves", "raise SystemExit(3)", "cannot import 'mine.py' (SystemExit: 3)"),
             ("raises", "raise RuntimeError('no key')", "cannot import 'mine.py' (RuntimeError: no key)"),
         )
@@ -845,7 +845,7 @@ REWARDS = [
         files={"mine.py": "import os; os._exit(4)"},
     ),
     bad(
-        "functions that do not take the columns there are",
+        "functions whose arguments do not match the columns",
         "reward.functions=[mine.py:needs,mine.py:narrow]",
         "reward.functions = mine.py:needs: cannot be called (missing a required argument: 'solution'); it"
         " gets prompts, completions, completion_ids, answer; let it take the unnamed as **columns",
@@ -885,7 +885,7 @@ MODEL = [
         " addition-reward-model); did you mean 'addition'?",
     ),
     bad(
-        "a file for a directory",
+        "a file instead of a directory",
         "model=model/config.json",
         "model.path = model/config.json: is a file; set the directory that it lies in",
     ),
@@ -896,13 +896,13 @@ MODEL = [
         model={"config.json": None},
     ),
     bad(
-        "an adapter for a model",
+        "an adapter instead of a model",
         "",
         "model.path = model: has no config.json: it holds a LoRA adapter; set the directory of a whole model",
         model={"config.json": None, "adapter_config.json": "{}"},
     ),
     bad(
-        "a configuration that is no JSON",
+        "a configuration that is not JSON",
         "",
         "model.path = model: its JSON files cannot be read (JSONDecodeError: ...); copy the model again",
         model={"config.json": "{"},
@@ -914,7 +914,7 @@ MODEL = [
         model={"model.safetensors": None},
     ),
     bad(
-        "weights in a pickle",
+        "pickled weights",
         "",
         "model.path = model: has no *.safetensors but pytorch_model.bin, a pickle, which could run code while"
         " it loads; save the model with save_pretrained",
@@ -927,7 +927,7 @@ MODEL = [
         model={"model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors"}})},
     ),
     bad(
-        "weights that were not copied to their end",
+        "weights that were copied incompletely",
         "",
         "model.path = model: model.safetensors has 60 bytes instead of 72; copy it again",
         model={
@@ -937,13 +937,13 @@ MODEL = [
         },
     ),
     bad(
-        "a pointer of Git LFS for weights",
+        "a Git LFS pointer instead of weights",
         "",
         "model.path = model: model.safetensors is no safetensors file, or cut off: ...; copy it again",
         model={"model.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"},
     ),
     bad(
-        "weights whose header is no JSON",
+        "weights whose header is not JSON",
         "",
         "model.path = model: model.safetensors cannot be read as safetensors (JSONDecodeError: ...); copy"
         " it again",
@@ -963,7 +963,7 @@ MODEL = [
         model={"config.json": '{"model_type": "vit"}'},
     ),
     bad(
-        "a model with code of its own",
+        "a model with custom code",
         "",
         "model.path = model: is custom code; set model.trust_remote_code=true to run it, if you trust its"
         " authors",
@@ -976,7 +976,7 @@ MODEL = [
         model={"tokenizer.json": None, "tokenizer_config.json": None},
     ),
     bad(
-        "a tokenizer that never ends",
+        "a tokenizer without an end-of-sequence token",
         "",
         "model.path = model: its tokenizer has no end-of-sequence token, so no completion would ever end; set"
         " eos_token in its tokenizer_config.json",
@@ -1008,13 +1008,13 @@ MODEL = [
         model={"chat_template.jinja": "{{ raise_exception('no system') }}"},
     ),
     row(
-        "a prompt that comes to no token",
+        "a prompt without tokens",
         '{"prompt": ""}',
         f"{KEY}rows.jsonl:2 is empty: it has no tokens",
         model={"tokenizer.json": {"post_processor": None}},
     ),
     bad(
-        "adapters for layers that are not there",
+        "adapters for layers that do not exist",
         "model.lora_rank=2 model.lora_targets=[q_prj]",
         "model.lora_targets = ['q_prj']: ...; name linear layers of the model, as q_proj, or [] for all"
         " of them",
@@ -1040,7 +1040,7 @@ MODEL = [
         needs_torch=True,
     ),
     bad(
-        "a schedule's argument that it does not take",
+        "an argument that the schedule does not accept",
         "trainer.lr_schedule_kwargs.power=2",
         "trainer.lr_schedule_kwargs.power: the schedule constant does not take it; it takes nothing",
         needs_torch=True,
@@ -1052,7 +1052,7 @@ MODEL = [
         needs_torch=True,
     ),
     bad(
-        "a schedule without what it needs",
+        "a schedule without a required argument",
         "trainer.lr_schedule=cosine_with_min_lr",
         "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
         " trainer.lr_schedule_kwargs (...)",
@@ -1088,7 +1088,7 @@ def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
 
 def small_gpu(patch: pytest.MonkeyPatch) -> None:
     """a GPU of 1 GiB"""
-    from rlswitch.planning.footprint import DeviceFacts
+    from rlswitch.planning.machine import DeviceFacts
 
     size = 2**30
     facts = DeviceFacts(
@@ -1182,7 +1182,7 @@ MACHINE = [
         machine=taken_port,
     ),
     bad(
-        "no server where one is to be",
+        "an address where no server answers",
         "engine=server engine.url=unix:/no/such.sock",
         "engine.url = unix:/no/such.sock: no vLLM server answers there; start it with: VLLM_SERVER_DEV_MODE=1"
         " ...",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ class HereAlone:
 
     def close(self) -> None:
         pass
+
+
+def eventually(condition: Callable[[], object], seconds: float = 120.0) -> bool:
+    """Whether it comes true in the end: for what another process or thread does in its own time."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
 
 
 def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, **columns: Any) -> Group:

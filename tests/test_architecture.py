@@ -47,6 +47,8 @@ VENDORS = {
     "wandb": {"records/"},
     "accelerate": {"training/trainer.py", "records/monitor.py"},
     "peft": {"training/lora.py"},
+    "vl_convert": {"report/"},
+    "jinja2": {"report/"},
 }
 ENGINE_WORDS = {"sleep", "wake_up", "reload_weights"}
 HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlswitch.command.comparison import group_by_seed, read_curve, write_comparison
+from rlswitch.command.comparison import cells, mean_curve, read_points, write_comparison
 from rlswitch.command.sweep import Job
 
 ACC = "val/addition/acc"
@@ -35,35 +35,42 @@ def make_job(tmp_path: Path):
     return make
 
 
+def arms_of(jobs: list[Job]) -> dict:
+    return dict(iter(read_points(jobs, ACC).groupby("arm", sort=False)))
+
+
 def test_runs_that_differ_in_their_seed_are_one_arm(make_job, tmp_path):
     jobs = [
         make_job(["recipe=ppo", "seed=0", "num_steps=3"], [0.4, 0.7, 0.9]),
         make_job(["recipe=ppo", "seed=1", "num_steps=3"], [0.2, 0.9, 1.0]),
         make_job(["recipe=grpo", "seed=0", "num_steps=3"], [0.4, 0.5, 0.6]),
     ]
-    ppo, grpo = group_by_seed(jobs, ACC)
-    assert (ppo.name, grpo.name) == ("ppo", "grpo")
-    assert ppo.mean_curve == [pytest.approx(p) for p in ((0, 0.3), (1, 0.8), (2, 0.95))]
+    arms = arms_of(jobs)
+    assert list(arms) == ["ppo", "grpo"]
+    assert mean_curve(arms["ppo"]) == [pytest.approx(p) for p in ((0, 0.3), (1, 0.8), (2, 0.95))]
     # 0.8 after step 2 (6.5 s) and after step 1 (4.5 s)
-    assert ppo.cells == ["ppo", "2", "0.300", "0.950", "0.900 - 1.000", "6", "1.5"]
-    assert grpo.cells[-2:] == ["not reached", "-"]
+    assert cells(arms["ppo"]) == ["2", "0.300", "0.950", "0.900 - 1.000", "6", "1.5"]
+    assert cells(arms["grpo"])[-2:] == ["not reached", "-"]
+
+
+def test_a_mean_is_over_the_steps_that_all_runs_have(make_job):
+    arms = arms_of([make_job(["seed=0"], [0.4, 0.6, 1.0]), make_job(["seed=1"], [0.2, 0.4])])
+    assert mean_curve(arms["all"]) == [(0, pytest.approx(0.3)), (1, pytest.approx(0.5))]
 
 
 def test_seconds_are_those_of_the_steps_so_far(make_job):
     job = make_job(["seed=0"], [0.4, 0.5])
-    assert [point.seconds for point in read_curve(Path(job.directory) / "metrics.jsonl", ACC)] == [2.0, 4.5]
+    assert list(read_points([job], ACC)["seconds"]) == [2.0, 4.5]
 
 
 def test_an_arm_says_how_many_of_its_runs_got_there(make_job):
     jobs = [make_job(["seed=0"], [0.4, 0.9]), make_job(["seed=1"], [0.4, 0.5])]
-    (arm,) = group_by_seed(jobs, ACC)
-    assert arm.name == "all" and arm.cells[-2] == "4 (1 of 2)"
+    assert cells(arms_of(jobs)["all"])[-2] == "4 (1 of 2)"
 
 
 def test_a_job_that_failed_is_not_compared(make_job):
     jobs = [make_job(["seed=0"], [0.4, 0.9]), make_job(["seed=1"], [0.4, 0.0], exit_code=1)]
-    (arm,) = group_by_seed(jobs, ACC)
-    assert arm.cells[1] == "1"
+    assert cells(arms_of(jobs)["all"])[0] == "1"
 
 
 def test_the_files_hold_every_arm(make_job, tmp_path):
@@ -76,8 +83,9 @@ def test_the_files_hold_every_arm(make_job, tmp_path):
     picture = ElementTree.parse(tmp_path / "comparison.svg").getroot()
     texts = {node.text for node in picture.iter("{http://www.w3.org/2000/svg}text")}
     assert set(recipes) <= texts
-    curves = list(picture.iter("{http://www.w3.org/2000/svg}polyline"))
-    assert len(curves) == 10 and len({curve.get("class") for curve in curves}) == 10
+    paths = picture.iter("{http://www.w3.org/2000/svg}path")
+    curves = [path.get("stroke") for path in paths if path.get("aria-roledescription") == "line mark"]
+    assert len(curves) == 10 and len(set(curves)) == 10
 
 
 def test_one_job_or_none_with_an_evaluation_is_nothing_to_compare(make_job, tmp_path):

@@ -154,7 +154,7 @@ def in_process_of_its_own(*words: str, program: list[str] | None = None):
     command = [sys.executable, *(program or [str(ROOT / "train.py")]), *words]
     environment = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
     environment["PYTHONPATH"] = str(ROOT)
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_a_wrong_command_line_leaves_nothing_behind(empty_directory):

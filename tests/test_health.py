@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 
 from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.errors import RLSwitchError
 from rlswitch.records.health import Health, write_down
-from rlswitch.session import Session
 
 BROKEN = ["actor/grad_norm = inf", "actor/grad_norm = nan"]
 
@@ -87,19 +85,3 @@ def test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end(healt
     assert "of the last 50 steps: rewards that are compared do not differ" in health.end
     health.check(61, {"actor/grad_norm": 0.0}, [], make_groups())
     assert not health.end  # who goes on all the same has fifty more
-
-
-def test_a_run_with_nothing_more_to_learn_is_saved_before_it_ends():
-    saved: list[str] = []
-    session = SimpleNamespace(
-        trainer=SimpleNamespace(version=60, skipped=[]),
-        engine=SimpleNamespace(metrics=dict),
-        ledger=SimpleNamespace(step_metrics=dict),
-        prompts=SimpleNamespace(epoch=0.0),
-        monitor=SimpleNamespace(log=lambda *_: None),
-        health=SimpleNamespace(end="the policy's gradient was 0"),
-        save=lambda: saved.append("saved"),
-    )
-    with pytest.raises(RLSwitchError, match="gradient was 0; checkpoint of step 60 saved"):
-        Session.log(session, {})
-    assert saved

@@ -16,11 +16,13 @@ from pathlib import Path
 import pytest
 import yaml
 from rich.console import Console
+from samples import eventually
 
 from rlswitch.algorithms.ppo import PPO
 from rlswitch.config.sections import DataConfig, EngineConfig, ModelConfig
 from rlswitch.errors import ConfigError
 from rlswitch.records import monitor as monitoring
+from rlswitch.records.console import LiveDisplay, Sample, View
 from rlswitch.records.jsonl import read, trim
 from rlswitch.records.monitor import TRACKERS, Monitor, tracker_problems
 from rlswitch.records.provenance import command_line, redacted
@@ -306,32 +308,30 @@ def test_a_tracker_that_raises_is_left_with_one_warning(tmp_path, tracker):
 
 
 def test_a_tracker_that_hangs_does_not_hold_the_run(tmp_path, tracker, monkeypatch):
-    monkeypatch.setattr(monitoring, "HANG_SECONDS", 0.05)
     stuck, release = threading.Event(), threading.Event()
 
     def hang():
         stuck.set()
-        release.wait(20)
+        release.wait()
 
     tracker.on_log = staticmethod(hang)
     console = plain()
-    began = time.monotonic()
     with Monitor(make_run(logger=["fake"]), tmp_path, console=console) as monitor:
         monitor.log(1, METRICS)
-        assert stuck.wait(10)
-        time.sleep(0.1)
+        assert stuck.wait(60)
+        monkeypatch.setattr(monitoring, "HANG_SECONDS", 0.0)
         for step in (2, 3):
             monitor.log(step, METRICS)
-    release.set()
-    assert time.monotonic() - began < 10
+    release.set()  # only now: neither the records nor the end of the run have waited for it
     assert printed(console).count("warning: fake has not answered") == 1
+    assert "still busy" not in printed(console)
     assert len(lines_of(tmp_path / "metrics.jsonl")) == 3
 
 
 def test_a_slow_finish_is_given_up(tmp_path, tracker, monkeypatch):
     monkeypatch.setattr(monitoring, "FINISH_SECONDS", 0.1)
     release = threading.Event()
-    tracker.finish = lambda self: release.wait(20)
+    tracker.finish = lambda self: release.wait()
     console = plain()
     with Monitor(make_run(logger=["fake"]), tmp_path, console=console) as monitor:
         monitor.log(1, METRICS)
@@ -376,7 +376,8 @@ def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypa
         resumed.log(2, METRICS)
     assert resumed.wandb_id == monitor.wandb_id
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{monitor.wandb_id}.wandb"))
-    assert [wandb_steps(file) for file in files] == [{1}, {2}]
+    # W&B's own process writes them, and may be a moment behind.
+    assert eventually(lambda: [wandb_steps(file) for file in files] == [{1}, {2}]), files
     assert "wandb sync" in printed(console)
     assert capfd.readouterr() == ("", "")
 
@@ -416,16 +417,17 @@ def test_plain_output_is_a_line_a_step_without_control_characters(tmp_path):
     assert "pushes" in text
 
 
-def test_a_terminal_shows_a_compact_panel(tmp_path):
+def test_a_terminal_shows_a_compact_panel():
     console = terminal()
-    with Monitor(make_run(), tmp_path, console=console) as monitor:
-        monitor.phase("engine start")
-        monitor.log(0, {"val/addition/acc": 0.125})
-        for step in range(1, 6):
-            monitor.log(step, METRICS, make_groups("3\x1b[2J"))
-        monitor.phase("rollout")
-        sketch = Console(file=io.StringIO(), width=80, force_terminal=False)
-        sketch.print(monitor._display.render())  # type: ignore[attr-defined]
+    display = LiveDisplay(console, View(title="run", num_steps=20))
+    display.phase("engine start")
+    display.show(0, {"val/addition/acc": 0.125}, None)
+    for step in range(1, 6):
+        display.show(step, METRICS, Sample(prompt="1+2=", completion="3\x1b[2J", reward=1.0))
+    display.phase("rollout")
+    sketch = Console(file=io.StringIO(), width=80, force_terminal=False)
+    sketch.print(display.render())
+    display.close("done", [])
     lines = printed(sketch).splitlines()
     assert len(lines) <= 14
     assert max(map(len, lines)) <= 80
@@ -438,8 +440,7 @@ def test_a_panel_can_be_drawn_before_anything_is_known(tmp_path):
     console = terminal(width=40)
     with Monitor(make_run(), tmp_path, console=console) as monitor:
         monitor.phase("engine start")
-        time.sleep(0.3)
-    assert "engine start" in printed(console)
+        assert eventually(lambda: "engine start" in printed(console))  # it draws itself, now and then
 
 
 def test_an_exception_closes_the_display_and_passes_on(tmp_path):

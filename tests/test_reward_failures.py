@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -127,11 +128,11 @@ def test_what_is_no_number_costs_its_own_row_only(scorer, kind, value, says):
     assert all(says in rollout.errors["bad"] for rollout in failed)
 
 
-def test_async_functions_that_share_a_call_are_told_apart(scorer):
+def test_async_functions_that_share_a_call_are_told_apart(scorer, tmp_path):
     other = "async def good(prompts, **columns): return [3.0] * len(prompts)"
-    scorer = scorer("while True: pass", before=other, kind="async def", timeout_s=2.0)
-    entry = scorer._config.functions[1]
-    both = Scorer(RewardConfig(functions=[entry, entry.replace(":bad", ":good")], timeout_s=2.0))
+    scorer("time.sleep(1000)", before=other, kind="async def")
+    file = tmp_path / "mine0.py"
+    both = Scorer(RewardConfig(functions=[f"{file}:bad", f"{file}:good"], timeout_s=2.0))
     groups = step(3)
     try:
         both.score(groups)
@@ -141,38 +142,48 @@ def test_async_functions_that_share_a_call_are_told_apart(scorer):
     assert failed.rewards == {"good": 3.0} and list(failed.errors) == ["bad"]
 
 
-def test_processes_that_a_function_leaves_behind_are_ended_with_it(scorer, tmp_path):
-    pids = tmp_path / "pids"
-    body = f"""
+ORPHAN = """
+reader, writer = os.pipe()
 if os.fork() == 0:
     os.setsid()
     if os.fork() == 0:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        open({str(pids)!r}, 'a').write(f'{{os.getpid()}}\\n')
+        os.write(writer, b'%d' % os.getpid())
         while True: time.sleep(1)
     os._exit(0)
-while not os.path.exists({str(pids)!r}): time.sleep(0.01)
-while True: time.sleep(1)
+orphan = os.read(reader, 99).decode()
 """
-    scorer = scorer(body.strip(), timeout_s=2.0)
+"""In a function: starts a process that leaves its session, and waits until it has."""
+
+
+def noted(note: Path) -> list[str]:
+    """What a function writes down, once it has: a line."""
+    while not (note.exists() and note.read_text().endswith("\n")):
+        time.sleep(0.01)
+    return note.read_text().split()
+
+
+def test_processes_that_a_function_leaves_behind_are_ended_with_it(scorer, tmp_path):
+    note = tmp_path / "note"
+    scorer = scorer(f"{ORPHAN}open({str(note)!r}, 'a').write(orphan + '\\n')\nos._exit(3)".strip())
     groups = step(0)
     scorer.score(groups)
     assert len(groups[0].failed) == 1
-    left = pids.read_text().split()
-    assert left and not [pid for pid in left if psutil.pid_exists(int(pid))]
+    assert noted(note)
+    assert not [pid for pid in noted(note) if psutil.pid_exists(int(pid))]
 
 
-def test_close_ends_what_is_still_at_work_and_its_files(scorer, tmp_path):
+def test_close_ends_what_is_still_at_work_with_all_that_it_has_started(scorer, tmp_path):
     note = tmp_path / "note"
-    body = f"import tempfile\nd = tempfile.mkdtemp()\nopen({str(note)!r}, 'w').write(d)\ntime.sleep(1000)"
-    scorer = scorer(body, functions=[], timeout_s=1000.0)
+    line = f"import tempfile\nopen({str(note)!r}, 'w').write(f'{{orphan}} {{tempfile.mkdtemp()}}\\n')"
+    scorer = scorer(f"{ORPHAN}{line}\ntime.sleep(1000)".strip(), functions=[], timeout_s=1000.0)
     pending = scorer.submit(step(0))
-    while not (note.exists() and note.read_text()):
-        os.sched_yield()
+    orphan, directory = noted(note)
+    assert psutil.pid_exists(int(orphan)) and Path(directory).is_dir()
     scorer.close()
     with pytest.raises(RewardError):
         scorer.collect(pending)
-    assert not Path(note.read_text()).exists()
+    assert not psutil.pid_exists(int(orphan)) and not Path(directory).exists()
 
 
 def test_a_killed_trainer_takes_its_workers_along(tmp_path):
@@ -186,7 +197,7 @@ def test_a_killed_trainer_takes_its_workers_along(tmp_path):
     trainer = subprocess.Popen([sys.executable, "-c", TRAINER, str(tmp_path / "mine.py")])
     while not (note.exists() and note.read_text().endswith("\n")):
         assert trainer.poll() is None
-        os.sched_yield()
+        time.sleep(0.01)
     family = [psutil.Process(int(pid)) for pid in note.read_text().split()]
     trainer.kill()
     trainer.wait()

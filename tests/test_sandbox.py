@@ -28,11 +28,18 @@ from rlswitch.rewards.scorer import Scorer
 pytestmark = pytest.mark.processes
 
 LIMITS = Limits(seconds=1.0, memory_bytes=1 << 30, processes=32, file_bytes=1 << 20)
+"""A second of CPU time; on a busy machine it may last a minute."""
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time enough to use up a second of CPU time, however busy the machine."""
+    monkeypatch.setattr(module, "PATIENCE", 60.0)
 
 
 def isolation() -> str | None:
     try:
-        Sandbox(LIMITS)
+        Sandbox(replace(LIMITS, seconds=60.0))
     except SandboxError as error:
         return str(error)
     return None
@@ -87,12 +94,6 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.fixture
-def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time enough to use up a second of CPU time, however busy the machine."""
-    monkeypatch.setattr(module, "PATIENCE", 60.0)
-
-
 @needs_isolation
 def test_a_program_gets_its_input_and_is_heard(sandbox):
     outcome = sandbox.run("import sys; print(input()); print('err', file=sys.stderr)", stdin="in\n")
@@ -115,9 +116,9 @@ def test_a_program_gets_its_input_and_is_heard(sandbox):
         ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
     ],
 )
-def test_what_a_program_does_wrong_is_named(sandbox, request, source, problem):
-    if not problem.startswith("did not end"):
-        request.getfixturevalue("patience")
+def test_what_a_program_does_wrong_is_named(sandbox, monkeypatch, source, problem):
+    if problem.startswith("did not end"):
+        monkeypatch.setattr(module, "PATIENCE", 3.0)
     assert (sandbox.run(source).problem or "").startswith(problem)
 
 
@@ -142,7 +143,7 @@ while True:
 """
 
 
-def test_a_program_on_a_busy_core_is_judged_by_the_count_that_ended_it(sandbox, patience, shared_core):
+def test_a_program_on_a_busy_core_is_judged_by_the_count_that_ended_it(sandbox, shared_core):
     """The kernel charges it for whole ticks: it has computed less than that."""
     assert sandbox.run("while True: pass").problem == "ran longer than 1 s"
 
@@ -237,7 +238,7 @@ def test_what_lives_below_tmp_can_be_shown_and_not_changed(monkeypatch):
 @needs_isolation
 def test_an_isolated_program_may_use_the_packages_and_a_directory_of_its_own():
     source = "import numpy, os; open('/tmp/x', 'w').write('y'); print(numpy.ones(2).sum(), os.listdir('.'))"
-    outcome = Sandbox(LIMITS).run(source)
+    outcome = Sandbox(replace(LIMITS, seconds=30.0)).run(source)
     assert outcome.problem is None and outcome.output.startswith("2.0 [") and "'x'" in outcome.output
 
 
@@ -276,7 +277,7 @@ TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0", "assert add(2, 2) ==
         (code("this is no Python"), 0.0, "SyntaxError"),
     ],
 )
-def test_code_is_worth_the_share_of_the_tests_it_passes(patience, completion, score, remark):
+def test_code_is_worth_the_share_of_the_tests_it_passes(completion, score, remark):
     said = {}
     reward = CodeReward(Sandbox(LIMITS))
     scores = reward([None], [completion], [TESTS], log_extra=lambda name, values: said.update({name: values}))
@@ -292,7 +293,10 @@ def test_the_code_reward_of_a_run_names_its_outcomes(request):
     scorer.score([group])
     rollouts = group.rollouts
     assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 1.0]
-    assert rollouts[1].extra == {"code": "passed 0 of 2; ran longer than 3 s"}
+    assert rollouts[1].extra["code"] in (
+        "passed 0 of 2; ran longer than 3 s",
+        "passed 0 of 2; did not end within 9 s",  # where it had less than a third of a core
+    )
     assert not any(rollout.errors for rollout in rollouts)
 
 

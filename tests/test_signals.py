@@ -8,12 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import ExitStack
 
 import pytest
 
-from rlswitch import loop
 from rlswitch.errors import Preempted, ProofError
 from rlswitch.processes.exit import POLITE
 from rlswitch.processes.signals import (
@@ -98,51 +96,8 @@ def test_the_first_interrupt_takes_down_in_order_and_the_second_leaves_at_once()
         (["twice"], "interrupted\n", 130),
     ):
         words = [sys.executable, "-c", INTERRUPTED, *words]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         assert (done.stdout, done.returncode) == (printed, code), done.stderr
-
-
-def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(
-    make_run, monkeypatch: pytest.MonkeyPatch
-):
-    run = make_run(num_steps=9, checkpoint={"every": 2}, evaluation={"every": 0})
-    run.output_dir = None  # nothing was finished there
-    saved: list[str] = []
-
-    class Trainer(SimpleNamespace):
-        def update(self, batch: object) -> dict[str, float]:
-            self.version += 1
-            return {}
-
-    trainer = Trainer(version=0, memory={}, publish=lambda: None, prepare=lambda groups: None)
-
-    @contextmanager
-    def opened(_run, _inputs, received):
-        with handling(POLITE, received.receive):
-
-            def save() -> None:
-                saved.append("begun")
-                os.kill(os.getpid(), signal.SIGTERM)
-                saved.append(f"done {trainer.version}")
-
-            yield SimpleNamespace(
-                trainer=trainer,
-                engine=None,
-                switch=SimpleNamespace(give_to=lambda *_: None),
-                ledger=SimpleNamespace(step=0),
-                stop_signals=received,
-                log=lambda *_: None,
-                save=save,
-                abandonable=nullcontext,
-                how_to_go_on="run the same command again",
-            )
-
-    monkeypatch.setattr(loop, "open_session", opened)
-    monkeypatch.setattr(loop, "collect", lambda session: [])
-    monkeypatch.setattr(type(run.algorithm), "estimate_advantages", lambda *_: None)
-    with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
-        loop.train(run, None, StopSignals())
-    assert saved == ["begun", "done 2"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -193,7 +148,8 @@ leave(75)
 
 @pytest.mark.parametrize(("name", "printed", "code"), [("SIGTERM", "closed\n", 75), ("SIGINT", "", 130)])
 def test_who_is_leaving_is_not_stopped_any_more_but_may_be_hurried(name: str, printed: str, code: int):
-    done = subprocess.run([sys.executable, "-c", LEAVING, name], capture_output=True, text=True, timeout=50)
+    words = [sys.executable, "-c", LEAVING, name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert (done.stdout, done.returncode, done.stderr) == (printed, code, "")
 
 

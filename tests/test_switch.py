@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import FakeBackend, FakeTenant
 from rlswitch.recipes.addition.task import build_tokenizer
 from samples import make_spec
 
@@ -36,56 +37,35 @@ def ledger(tmp_path: Path) -> Ledger:
 # -- the switch --------------------------------------------------------------------------------
 
 
-@dataclass(eq=False)
-class Recorder:
-    """A tenant that writes down what it is asked."""
-
-    name: str
-    log: list[str]
-    keeps: str | None = None
-    fails: str = ""
-
-    def acquire(self, weights: PolicyWeights | None) -> None:
-        self.log.append(f"{self.name} acquires {weights.version if weights else 'nothing'}")
-
-    def release(self) -> None:
-        self.log.append(f"{self.name} releases")
-        if self.fails:
-            raise OSError(self.fails)
-
-    def unreleased(self) -> str | None:
-        return self.keeps
-
-
 @pytest.fixture
 def log() -> list[str]:
     return []
 
 
 def test_the_holder_lets_go_before_the_next_takes_over(ledger: Ledger, log: list[str]):
-    switch, a, b = Switch(ledger), Recorder("a", log), Recorder("b", log)
+    switch, a, b = Switch(ledger), FakeTenant("a", log), FakeTenant("b", log)
     switch.give_to(a)
     switch.give_to(b, pushed(3))
     switch.give_to(a)
     assert log == [
-        "a acquires nothing",
+        "a acquires",
         "a releases",
         "b acquires 3",
         "b releases",
-        "a acquires nothing",
+        "a acquires",
     ]
     assert switch.holder is a
 
 
 def test_the_holder_itself_is_never_asked_to_let_go(ledger: Ledger, log: list[str]):
-    switch, a = Switch(ledger), Recorder("a", log)
+    switch, a = Switch(ledger), FakeTenant("a", log)
     switch.give_to(a)
     switch.give_to(a, pushed(1))
-    assert log == ["a acquires nothing", "a acquires 1"]
+    assert log == ["a acquires", "a acquires 1"]
 
 
 def test_a_device_that_is_not_given_back_stops_the_hand_over(ledger: Ledger, log: list[str]):
-    a, b = Recorder("a", log, keeps="2.00 GiB of weights"), Recorder("b", log)
+    a, b = FakeTenant("a", log, keeps="2.00 GiB of weights"), FakeTenant("b", log)
     switch = Switch(ledger, holder=a)
     for _ in range(2):  # trying again does not get past it either
         with pytest.raises(SwitchError) as caught:
@@ -94,11 +74,11 @@ def test_a_device_that_is_not_given_back_stops_the_hand_over(ledger: Ledger, log
         assert switch.holder is a
     a.keeps = None
     switch.give_to(b)
-    assert log == ["a releases", "a releases", "a releases", "b acquires nothing"]
+    assert log == ["a releases", "a releases", "a releases", "b acquires"]
 
 
 def test_a_release_that_fails_does_not_pass_the_device_on(ledger: Ledger, log: list[str]):
-    a, b = Recorder("a", log, fails="no memory"), Recorder("b", log)
+    a, b = FakeTenant("a", log, fails="no memory"), FakeTenant("b", log)
     switch = Switch(ledger, holder=a)
     with pytest.raises(OSError, match="no memory"):
         switch.give_to(b)
@@ -106,97 +86,22 @@ def test_a_release_that_fails_does_not_pass_the_device_on(ledger: Ledger, log: l
 
 
 def test_vacate_leaves_nobody(ledger: Ledger, log: list[str]):
-    a, b = Recorder("a", log), Recorder("b", log)
+    a, b = FakeTenant("a", log), FakeTenant("b", log)
     switch = Switch(ledger, holder=a)
     switch.vacate()
     switch.vacate()
     assert switch.holder is None and log == ["a releases"]
     switch.give_to(b)
-    assert log == ["a releases", "b acquires nothing"]
+    assert log == ["a releases", "b acquires"]
 
 
 def test_vacate_checks_that_the_device_came_back(ledger: Ledger, log: list[str]):
-    switch = Switch(ledger, holder=Recorder("a", log, keeps="everything"))
+    switch = Switch(ledger, holder=FakeTenant("a", log, keeps="everything"))
     with pytest.raises(SwitchError, match="the next tenant was not started"):
         switch.vacate()
 
 
 # -- the engine --------------------------------------------------------------------------------
-
-
-@dataclass
-class FakeBackend(Backend):
-    """Does nothing, writes down what it is told, and does wrong what it is set to do wrong."""
-
-    log: list[str] = field(default_factory=list)
-    broken: str = ""
-    frees: int = 0
-    owes: int = 0
-    cached: int = 0
-    resets: bool = True
-    stale: bool = False
-    """Ignores what it is given to load."""
-    gap: float = 0.0
-    completions: list[Completion] | None = None
-    loaded: PolicyWeights | None = None
-    shelf: dict[Path, PolicyWeights] = field(default_factory=dict)
-    requests: list[Request] = field(default_factory=list)
-    counted: list[Sequence[list[int]]] = field(default_factory=list)
-
-    def _do(self, verb: str) -> None:
-        self.log.append(verb)
-        if verb == self.broken:
-            raise RuntimeError(f"{verb} broke")
-
-    @property
-    def pids(self) -> list[int]:
-        return []
-
-    @property
-    def block_size(self) -> int:
-        return 16
-
-    def sleeping_bytes(self, level: str) -> int:
-        return self.owes
-
-    def sleep(self, level: str) -> None:
-        self._do(f"sleep {level}")
-
-    def wake(self, tag: str) -> None:
-        self._do(f"wake {tag}")
-
-    def reload(self, path: Path) -> None:
-        self._do("reload")
-        if not self.stale or self.loaded is None:
-            self.loaded = self.shelf[path]
-
-    def fingerprint(self) -> list[dict[str, Any]]:
-        self._do("fingerprint")
-        assert self.loaded is not None
-        return [{"received": self.loaded.tensors, "live": self.loaded.fingerprint}]
-
-    def reset_prefix_cache(self) -> bool:
-        self._do("reset")
-        return self.resets
-
-    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
-        self.requests = list(requests)
-        self._do("generate")
-        usual = [Completion([7, 14], [-0.5, -0.25], "stop") for _ in requests]
-        into.update(enumerate(usual if self.completions is None else self.completions))
-
-    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        self._do("score")
-        assert self.loaded is not None
-        return [[x + self.gap for x in row] for row in self.loaded.canary.logprobs]
-
-    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
-        self._do("count cached")
-        self.counted.append(sequences)
-        return self.cached
-
-    def close(self) -> None:
-        self._do("close")
 
 
 def pushed(version: int) -> PolicyWeights:
@@ -602,8 +507,8 @@ def test_an_engine_lost_in_its_sleep_is_missed_when_it_is_needed(mortal, ledger,
     engine, backends, _ = mortal(["sleep 2"])
     switch = Switch(ledger)
     switch.give_to(engine, WEIGHTS[1])
-    switch.give_to(Recorder("trainer", log))
-    assert log == ["trainer acquires nothing"] and len(backends) == 1
+    switch.give_to(FakeTenant("trainer", log))
+    assert log == ["trainer acquires"] and len(backends) == 1
     switch.give_to(engine, WEIGHTS[2])
     assert (engine.version, len(backends)) == (2, 2)
 
@@ -767,13 +672,13 @@ def test_a_log_probability_that_is_no_number_is_the_trainers_to_leave_out(build)
 
 
 def test_the_switch_alternates_engine_and_trainer(build, ledger, log, tmp_path):
-    engine, trainer = build(), Recorder("trainer", log)
+    engine, trainer = build(), FakeTenant("trainer", log)
     switch = Switch(ledger, holder=trainer)
     for version in (1, 2):
         switch.give_to(engine, WEIGHTS[version])
         assert engine.generate(PROMPTS, SAMPLING)[0].rollouts[0].policy_version == version
         switch.give_to(trainer)
-    assert log == ["trainer releases", "trainer acquires nothing"] * 2
+    assert log == ["trainer releases", "trainer acquires"] * 2
     # The prompt that was asked last is asked for in the second proof, and forgotten again.
     assert engine.backend.log == [*PUSH, "generate", "sleep 2", *PUSH, "reset", "generate", "sleep 2"]
     assert engine.backend.counted[-1][-1] == max((it.token_ids for it in PROMPTS), key=len)

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+from fakes import FakeTenant
 from samples import group_of
 
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import RewardError
 from rlswitch.evaluation import evaluate
 from rlswitch.rewards.models.tenant import RewardTenant, ask_in_turn
-from rlswitch.rewards.scorer import Mark, Scorer
+from rlswitch.rewards.scorer import Scorer
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
-from rlswitch.types import Group, PolicyWeights, Rollout
+from rlswitch.types import Group
 
 FUNCTIONS = """
 def none(prompts, **_):
@@ -31,35 +33,6 @@ def judge(prompts, **_):
 
 def group(*texts: str, answer: str = "7") -> Group:
     return group_of(*texts, index=3, messages="1+6=", answer=answer)
-
-
-class Fake(RewardTenant):
-    """Writes down what becomes of it, and gives what `score_of` says of a text; None is an error."""
-
-    def __init__(self, reward: str, score_of: Callable[[str], float | None], log: list[str]):
-        self.reward, self.name = reward, reward.replace("_", " ")
-        self.score_of, self.log = score_of, log
-
-    def acquire(self, weights: PolicyWeights | None) -> None:
-        self.log.append(f"{self.name} acquires")
-
-    def release(self) -> None:
-        self.log.append(f"{self.name} releases")
-
-    def unreleased(self) -> str | None:
-        return None
-
-    @property
-    def pids(self) -> list[int]:
-        return []
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
-        self.log.append(f"{self.name} scores {len(rollouts)}")
-        found = [(it.text, self.score_of(it.text)) for it in rollouts]
-        return [Mark(score=s, error="" if s is not None else "fell silent", extra=t) for t, s in found]
-
-    def close(self) -> None:
-        self.log.append(f"{self.name} closes")
 
 
 @pytest.fixture
@@ -99,7 +72,10 @@ def asked(scorer: Scorer, switch: Switch, tenants: Sequence[RewardTenant], *grou
 def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(scorer, switch, log):
     scorer = scorer("reward_model", "exact_match", "judge", weights=[10.0, 1.0, 100.0])
     assert scorer.names == ["reward_model", "exact_match", "judge"]
-    tenants = [Fake("reward_model", lambda t: 0.5, log), Fake("judge", lambda t: float(t == "8"), log)]
+    tenants = [
+        FakeTenant("reward model", log, lambda t: 0.5),
+        FakeTenant("judge", log, lambda t: float(t == "8")),
+    ]
     groups = [group("7", "8")]
     asked(scorer, switch, tenants, *groups)
     first, second = groups[0].rollouts
@@ -113,7 +89,7 @@ def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(sc
 def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, log):
     scorer = scorer("judge", "exact_match", max_error_rate=0.5)
     scored = group("7", "8")
-    tenants = [Fake("judge", lambda t: None if t == "8" else 1.0, log)]
+    tenants = [FakeTenant("judge", log, lambda t: None if t == "8" else 1.0)]
     asked(scorer, switch, tenants, scored)
     assert [it.text for it in scored.rollouts] == ["7"]
     assert [it.errors for it in scored.failed] == [{"judge": "fell silent"}]
@@ -125,12 +101,13 @@ def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, 
 
 
 def test_models_alone_need_no_worker(scorer, switch, log):
+    before = set(psutil.Process().children())
     scorer = scorer("judge")
     assert (scorer.names, scorer.judged_by) == (["judge"], "judge")
-    assert not scorer._pool._idle
+    assert set(psutil.Process().children()) <= before
     scorer.check([group().prompt])
     scored = group("7")
-    asked(scorer, switch, [Fake("judge", lambda t: 0.25, log)], scored)
+    asked(scorer, switch, [FakeTenant("judge", log, lambda t: 0.25)], scored)
     assert scored.rollouts[0].reward == 0.25
 
 
@@ -141,7 +118,7 @@ def test_a_function_of_the_same_name_takes_another(scorer):
 
 def test_where_no_function_applies_a_model_may(scorer, switch, log):
     scorer, scored = scorer(":none", "judge"), group("7", "8")
-    asked(scorer, switch, [Fake("judge", lambda t: 1.0, log)], scored)
+    asked(scorer, switch, [FakeTenant("judge", log, lambda t: 1.0)], scored)
     assert [it.rewards for it in scored.rollouts] == [{"judge": 1.0}] * 2
 
 
@@ -158,8 +135,8 @@ def test_where_nothing_applies_it_is_an_error_once_all_have_been_asked(scorer):
 
 def test_each_has_the_device_to_itself_while_it_scores(scorer, switch, log, tmp_path):
     scorer = scorer("judge", "reward_model")
-    switch.holder = Fake("engine", lambda t: None, log)
-    tenants = [Fake("judge", lambda t: 1.0, log), Fake("reward_model", lambda t: 1.0, log)]
+    switch.holder = FakeTenant("engine", log, lambda t: None)
+    tenants = [FakeTenant("judge", log, lambda t: 1.0), FakeTenant("reward model", log, lambda t: 1.0)]
     asked(scorer, switch, tenants, group("7", "8"))
     assert log == [
         "engine releases",
@@ -201,14 +178,17 @@ def session(make_run, switch, log):
 
 
 def test_a_function_says_what_is_right_and_no_model_is_asked(scorer, session, log):
-    tenants = [Fake("judge", lambda t: 1.0, log)]
+    tenants = [FakeTenant("judge", log, lambda t: 1.0)]
     metrics = evaluate(session(scorer("judge", "exact_match"), tenants))
     assert metrics == {"val/addition/acc": 0.5, "val/addition/pass@2": 0.5}
     assert log == ["engine generates at 0", "engine generates at 1", "engine forgets"]
 
 
 def test_without_a_function_the_first_model_is_asked_once_the_engine_is_done(scorer, session, log):
-    tenants = [Fake("reward_model", lambda t: float(t == "8"), log), Fake("judge", lambda t: 1.0, log)]
+    tenants = [
+        FakeTenant("reward model", log, lambda t: float(t == "8")),
+        FakeTenant("judge", log, lambda t: 1.0),
+    ]
     metrics = evaluate(session(scorer("reward_model", "judge"), tenants))
     assert metrics == {"val/addition/acc": 0.5, "val/addition/pass@2": 1.0}
     assert log[2:4] == ["engine forgets", "reward model acquires"]
@@ -216,7 +196,7 @@ def test_without_a_function_the_first_model_is_asked_once_the_engine_is_done(sco
 
 
 def test_rows_that_no_function_applies_to_do_not_count(scorer, session):
-    metrics = evaluate(session(scorer(":none", "judge"), [Fake("judge", lambda t: 1.0, [])]))
+    metrics = evaluate(session(scorer(":none", "judge"), [FakeTenant("judge", [], lambda t: 1.0)]))
     assert math.isnan(metrics["val/addition/acc"])
 
 

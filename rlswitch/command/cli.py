@@ -96,7 +96,7 @@ def train_once(arguments: Arguments) -> int:
 
 def write_missing_report(run: Run) -> None:
     """A run that was killed when all was saved has none yet."""
-    from rlswitch.report import write_report
+    from rlswitch.report.page import write_report
 
     assert run.output_dir is not None
     if not Path(run.output_dir, "report.html").exists():

@@ -1,17 +1,16 @@
-"""What a sweep compared: its jobs grouped over seeds, as a table, in Markdown and as one plot."""
+"""Compare the jobs of a sweep: grouped over seeds, as a table, in Markdown and as one figure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 from rich.table import Table
 
-from rlswitch.charts import COLORS, Series, standalone_chart
-from rlswitch.records import jsonl as records
+from rlswitch.records.jsonl import read
+from rlswitch.report.figures import lines, svg
 
 if TYPE_CHECKING:
     from rlswitch.command.sweep import Job
@@ -21,85 +20,65 @@ TARGET = 0.8
 HEADINGS = ("", "runs", "start", "final", "lowest - highest", f"seconds to {TARGET:g}", "steps to it")
 
 
-@dataclass(frozen=True, slots=True)
-class Point:
-    step: int
-    seconds: float
-    """In steps so far, evaluations included, start-up not."""
-    accuracy: float
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """The jobs that differ in nothing but their seed."""
-
-    name: str
-    curves: list[list[Point]]
-
-    @property
-    def mean_curve(self) -> list[tuple[float, float]]:
-        """Mean accuracy by step, over the steps that all runs have."""
-        steps = set.intersection(*({point.step for point in curve} for curve in self.curves))
-        by_step = {step: [p.accuracy for c in self.curves for p in c if p.step == step] for step in steps}
-        return [(step, fmean(by_step[step])) for step in sorted(steps)]
-
-    @property
-    def cells(self) -> list[str]:
-        """What HEADINGS announce."""
-        final = [curve[-1].accuracy for curve in self.curves]
-        reached = [next((p for p in curve if p.accuracy >= TARGET), None) for curve in self.curves]
-        there = [point for point in reached if point is not None]
-        missed = f" ({len(there)} of {len(reached)})" if len(there) < len(reached) else ""
-        return [
-            self.name,
-            str(len(final)),
-            f"{fmean(curve[0].accuracy for curve in self.curves):.3f}",
-            f"{fmean(final):.3f}",
-            f"{min(final):.3f} - {max(final):.3f}",
-            f"{fmean(point.seconds for point in there):.0f}{missed}" if there else "not reached",
-            f"{fmean(point.step for point in there):.1f}" if there else "-",
-        ]
-
-
 def write_comparison(jobs: Sequence[Job], root: Path) -> Table | None:
     """Writes comparison.md and comparison.svg into `root`; None where there is nothing to compare."""
     dataset = next((name for job in jobs for name in sorted(job.accuracies)), None)
-    arms = list(group_by_seed(jobs, dataset)) if dataset else []
-    if len(jobs) < 2 or not arms:
+    points = read_points(jobs, dataset) if dataset else pd.DataFrame()
+    if len(jobs) < 2 or points.empty:
         return None
+    arms = points.groupby("arm", sort=False)
+    rows = [[str(name), *cells(arm)] for name, arm in arms]
+    counts = arms["job"].nunique()
+    runs = " to ".join(map(str, sorted({counts.min(), counts.max()})))
+    curves = {str(name): mean_curve(arm) for name, arm in arms}
+    [figure] = lines(f"{dataset}, means of {runs} runs", curves)
+    (root / "comparison.svg").write_text(svg(figure))
+    lines_of_text = (f"| {' | '.join(row)} |\n" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows))
+    (root / "comparison.md").write_text("".join(lines_of_text))
     table = Table(*HEADINGS, title=dataset, title_justify="left")
-    for arm in arms:
-        table.add_row(*arm.cells)
-    counts = sorted({len(arm.curves) for arm in arms})
-    title = f"{dataset}, means of {' to '.join(map(str, {counts[0], counts[-1]}))} runs"
-    lines = [Series(arm.name, arm.mean_curve, f"c{i % len(COLORS)}") for i, arm in enumerate(arms)]
-    (root / "comparison.svg").write_text(standalone_chart(title, lines, x_name="step"))
-    (root / "comparison.md").write_text(
-        "".join(
-            f"| {' | '.join(row)} |\n"
-            for row in (HEADINGS, ["---"] * len(HEADINGS), *(arm.cells for arm in arms))
-        )
-    )
+    for row in rows:
+        table.add_row(*row)
     return table
 
 
-def group_by_seed(jobs: Sequence[Job], dataset: str) -> Iterator[Arm]:
-    """The jobs that finished, those alike but for the seed together, named by what sets them apart."""
-    kept = {job.number: [w for w in job.overrides if not w.startswith("seed=")] for job in jobs}
+def read_points(jobs: Sequence[Job], dataset: str) -> pd.DataFrame:
+    """A row per evaluation of a finished job: arm, job, step, seconds, accuracy.
+
+    An arm are the jobs that differ only in their seed, named by what sets them apart. `seconds` are
+    those in steps so far, evaluations included, start-up not.
+    """
+    kept = {job.number: [word for word in job.overrides if not word.startswith("seed=")] for job in jobs}
     shared = set.intersection(*(set(words) for words in kept.values()))
-    curves: dict[tuple[str, ...], list[list[Point]]] = {}
+    rows: list[dict[str, Any]] = []
     for job in jobs:
-        curve = list(read_curve(Path(job.directory, "metrics.jsonl"), dataset))
-        if job.exit_code == 0 and curve:
-            curves.setdefault(tuple(kept[job.number]), []).append(curve)
-    for words, found in curves.items():
-        own = [word for word in words if word not in shared]
-        yield Arm(" ".join(word.removeprefix("recipe=") for word in own) or "all", found)
+        own = [word.removeprefix("recipe=") for word in kept[job.number] if word not in shared]
+        seconds = 0.0
+        for record in read(Path(job.directory, "metrics.jsonl")) if job.exit_code == 0 else ():
+            seconds += record.get("timing_s/step", 0.0)
+            if dataset in record:
+                row = {"step": record["step"], "seconds": seconds, "accuracy": record[dataset]}
+                rows.append({"arm": " ".join(own) or "all", "job": job.number} | row)
+    return pd.DataFrame(rows)
 
 
-def read_curve(path: Path, dataset: str) -> Iterator[Point]:
-    seconds = 0.0
-    for record in records.read(path):
-        seconds += record.get("timing_s/step", 0.0)
-        if dataset in record:
-            yield Point(record["step"], seconds, record[dataset])
+def mean_curve(arm: pd.DataFrame) -> list[tuple[float, float]]:
+    """Mean accuracy by step, over the steps that all of the arm's runs have."""
+    by_step = arm.groupby("step")
+    complete = by_step["job"].nunique() == arm["job"].nunique()
+    return list(by_step["accuracy"].mean()[complete].items())
+
+
+def cells(arm: pd.DataFrame) -> list[str]:
+    """What HEADINGS announce after the name."""
+    runs = arm.groupby("job")["accuracy"]
+    first, final = runs.first(), runs.last()
+    reached = arm[arm["accuracy"] >= TARGET].groupby("job")[["seconds", "step"]].first()
+    missed = f" ({len(reached)} of {len(final)})" if len(reached) < len(final) else ""
+    times = [f"{reached['seconds'].mean():.0f}{missed}", f"{reached['step'].mean():.1f}"]
+    return [
+        str(len(final)),
+        f"{first.mean():.3f}",
+        f"{final.mean():.3f}",
+        f"{final.min():.3f} - {final.max():.3f}",
+        *(times if len(reached) else ["not reached", "-"]),
+    ]

@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 from rlswitch.command.arguments import Arguments, refuse_broken_environment, run_hydra
-from rlswitch.command.comparison import write_comparison
 from rlswitch.command.compose import Setting, Source, compose_run, quoted, read, unique
 from rlswitch.errors import ConfigError
 from rlswitch.processes.exit import (
@@ -243,6 +242,8 @@ def _summarise(jobs: list[Job], root: Path) -> None:
     # Without a terminal rich assumes 80 columns and would break the overrides apart.
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     console.print(table)
+    from rlswitch.command.comparison import write_comparison  # pandas comes with it
+
     if comparison := write_comparison(jobs, root):
         console.print(comparison)
         console.print(f"compared in {root}/comparison.md and comparison.svg")

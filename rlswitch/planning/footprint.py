@@ -1,78 +1,39 @@
-"""What a plan is computed from: the machine, the sizes of the model, and the time a switch takes.
+"""Bytes by owner and phase: the model, what training it takes, the engine, judge and reward model.
 
-Memory is in bytes, rates in GB/s (1e9 bytes). Of the model only its configuration is read.
+Of a model only the configuration is read.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlswitch.config.sections import TENANTS, ModelConfig
 from rlswitch.data.hub import builtin_model
+from rlswitch.engines.vllm.arguments import llm_arguments
+from rlswitch.planning.machine import GIB, DeviceFacts
+from rlswitch.planning.policy import policy_spec
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.training.lora import add_adapters
 from rlswitch.training.models import LOGITS_AT_ONCE, outline
+from rlswitch.training.parking import parked_by_auto
+from rlswitch.training.publish import SHM, choose_directory
 
-GIB = 2**30
 ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
-"""Awake, beside weights and KV cache: CUDA graphs and the profiled forward; libraries on a CPU."""
+"""Awake, besides weights and KV cache: CUDA graphs and the profiled forward; on a CPU, libraries."""
 ENGINE_ASLEEP = {"cuda": GIB, "cpu": int(0.66 * GIB)}
 """CUDA context and graphs that stay, about 0.8 GB (NeMo-RL#223); libraries on a CPU."""
 TRAINER_OWN = {"cuda": 0, "cpu": int(0.6 * GIB)}
-"""On CUDA it lies within parking.SLACK."""
-PROBE_BYTES = 1 << 26
-PER_GB = 1e-9  # seconds for a byte at 1 GB/s
-MAP = 2.5e-3 * PER_GB  # CUDA maps or unmaps a GB in 2 to 3 ms: fitted to vLLM's sleep-mode article
-CALL_SECONDS = {"cuda": 0.01, "cpu": 0.02}  # a call to the engine: 5 to 20 ms
-PAGEABLE = PER_GB / 3  # GPU to unpinned host memory at 2.8 to 4.1 GB/s: sglang#32032
-RELOAD, RELOAD_SECONDS = PER_GB / 4, 0.2  # vLLM's loader, from page cache: vllm#48382
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceFacts:
-    """What a plan needs to know about the machine."""
-
-    kind: str
-    """`cuda` or `cpu`, where the device is the host's memory."""
-    name: str
-    total_bytes: int
-    free_bytes: int
-    host_free_bytes: int
-    h2d_gbps: float
-    """Pinned host memory to device; on a CPU a copy within memory."""
-    d2h_gbps: float
-    copy_gbps: float
-    """Within host memory, the target not touched before."""
-
-    @classmethod
-    def measure(cls) -> DeviceFacts:
-        """This machine's, its copy rates tried out in a fraction of a second."""
-        device = Device.detect()
-        free, source = device.free_bytes(), torch.ones(PROBE_BYTES, dtype=torch.uint8)
-        h2d = d2h = copied = _gbps(lambda: torch.empty_like(source).copy_(source))
-        if device.kind == "cuda":
-            pinned, there = source.pin_memory(), source.to(device.torch)
-            h2d = _gbps(lambda: there.copy_(pinned, non_blocking=True))
-            d2h = _gbps(lambda: pinned.copy_(there, non_blocking=True))
-        return cls(
-            kind=device.kind,
-            name=device.name,
-            total_bytes=device.total_bytes(),
-            free_bytes=free,
-            host_free_bytes=psutil.virtual_memory().available,
-            h2d_gbps=h2d,
-            d2h_gbps=d2h,
-            copy_gbps=copied,
-        )
+"""On CUDA it is within parking.SLACK."""
+ROLLOUT, UPDATE = "rollout", "update"
+"""The phases of every step. Each scoring tenant adds a phase with its own name between them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +42,7 @@ class ModelShape:
 
     parameters: int
     backbone: int
-    """Parameters without the language-model head: what a critic is made of."""
+    """Parameters without the language-model head, as in a critic."""
     adapters: int
     """Parameters of the LoRA adapters; 0 without any."""
     layers: int
@@ -141,13 +102,13 @@ class Scoring:
     """A tenant that only scores: a judge or a reward model."""
 
     name: str
-    """As in switch.jsonl: the name of its phase."""
+    """Its name in switch.jsonl, and of its phase."""
     shape: ModelShape
     level: str
 
     @property
     def has_engine(self) -> bool:
-        """With a KV cache and memory of its own beside the weights."""
+        """Whether it has a KV cache and workspaces besides its weights."""
         return self.name == TENANTS["judge"]
 
     @classmethod
@@ -165,33 +126,10 @@ class Scoring:
 
 
 def largest_micro_batch(run: Run) -> int:
-    """Tokens in it: the budget, or a whole minibatch of rollouts at full length."""
+    """Its tokens: trainer.micro_batch_tokens, or fewer if a whole minibatch at full length is smaller."""
     longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
     rollouts = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
     return min(run.trainer.micro_batch_tokens, rollouts * longest)
-
-
-def switch_seconds(
-    facts: DeviceFacts, level: str, weights: int, kv: int, published: int, parked: int
-) -> dict[str, float]:
-    """Predicted seconds by phase of a switch there and back, from the bytes that each one moves.
-
-    `offload` and `onload` are the trainer's, `sleep` and what wakes the engine's.
-    """
-    cuda, call, copied = facts.kind == "cuda", CALL_SECONDS[facts.kind], PER_GB / facts.copy_gbps
-    backup = weights if cuda and level == "1" else 0
-    called = call if level in ("1", "2") else 0
-    remapped = weights * MAP if cuda and called else 0
-    kv_moved = 0 if level == "0" else kv * (MAP if cuda else copied)
-    return {
-        "offload": parked * PER_GB / facts.d2h_gbps,
-        "publish": published * ((PAGEABLE if cuda else copied) + copied),
-        "wake_weights": called + remapped + backup * PER_GB / facts.h2d_gbps,
-        "reload": weights * RELOAD + RELOAD_SECONDS if cuda else weights * copied + call,
-        "wake_kv_cache": (0 if level == "0" else call) + kv_moved,
-        "sleep": call + remapped + (kv_moved if cuda else 0) + backup * PER_GB / facts.d2h_gbps,
-        "onload": parked * PER_GB / facts.h2d_gbps,
-    }
 
 
 def _empty_model(config: ModelConfig, key: str, kind: Any) -> Any:
@@ -206,18 +144,174 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _gbps(transfer: Callable[[], object]) -> float:
-    """Rate of moving PROBE_BYTES, the better of two tries after a warm-up."""
-    seconds = []
-    for _ in range(3):
-        began = time.perf_counter()
-        transfer()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return PROBE_BYTES / min(seconds[1:]) / 1e9
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One item in device memory: its bytes in its owner's phase (`awake`) and in the others (`asleep`)."""
+
+    name: str
+    phase: str
+    awake: int
+    asleep: int = 0
+    parked: int = 0
+    """Bytes in pinned host memory outside its owner's phase."""
+
+    @classmethod
+    def of_trainer(cls, name: str, size: int, parked: bool) -> Row:
+        return cls(name, UPDATE, size, 0, size) if parked else cls.always(name, size)
+
+    @classmethod
+    def always(cls, name: str, size: int) -> Row:
+        return cls(name, UPDATE, size, size)
+
+    def at(self, phase: str) -> int:
+        return self.awake if phase == self.phase else self.asleep
 
 
-def gib(size: int) -> str:
-    """GiB with two decimals; `-` for nothing at all."""
-    return f"{size / GIB:.2f}" if size else "-"
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """Memory of a network in training, whole or by its adapters."""
+
+    held: int
+    """Bytes of all its parameters."""
+    learned: int
+    """Number of parameters with gradients, in float32: all, or those of the adapters and a head."""
+
+    @classmethod
+    def policy(cls, shape: ModelShape, itemsize: int) -> Trained:
+        return cls._of(shape.parameters, shape.adapters, itemsize, head=0)
+
+    @classmethod
+    def critic(cls, shape: ModelShape, itemsize: int, run: Run) -> Trained:
+        if not run.algorithm.needs_critic:
+            return cls(0, 0)
+        return cls._of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
+
+    @classmethod
+    def _of(cls, parameters: int, adapters: int, itemsize: int, head: int) -> Trained:
+        learned = (adapters or parameters) + head
+        return cls(4 * learned + (itemsize * parameters if adapters else 0), learned)
+
+    def rows(self, name: str, park: str) -> Iterator[Row]:
+        yield Row.of_trainer(f"{name} parameters", self.held, park == "everything")
+        yield Row(f"{name} gradients, float32", UPDATE, 4 * self.learned)
+        yield Row.of_trainer(f"{name} Adam states, float32", 8 * self.learned, park != "nothing")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Bytes by owner, independent of parking and sleep level."""
+
+    facts: DeviceFacts
+    dtype: str
+    """What the engine computes in."""
+    itemsize: int
+    ranks: int
+    """GPUs that share the engine's weights."""
+    weights: int
+    """The engine's, on one GPU."""
+    kv: int
+    own: int
+    """The engine's libraries, CUDA graphs and workspaces."""
+    start_bytes: int
+    """GPU memory that vLLM requires when it starts."""
+    published: int
+    """One version of the weights, in the engine's dtype."""
+    directory: Path
+    policy: Trained
+    critic: Trained
+    reference: int
+    activations: int
+    scoring: list[Row]
+    """Of the judge and the reward model."""
+
+    @classmethod
+    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring]) -> Footprint:
+        device = Device(facts.kind)
+        engine = llm_arguments(policy_spec(run, run.model.path, device), device)
+        itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
+        published = shape.parameters * itemsize
+        weights = published // ranks
+        mixed = facts.kind == "cuda" and engine["dtype"] == "bfloat16"  # as in training/trainer.py
+        return cls(
+            facts=facts,
+            dtype=engine["dtype"],
+            itemsize=itemsize,
+            ranks=ranks,
+            weights=weights,
+            kv=kv_cache_bytes(engine, weights, facts),
+            own=ENGINE_OWN[facts.kind],
+            start_bytes=share_bytes(engine, facts),
+            published=published,
+            directory=choose_directory(run.switch.transport, published, Path(run.output_dir or "runs")),
+            policy=Trained.policy(shape, itemsize),
+            critic=Trained.critic(shape, itemsize, run),
+            reference=published if run.algorithm.needs_reference and not shape.adapters else 0,
+            activations=shape.activation_bytes(
+                largest_micro_batch(run), 2 if mixed else 4, run.trainer.gradient_checkpointing
+            ),
+            scoring=[row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)],
+        )
+
+    @property
+    def in_memory(self) -> int:
+        """Host memory that published versions take: the old one stays until the new one is loaded."""
+        return 2 * self.published if self.directory == SHM else 0
+
+    def kept_asleep(self, level: str) -> int:
+        """Bytes of the engine that stay on the device at `level`: a CPU has nowhere to move level 1 to."""
+        at_level_1 = 0 if self.facts.kind == "cuda" else self.weights
+        return {"0": self.weights + self.kv, "kv": self.weights, "1": at_level_1, "2": 0}[level]
+
+    def parking(self, park: str) -> str:
+        """trainer.park with `auto` resolved: nothing, optimizer or everything."""
+        if self.facts.kind != "cuda":
+            return "nothing"
+        if park != "auto":
+            return park
+        held = self.policy.held + self.critic.held + self.reference
+        states = 8 * (self.policy.learned + self.critic.learned)
+        awake = {ROLLOUT: self.weights + self.kv + self.own}
+        for row in self.scoring:
+            awake[row.phase] = awake.get(row.phase, 0) + row.awake
+        return parked_by_auto(held, states, max(awake.values()), self.facts.total_bytes)
+
+    def rows(self, park: str, level: str) -> Iterator[Row]:
+        kept, cuda = self.kept_asleep(level), self.facts.kind == "cuda"
+        on_host = self.weights if cuda and level == "1" else 0
+        yield from self.policy.rows("policy", park)
+        yield from self.critic.rows("critic", park)
+        yield Row.of_trainer(f"reference, {self.dtype}", self.reference, park == "everything")
+        yield Row("activations and logits (estimate)", UPDATE, self.activations)
+        yield Row(f"engine weights, {self.dtype}", ROLLOUT, self.weights, min(kept, self.weights), on_host)
+        yield Row("KV cache", ROLLOUT, self.kv, max(kept - self.weights, 0))
+        yield Row("engine's own (estimate)", ROLLOUT, self.own, ENGINE_ASLEEP[self.facts.kind])
+        yield from self.scoring
+        yield Row.always("trainer's own (estimate)", TRAINER_OWN[self.facts.kind])
+        yield Row.always(f"two published versions in {SHM}", 0 if cuda else self.in_memory)
+
+
+def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
+    """Size of the KV cache: as configured, or the rest of the engine's share of the GPU."""
+    size = engine.get("kv_cache_memory_bytes")
+    if size is not None:
+        return size
+    return max(share_bytes(engine, facts) - weights - ENGINE_OWN[facts.kind], 0)
+
+
+def scoring_rows(tenant: Scoring, engine: dict[str, Any], itemsize: int, facts: DeviceFacts) -> Iterator[Row]:
+    """Memory of a judge (an engine like the run's own) or a reward model."""
+    name, ranks = tenant.name, engine["tensor_parallel_size"] if tenant.has_engine else 1
+    weights, cuda = tenant.shape.parameters * itemsize // ranks, facts.kind == "cuda"
+    on_host = weights if tenant.level == "1" else 0
+    # On a CPU level 1 has nowhere to move the weights to.
+    kept, parked = (0, on_host) if cuda else (on_host, 0)
+    yield Row(f"{name} weights, {engine['dtype']}", name, weights, kept, parked)
+    if tenant.has_engine:
+        yield Row(f"{name}'s KV cache", name, kv_cache_bytes(engine, weights, facts))
+        own, asleep = ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind]
+        yield Row(f"{name}'s own (estimate)", name, own, asleep)
+
+
+def share_bytes(engine: dict[str, Any], facts: DeviceFacts) -> int:
+    """GPU memory that an engine with these arguments claims; 0 on a CPU."""
+    return int(engine.get("gpu_memory_utilization", 0) * facts.total_bytes)

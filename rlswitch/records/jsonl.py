@@ -11,6 +11,14 @@ from typing import Any
 
 PARTS = ("rollout", "reward", "prepare", "update", "switch", "evaluation", "checkpoint")
 """What a step's time is spent on, in the order of the step; what is left over is `other`."""
+PART_COLORS = dict(
+    zip(
+        (*PARTS, "other"),
+        "#5b8def #b07cc6 #4fb0b5 #5fad6b #e5a13a #9aa3af #7c8490 #565c66".split(),
+        strict=True,
+    )
+)
+"""The same on the console and in the report, on light and on dark."""
 
 
 class LineFile:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from rlswitch.recipes.addition.task import build_tokenizer
-from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from samples import tiny_config
+from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
 from rlswitch.config.sections import EngineConfig, ModelConfig, ServerEngineConfig, SwitchConfig
 from rlswitch.engines.engine import Engine, State
@@ -34,20 +35,13 @@ SETTINGS = {"local": EngineConfig, "server": ServerEngineConfig}
 def build_model() -> Qwen3ForCausalLM:
     """Tied embeddings, and as many key heads as query heads: q and k have one shape."""
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=16,
+    config = tiny_config(
         hidden_size=128,
         intermediate_size=256,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,
-        head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=0.2,
-        pad_token_id=12,
-        bos_token_id=13,
-        eos_token_id=14,
     )
     return Qwen3ForCausalLM(config).eval()
 

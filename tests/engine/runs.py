@@ -33,7 +33,7 @@ def start(
 
 
 def finish(
-    target: Callable[[list[str]], object], words: Sequence[object], cwd: Path, timeout: float = 600
+    target: Callable[[list[str]], object], words: Sequence[object], cwd: Path, timeout: float = 1000
 ) -> Finished:
     """Runs `target(words)` to its end, or kills it."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:

@@ -43,7 +43,7 @@ def test_a_process_and_its_children_come_from_one_server_with_what_they_were_giv
     with open(log, "w") as output:
         outputs = (output.fileno(), output.fileno())
         process = start_process(describe, [str(file), 1], environment=environment, outputs=outputs)
-        process.join(60)
+        process.join(600)
     assert process.exitcode == 7
     facts = json.loads(file.read_text())
     child = facts.pop("child")
@@ -61,7 +61,7 @@ def test_a_cold_process_is_given_the_same(tmp_path: Path) -> None:
     file = tmp_path / "facts"
     environment = os.environ | {"RLSWITCH_TEST": "given"}
     process = start_process(describe, [str(file), 0], environment=environment, warm=False)
-    process.join(60)
+    process.join(600)
     facts = json.loads(file.read_text())
     assert process.exitcode == 7 and facts["server"] == os.getpid() and not facts["imported"]
     assert facts["variable"] == "given" and facts["group"] != os.getpgrp()
@@ -70,7 +70,7 @@ def test_a_cold_process_is_given_the_same(tmp_path: Path) -> None:
 def test_a_signal_that_ends_a_process_is_its_exit_code() -> None:
     process = start_process(signal.pause, [])
     os.kill(process.pid, signal.SIGKILL)
-    process.join(60)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
 
 

@@ -2,70 +2,104 @@
 
 from __future__ import annotations
 
+import atexit
+import itertools
 import json
 import os
 import signal
-import threading
+import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
-from runs import finish, train
+from runs import Finished, finish, train
 
+import rlswitch
 from rlswitch.processes.exit import PREEMPTED
 from rlswitch.switch.ledger import SWITCH_PHASES, WORK_PHASES, Ledger
 
 pytestmark = pytest.mark.engine
 
 DEATHS = {
-    "rollout": (1, 0.03),
-    "reward": (2, 0.002),
-    "prepare": (3, 0.002),
-    "update": (4, 0.02),
-    "publish": (5, None),
-    "wake_weights": (6, None),
-    "reload": (8, 0.002),
-    "verify": (8, None),
-    "evaluation": (9, 0.01),
-    "checkpoint": (10, 0.01),
-    "sleep": (11, None),
-    "wake_kv_cache": (12, None),
+    "rollout": 1,
+    "reward": 2,
+    "prepare": 3,
+    "update": 4,
+    "publish": 5,
+    "wake_weights": 6,
+    "reload": 8,
+    "verify": 8,
+    "evaluation": 9,
+    "checkpoint": 10,
+    "sleep": 11,
+    "wake_kv_cache": 12,
 }
-"""Phase: the step whose phase is not survived, and how many seconds into it; None: at its very end."""
-TOLD_TO_STOP = "rollout", 7, 0.03
+"""Phase: the step whose phase is not survived."""
+AT_ITS_END = {"publish", "wake_weights", "verify", "sleep", "wake_kv_cache"}
+"""Killed once the phase is done; the others half-way through it."""
+TOLD_TO_STOP = "rollout", 7
+PACKAGE = str(Path(rlswitch.__file__).parent)
 
 
-def killed(words: list[str]) -> None:
-    """train.py, which gets a SIGKILL in the phase and the step that its first word names."""
-    doomed = words[0]
-    step, seconds = DEATHS[doomed]
-    strike(doomed, step, seconds, signal.SIGKILL)
+def counted(words: list[str]) -> None:
+    """train.py, which writes into the file words[0] how many calls each phase of each step makes."""
+    calls: dict[str, int] = {}
+
+    def inside(phase: str, call: int) -> None:
+        calls[phase] = call
+
+    watch_phases(inside, lambda phase: None)
+    atexit.register(lambda: Path(words[0]).write_text(json.dumps(calls)))  # train does not return
     train(words[1:])
 
 
-def told_to_stop(words: list[str]) -> None:
-    strike(*TOLD_TO_STOP, signal.SIGTERM)
-    train(words)
+def struck(words: list[str]) -> None:
+    """train.py, which gets the signal words[0] at the call words[2] of the phase words[1], or at its end."""
+    number, doomed, moment = int(words[0]), words[1], int(words[2])
+    spared = [doomed]
+
+    def inside(phase: str, call: int) -> None:
+        if call == moment:
+            at_end(phase)
+
+    def at_end(phase: str) -> None:
+        if phase in spared:
+            spared.remove(phase)
+            os.kill(os.getpid(), number)
+
+    watch_phases(inside, at_end)
+    train(words[3:])
 
 
-def strike(doomed: str, step: int, seconds: float | None, number: signal.Signals) -> None:
-    """This process gets the signal in its phase `doomed` of `step`, so many seconds into it or at its end."""
+def watch_phases(inside: Callable[[str, int], None], at_end: Callable[[str], None]) -> None:
+    """`inside(phase, n)` at the n-th call of a function of rlswitch in a phase, `at_end(phase)` at its end.
 
-    def deadly(whole):
+    Calls and no seconds: they are as many in every run of the same program, however busy the machine.
+    """
+
+    def watched(whole):
         @contextmanager
         def phase(self: Ledger, name: str, *args):
-            here = name == doomed and self.step == step
+            here, calls = f"{name} {self.step}", itertools.count(1)
+
+            def profile(frame, event, _):
+                if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+                    inside(here, next(calls))
+
             with whole(self, name, *args) as it:
-                if here and seconds is not None:
-                    threading.Timer(seconds, os.kill, [os.getpid(), number]).start()
-                yield it
-                if here and seconds is None:
-                    os.kill(os.getpid(), number)
+                outer = sys.getprofile()
+                sys.setprofile(profile)
+                try:
+                    yield it
+                finally:
+                    sys.setprofile(outer)
+                at_end(here)
 
         return phase
 
-    Ledger.phase, Ledger.work = deadly(Ledger.phase), deadly(Ledger.work)
+    Ledger.phase, Ledger.work = watched(Ledger.phase), watched(Ledger.work)
 
 
 def lasting(path: Path) -> list[dict]:
@@ -77,6 +111,7 @@ def lasting(path: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.timeout(3600)  # fifteen runs, one after the other
 def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tmp_path: Path) -> None:
     assert DEATHS.keys() <= {*SWITCH_PHASES, *WORK_PHASES}
     reward = tmp_path / "variety.py"
@@ -93,14 +128,21 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tm
         *("algorithm.kl_coef=0.05", "algorithm.kl_target=0.01", "engine.kv_cache_gib=0.03"),
         *("evaluation.every=3", "evaluation.num_samples=2", "checkpoint.every=2"),
     ]
-    straight, out = tmp_path / "straight", tmp_path / "killed"
-    finished = finish(train, [*words, f"output_dir={straight}"], tmp_path)
+    straight, out, counts = tmp_path / "straight", tmp_path / "killed", tmp_path / "calls.json"
+    finished = finish(counted, [counts, *words, f"output_dir={straight}"], tmp_path)
     assert finished.returncode == 0, finished.stderr
-    for phase in DEATHS:
-        ended = finish(killed, [phase, *words, f"output_dir={out}"], tmp_path)
+    calls = json.loads(counts.read_text())
+
+    def strike(number: signal.Signals, phase: str, step: int) -> Finished:
+        here = f"{phase} {step}"
+        moment = 0 if phase in AT_ITS_END else calls[here] // 2
+        return finish(struck, [int(number), here, moment, *words, f"output_dir={out}"], tmp_path)
+
+    for phase, step in DEATHS.items():
+        ended = strike(signal.SIGKILL, phase, step)
         assert ended.returncode == -signal.SIGKILL, f"{phase}: {ended.stdout}{ended.stderr}"
         if phase == "wake_weights":
-            ended = finish(told_to_stop, [*words, f"output_dir={out}"], tmp_path)
+            ended = strike(signal.SIGTERM, *TOLD_TO_STOP)
             assert ended.returncode == PREEMPTED, ended.stderr
             assert "stopped by SIGTERM in step 7, whose rollouts are given up" in ended.stderr
     finished = finish(train, [*words, f"output_dir={out}"], tmp_path)
@@ -117,4 +159,5 @@ def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tm
         assert (out / file).read_bytes() == (straight / file).read_bytes(), file
     state = [json.loads((it / saved / "state.json").read_text()) for it in (out, straight)]
     assert state[0] == state[1]
-    assert not [it for it in psutil.process_iter(["environ"]) if str(out) in str(it.info["environ"])]
+    left = [it for it in psutil.process_iter(["environ"]) if str(out) in str(it.info["environ"])]
+    assert not psutil.wait_procs(left, timeout=60)[1]

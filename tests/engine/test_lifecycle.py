@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,10 +14,14 @@ import psutil
 import pytest
 from bench import open_bench
 from runs import start
+from samples import eventually
 
 from rlswitch.processes.group import shared_memory_of
 
 pytestmark = pytest.mark.engine
+
+DONE = "done"
+"""A file in the owner's directory."""
 
 
 class Owned(NamedTuple):
@@ -27,28 +30,28 @@ class Owned(NamedTuple):
     """Its engine's, and what else must not outlive it."""
     files: set[Path]
     end: Callable[[float], object]
-    """Waits for the owner's end."""
+    """Waits for the owner's end, at most so many seconds."""
 
 
 def own(words: list[str]) -> None:
-    """What an owner does: starts an engine, says what belongs to it, and ends some seconds later."""
-    directory, engine, seconds = words
+    """What an owner does: starts an engine, says what belongs to it, and ends when DONE is there."""
+    directory, engine = words
     with open_bench(Path(directory), engine) as bench:
         bench.publish()
         pids = [process.pid for process in bench.backend.family.processes]
         print(os.getpid(), *pids, bench.publisher.root, flush=True)
-        time.sleep(float(seconds))
+        eventually((Path(directory) / DONE).exists, 1000)
 
 
 @contextmanager
-def started_owner(directory: Path, engine: str, seconds: float, *, warm: bool) -> Iterator[Owned]:
+def started_owner(directory: Path, engine: str, *, warm: bool) -> Iterator[Owned]:
     """A process that owns an engine. Cold: a program of its own, which its fork server belongs to."""
     reader, writer = os.pipe()
-    words = [str(directory), engine, str(seconds)]
+    words = [str(directory), engine]
     if warm:
         end = start(own, words, directory, (writer, 2), TMPDIR=str(directory)).join
     else:
-        environment = os.environ | {"TMPDIR": str(directory)}
+        environment = os.environ | {"TMPDIR": str(directory), "PYTHONPATH": os.pathsep.join(sys.path)}
         end = subprocess.Popen([sys.executable, __file__, *words], stdout=writer, env=environment).wait
     os.close(writer)
     with open(reader) as lines:
@@ -58,21 +61,16 @@ def started_owner(directory: Path, engine: str, seconds: float, *, warm: bool) -
         # Semaphores have no name any more once both sides have opened them.
         files = set(left(shared_memory_of([owner.pid, *(process.pid for process in engines)])))
         assert files, "vLLM's processes talk through shared memory"
-        yield Owned(owner, list({*engines, *others}), {*files, Path(root)}, end)
-        for process in (owner, *engines, *others):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        try:
+            yield Owned(owner, list({*engines, *others}), {*files, Path(root)}, end)
+        finally:
+            for process in (owner, *engines, *others):
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
 
 
 def gone(processes: list[psutil.Process]) -> bool:
     return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
-
-
-def wait_until(condition, seconds: float = 30) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return condition()
 
 
 def left(paths: set[Path]) -> list[Path]:
@@ -97,20 +95,22 @@ def sockets(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize(("engine", "warm"), [("local", False), ("server", True)])
 def test_a_killed_owner_takes_its_engine_along(directory: Path, engine: str, warm: bool) -> None:
-    with started_owner(directory, engine, 600, warm=warm) as (owner, processes, files, end):
+    with started_owner(directory, engine, warm=warm) as (owner, processes, files, end):
         assert len(processes) >= 2 and not gone(processes) and len(left(files)) == len(files)
         assert sockets(directory) == (["rlswitch"] if engine == "server" else ["pymp", "rlswitch"])
         owner.send_signal(signal.SIGKILL)
-        end(30)
-        assert wait_until(lambda: gone(processes)), processes
-        assert wait_until(lambda: not left(files)), left(files)
-        assert not sockets(directory)
+        end(120)
+        assert eventually(lambda: gone(processes)), processes
+        assert eventually(lambda: not left(files)), left(files)
+        assert eventually(lambda: not sockets(directory)), sockets(directory)
 
 
 @pytest.mark.parametrize("engine", ["local", "server"])
 def test_an_ordinary_end_leaves_nothing(directory: Path, engine: str) -> None:
-    with started_owner(directory, engine, 1, warm=True) as (_, processes, files, end):
-        end(120)
+    with started_owner(directory, engine, warm=True) as (_, processes, files, end):
+        assert not gone(processes) and len(left(files)) == len(files)
+        (directory / DONE).touch()
+        end(300)
         assert gone(processes) and not left(files)
         assert not sockets(directory)
 

@@ -1,0 +1,198 @@
+"""Stand-ins at the package's doors: an engine's backend, a tenant, and a real session over such a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlswitch.checkpoint.resume import LoopState, Start
+from rlswitch.data.prompts import load_prompts, read_tables
+from rlswitch.engines.backend import Backend, Completion, Request
+from rlswitch.engines.engine import Engine
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.planning.policy import policy_spec
+from rlswitch.processes.signals import StopSignals
+from rlswitch.proof.checks import Tolerance
+from rlswitch.records.health import Health
+from rlswitch.records.monitor import Monitor
+from rlswitch.rewards.models.tenant import RewardTenant
+from rlswitch.rewards.scorer import Mark, Scorer
+from rlswitch.run import Run
+from rlswitch.session import Session
+from rlswitch.switch.switch import Switch
+from rlswitch.types import PolicyWeights, Rollout
+
+BUILD = "rlswitch.session.build"
+"""What `build_session` replaces where a test runs the loop itself."""
+FRESH = Start(None, LoopState(), kept=0, given_up=[])
+
+
+@dataclass
+class FakeBackend(Backend):
+    """Does nothing, writes down what it is told, and does wrong what it is set to do wrong."""
+
+    log: list[str] = field(default_factory=list)
+    broken: str = ""
+    """The verb that raises."""
+    during: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """What happens in the midst of a verb."""
+    frees: int = 0
+    owes: int = 0
+    cached: int = 0
+    resets: bool = True
+    stale: bool = False
+    """Ignores what it is given to load."""
+    gap: float = 0.0
+    completions: list[Completion] | None = None
+    loaded: PolicyWeights | None = None
+    shelf: dict[Path, PolicyWeights] = field(default_factory=dict)
+    requests: list[Request] = field(default_factory=list)
+    counted: list[Sequence[list[int]]] = field(default_factory=list)
+
+    def _do(self, verb: str) -> None:
+        self.log.append(verb)
+        if verb == self.broken:
+            raise RuntimeError(f"{verb} broke")
+        if verb in self.during:
+            self.during[verb]()
+
+    @property
+    def pids(self) -> list[int]:
+        return []
+
+    @property
+    def block_size(self) -> int:
+        return 16
+
+    def sleeping_bytes(self, level: str) -> int:
+        return self.owes
+
+    def sleep(self, level: str) -> None:
+        self._do(f"sleep {level}")
+
+    def wake(self, tag: str) -> None:
+        self._do(f"wake {tag}")
+
+    def reload(self, path: Path) -> None:
+        self._do("reload")
+        if not self.stale or self.loaded is None:
+            self.loaded = self.shelf[path]
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        self._do("fingerprint")
+        assert self.loaded is not None
+        return [{"received": self.loaded.tensors, "live": self.loaded.fingerprint}]
+
+    def reset_prefix_cache(self) -> bool:
+        self._do("reset")
+        return self.resets
+
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
+        self.requests = list(requests)
+        self._do("generate")
+        usual = [Completion([7, 14], [-0.5, -0.25], "stop") for _ in requests]
+        into.update(enumerate(usual if self.completions is None else self.completions))
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        self._do("score")
+        assert self.loaded is not None
+        return [[x + self.gap for x in row] for row in self.loaded.canary.logprobs]
+
+    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
+        self._do("count cached")
+        self.counted.append(sequences)
+        return self.cached
+
+    def close(self) -> None:
+        self._do("close")
+
+
+@dataclass(eq=False)
+class FakeTenant(RewardTenant):
+    """Writes down what it is asked, and scores a text as `score_of` says; None is an error."""
+
+    name: str
+    log: list[str]
+    score_of: Callable[[str], float | None] = lambda text: None
+    keeps: str | None = None
+    """What it does not give back."""
+    fails: str = ""
+    """Why its release fails."""
+
+    @property
+    def reward(self) -> str:  # type: ignore[override]
+        return self.name.replace(" ", "_")
+
+    @property
+    def pids(self) -> list[int]:
+        return []
+
+    def acquire(self, weights: PolicyWeights | None) -> None:
+        self.log.append(f"{self.name} acquires{f' {weights.version}' if weights else ''}")
+
+    def release(self) -> None:
+        self.log.append(f"{self.name} releases")
+        if self.fails:
+            raise OSError(self.fails)
+
+    def unreleased(self) -> str | None:
+        return self.keeps
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
+        self.log.append(f"{self.name} scores {len(rollouts)}")
+        found = [(it.text, self.score_of(it.text)) for it in rollouts]
+        return [Mark(score=s, error="" if s is not None else "fell silent", extra=t) for t, s in found]
+
+    def close(self) -> None:
+        self.log.append(f"{self.name} closes")
+
+
+def build_session(
+    run: Run,
+    backend: FakeBackend,
+    trainer: Any,
+    tokenizer: Any,
+    stop_signals: StopSignals,
+    stack: ExitStack,
+    start: Start = FRESH,
+) -> Session:
+    """A Session as a run has it, but for its backend: loop, trainer, rewards and files are the real ones."""
+    publish = trainer.publish
+
+    def publish_for_backend() -> PolicyWeights:
+        weights = publish()
+        backend.shelf[weights.path] = weights
+        return weights
+
+    trainer.publish = publish_for_backend
+    ledger = trainer.ledger
+    prompts, held_out = load_prompts(run, read_tables(run), tokenizer, lambda line: None)
+    spec = policy_spec(run, run.model.path, ledger.device)
+    output_dir = Path(run.output_dir or "")
+    monitor = stack.enter_context(Monitor(run, output_dir))
+    never = RestartPolicy(start=lambda: backend, limit=0, log=monitor.say)
+    engine = RestartingEngine(Engine(spec, backend, tokenizer, ledger, Tolerance(spec.tolerance)), never)
+    engine.release()
+    scorer = Scorer(run.reward, say=monitor.say)
+    stack.callback(scorer.close)
+    return Session(
+        run=run,
+        device=ledger.device,
+        ledger=ledger,
+        monitor=monitor,
+        switch=Switch(ledger, holder=trainer),
+        engine=engine,
+        trainer=trainer,
+        scorer=scorer,
+        tenants=[],
+        prompts=prompts,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        output_dir=output_dir,
+        stop_signals=stop_signals,
+        health=Health(output_dir, start, monitor.say),
+        saved_step=start.kept,
+    )
