@@ -117,7 +117,7 @@ def test_a_silent_engine_counts_as_lost(mortal: Mortal) -> None:
     engine, weights = mortal.engine, mortal.bench.publish()
     expected = turn(engine, weights)
     victim = mortal.doom("execute_model", number=signal.SIGSTOP)
-    engine.backend.patience = engine.backend.patience._replace(seconds=5.0)  # the next one has its own
+    engine.backend.deadline = engine.backend.deadline._replace(seconds=5.0)  # the next one has its own
     assert turn(engine, weights) == expected
     assert not victim.is_running()
     assert "silent for engine.request_timeout_s = 5" in mortal.said[0]
