@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +18,16 @@ from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.checkpoint.run_directory import check_disk_space, checkpoint_size, only_run_in, room_needed
 from rlswitch.data.hub import load_tokenizer, resolve_model
 from rlswitch.data.prompts import Prompts
-from rlswitch.engines.engine import Engine, Revival
-from rlswitch.engines.start import refuse_unfit_engine, start_backend
-from rlswitch.engines.vllm.arguments import engine_dtype
+from rlswitch.engines.revival import RestartingEngine
+from rlswitch.engines.spec import engine_dtype
+from rlswitch.engines.start import check_engine, start_engine
 from rlswitch.errors import Preempted, RLSwitchError
 from rlswitch.inputs import Inputs
 from rlswitch.planning.footprint import ModelShape
 from rlswitch.planning.plan import level_of
+from rlswitch.planning.policy import policy_spec
 from rlswitch.processes.signals import Abandoned, StopSignals, leave_at_second_interrupt
-from rlswitch.proof import checks as proof
-from rlswitch.proof.canary import canary_sequences
+from rlswitch.proof.canary import canary_length, canary_sequences
 from rlswitch.proof.fingerprint import checkpoint_elements
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
@@ -56,7 +55,7 @@ class Session:
     ledger: Ledger
     monitor: Monitor
     switch: Switch
-    engine: Engine
+    engine: RestartingEngine
     trainer: Trainer
     scorer: Scorer
     tenants: list[RewardTenant]
@@ -148,15 +147,11 @@ class Session:
         sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *(pid for it in self.tenants for pid in it.pids)]
-        if self.device.kind == "cuda":
-            device_bytes = self.device.total_bytes() - self.device.free_bytes()
-        else:
-            device_bytes = resident_bytes(pids)
         return {
             "perf/rollout_tokens_per_s": sampled / metrics["timing_s/rollout"],
             "perf/train_tokens_per_s": trained * self.run.trainer.epochs / update,
             "perf/samples_per_s": len(batch) / metrics["timing_s/step"],
-            "perf/max_device_gib": device_bytes / 2**30,
+            "perf/max_device_gib": self.device.used_bytes(pids) / 2**30,
             "perf/host_rss_gib": resident_bytes(pids) / 2**30,
         }
 
@@ -204,7 +199,9 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
     publisher = Publisher(run.switch.transport, nbytes, output_dir)
     stack.callback(publisher.close)
     monitor.phase("engine start")
-    engine = start_engine(run, models, ledger, output_dir, publisher.root, say)
+    spec = policy_spec(run, models.path, device)
+    log_path = output_dir / "engine.log"
+    engine = start_engine(spec, models.tokenizer, ledger, log_path, publisher.root, log=say)
     stack.callback(engine.close)
     taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
     switch = Switch(ledger, holder=engine)
@@ -285,28 +282,8 @@ def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Mode
             candidates.append(find_judge(run, [*inputs.first, *inputs.held_out], say))
         else:
             candidates.append(find_reward_model(run, tokenizer, say))
-    refuse_unfit_engine(run, path)
+    check_engine(policy_spec(run, path, Device.detect()), run.model.path)
     return Models(path=path, tokenizer=tokenizer, candidates=candidates)
-
-
-def start_engine(
-    run: Run, models: Models, ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]
-) -> Engine:
-    """vLLM with the run's model, awake and not yet proven."""
-    device = ledger.device
-    where = (device, output_dir / "engine.log", scratch)
-    start = partial(start_backend, run, models.path, models.tokenizer, *where)
-    exact = engine_dtype(run.model.dtype, device) == "float32" and device.kind == "cpu"
-    return Engine(
-        "rollout engine",
-        start(),
-        models.tokenizer,
-        ledger,
-        level=run.switch.level,
-        verify=run.switch.verify,
-        tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
-        revival=Revival(start=start, limit=run.engine.max_restarts, say=say),
-    )
 
 
 def start_tenant(
@@ -339,7 +316,7 @@ def build_trainer(
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
         vocabulary=len(models.tokenizer),
-        length=min(run.max_model_len - 1, max(block_size + 2, 32)),
+        length=canary_length(run.max_model_len, block_size),
     )
     return Trainer(
         run,

@@ -1,7 +1,7 @@
 """The reward `judge`: a language model of its own says what a completion is worth.
 
-It is a frozen engine (frozen.py): it sleeps while others have the device, goes back to its checkpoint, and
-is proven whenever it has come back.
+It is a frozen engine (engines/start.py): it sleeps while others have the device, reloads its own checkpoint,
+and is proven at every wake-up.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from pathlib import Path
 
 from rlswitch.config.sections import TENANTS, EngineConfig, JudgeConfig, ModelConfig
 from rlswitch.data.hub import resolve_model
-from rlswitch.engines.engine import Engine
-from rlswitch.engines.frozen import start_frozen
+from rlswitch.engines.revival import RestartingEngine
+from rlswitch.engines.spec import engine_spec
+from rlswitch.engines.start import start_engine
 from rlswitch.rewards.models.checks import encode_question, fit_judge
 from rlswitch.rewards.models.template import fill_in, read_score
 from rlswitch.rewards.models.tenant import Candidate, RewardTenant
 from rlswitch.rewards.scorer import Mark
 from rlswitch.rewards.workers.worker import shown
 from rlswitch.run import Run
+from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling
 
@@ -33,7 +35,7 @@ class Judge(RewardTenant):
     reward = "judge"
     name = TENANTS[reward]
 
-    def __init__(self, config: JudgeConfig, engine: Engine, max_model_len: int):
+    def __init__(self, config: JudgeConfig, engine: RestartingEngine, max_model_len: int):
         self.engine = engine
         self._config = config
         self._longest = max_model_len - config.max_new_tokens
@@ -101,13 +103,20 @@ def find_judge(run: Run, prompts: Sequence[Prompt], say: Callable[[str], None]) 
     path = resolve_model(model, say, "judge.path")
     tokenizer, length = fit_judge(run, path, prompts)
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
-    shared["max_model_len"] = length
-    switch = replace(run.switch, level=run.judge.level)
-    own = replace(run, model=model, engine=EngineConfig(**shared), switch=switch)
+    spec = engine_spec(
+        Judge.name,
+        model,
+        EngineConfig(**shared),
+        replace(run.switch, level=run.judge.level),
+        Device.detect(),
+        model_path=path,
+        max_model_len=length,
+        seed=run.seed,
+    )
 
     def start(ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]) -> Judge:
-        log = output_dir / "judge.log"
-        engine = start_frozen(Judge.name, own, path, tokenizer, ledger, log, scratch, say)
+        log_path = output_dir / "judge.log"
+        engine = start_engine(spec, tokenizer, ledger, log_path, scratch, frozen=True, log=say)
         return Judge(run.judge, engine, length)
 
     return Candidate(Judge.name, start)

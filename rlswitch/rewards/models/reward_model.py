@@ -23,7 +23,7 @@ from transformers import (
 
 from rlswitch.config.sections import TENANTS, ModelConfig
 from rlswitch.data.hub import context_of, resolve_model
-from rlswitch.engines.vllm.arguments import engine_dtype
+from rlswitch.engines.spec import engine_dtype
 from rlswitch.errors import ProofError
 from rlswitch.proof.fingerprint import named_fingerprints
 from rlswitch.rewards.models.checks import fit_reward_model, unusable
