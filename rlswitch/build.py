@@ -9,7 +9,6 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,15 +19,15 @@ from rlswitch.checkpoint import checkpoint, resume
 from rlswitch.checkpoint.resume import Start
 from rlswitch.checkpoint.run_directory import check_disk_space, checkpoint_size, only_run_in, room_needed
 from rlswitch.data.hub import load_tokenizer, resolve_model
-from rlswitch.engines.engine import Engine, Revival
-from rlswitch.engines.start import refuse_unfit_engine, start_backend
-from rlswitch.engines.vllm.arguments import engine_dtype
+from rlswitch.engines.revival import RestartingEngine
+from rlswitch.engines.spec import engine_dtype
+from rlswitch.engines.start import check_engine, start_engine
 from rlswitch.inputs import Inputs
 from rlswitch.planning.footprint import ModelShape
 from rlswitch.planning.plan import level_of
+from rlswitch.planning.policy import policy_spec
 from rlswitch.processes.signals import StopSignals, leave_at_second_interrupt
-from rlswitch.proof import checks as proof
-from rlswitch.proof.canary import canary_sequences
+from rlswitch.proof.canary import canary_length, canary_sequences
 from rlswitch.proof.fingerprint import checkpoint_elements
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
@@ -71,7 +70,7 @@ class Claim:
 class Tenants:
     """The rollout engine and the models among the rewards, all of them asleep."""
 
-    engine: Engine
+    engine: RestartingEngine
     scoring: list[RewardTenant]
     switch: Switch
     peak_bytes: int
@@ -133,7 +132,7 @@ def inspect_models(run: Run, inputs: Inputs, log: Callable[[str], None]) -> Mode
     check_model(run, path)
     tokenizer = load_tokenizer(run.model, path)
     tenants = prepare_tenants(run, [*inputs.first, *inputs.held_out], tokenizer, log)
-    refuse_unfit_engine(run, path)
+    check_engine(policy_spec(run, path, Device.detect()), run.model.path)
     return Models(path=path, tokenizer=tokenizer, tenants=tenants)
 
 
@@ -174,7 +173,9 @@ def start_tenants(run: Run, models: Models, claimed: Claim, stack: ExitStack) ->
     ledger, device, scratch = claimed.ledger, claimed.ledger.device, claimed.publisher.root
     log = claimed.monitor.log_line
     claimed.monitor.phase("engine start")
-    engine = start_engine(run, models, ledger, claimed.output_dir, scratch, log)
+    spec = policy_spec(run, models.path, device)
+    engine_log = claimed.output_dir / "engine.log"
+    engine = start_engine(spec, models.tokenizer, ledger, engine_log, scratch, log=log)
     stack.callback(engine.close)
     switch = Switch(ledger, holder=engine)
     taken = [device.total_bytes() - device.free_bytes()]
@@ -185,26 +186,6 @@ def start_tenants(run: Run, models: Models, claimed: Claim, stack: ExitStack) ->
         taken.append(device.total_bytes() - device.free_bytes())
     switch.vacate()
     return Tenants(engine=engine, scoring=scoring, switch=switch, peak_bytes=max(taken))
-
-
-def start_engine(
-    run: Run, models: Models, ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]
-) -> Engine:
-    """vLLM with the run's model, awake and not yet proven."""
-    device = ledger.device
-    where = (device, output_dir / "engine.log", scratch)
-    start = partial(start_backend, run, models.path, models.tokenizer, *where)
-    exact = engine_dtype(run.model.dtype, device) == "float32" and device.kind == "cpu"
-    return Engine(
-        "rollout engine",
-        start(),
-        models.tokenizer,
-        ledger,
-        level=run.switch.level,
-        verify=run.switch.verify,
-        tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
-        revival=Revival(start=start, limit=run.engine.max_restarts, say=say),
-    )
 
 
 def start_tenant(
@@ -233,7 +214,7 @@ def start_trainer(run: Run, inputs: Inputs, models: Models, claimed: Claim, tena
     canary = canary_sequences(
         [prompt.token_ids for prompt in inputs.held_out or inputs.first],
         vocabulary=len(models.tokenizer),
-        length=min(run.max_model_len - 1, max(tenants.engine.backend.block_size + 2, 32)),
+        length=canary_length(run.max_model_len, tenants.engine.backend.block_size),
     )
     trainer = Trainer(
         run,

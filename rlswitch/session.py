@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlswitch.checkpoint import checkpoint, resume
 from rlswitch.checkpoint.resume import LoopState
 from rlswitch.data.prompts import Prompts
-from rlswitch.engines.engine import Engine
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.errors import Preempted, RLSwitchError
 from rlswitch.processes.signals import Abandoned, StopSignals
 from rlswitch.records.health import Health
@@ -35,7 +35,7 @@ class Session:
     ledger: Ledger
     monitor: Monitor
     switch: Switch
-    engine: Engine
+    engine: RestartingEngine
     trainer: Trainer
     rewards: Rewards
     prompts: Prompts

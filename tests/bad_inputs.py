@@ -1164,8 +1164,8 @@ MACHINE = [
     bad(
         "more GPUs than there are",
         "engine.tensor_parallel_size=4 model.dtype=float16",
-        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees, vLLM would not start;"
-        " set at most 1, or let CUDA_VISIBLE_DEVICES name more",
+        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees (1), vLLM would not"
+        " start; set at most 1, or list more in CUDA_VISIBLE_DEVICES",
         machine=one_old_gpu,
         needs_torch=True,
     ),

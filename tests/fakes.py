@@ -12,6 +12,8 @@ from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.data.prompts import load_prompts, read_tables
 from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.engine import Engine
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.planning.policy import policy_spec
 from rlswitch.processes.signals import StopSignals
 from rlswitch.proof.checks import Tolerance
 from rlswitch.records.health import Health
@@ -173,19 +175,12 @@ def build_session(
     trainer.publish = publish_for_backend
     ledger = trainer.ledger
     prompts, held_out = load_prompts(run, read_tables(run), tokenizer, lambda line: None)
-    tolerance = Tolerance(run.switch.canary_tolerance)
-    engine = Engine(
-        "rollout engine",
-        backend,
-        tokenizer,
-        ledger,
-        level=run.switch.level,
-        verify=run.switch.verify,
-        tolerance=tolerance,
-    )
-    engine.release()
+    spec = policy_spec(run, run.model.path, ledger.device)
     output_dir = Path(run.output_dir or "")
     monitor = stack.enter_context(Monitor(run, output_dir))
+    never = RestartPolicy(start=lambda: backend, limit=0, log=monitor.log_line)
+    engine = RestartingEngine(Engine(spec, backend, tokenizer, ledger, Tolerance(spec.tolerance)), never)
+    engine.release()
     scorer = Scorer(run.reward, log=monitor.log_line)
     stack.callback(scorer.close)
     return Session(

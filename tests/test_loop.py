@@ -83,9 +83,7 @@ def test_a_signal_during_rollouts_gives_them_up_and_keeps_the_step_before(train,
     backend = FakeBackend()
     backend.during["generate"] = lambda: backend.log.count("generate") == 2 and stop()
     settings = {"evaluation": {"every": 0}, "checkpoint": {"every": 0}}
-    with pytest.raises(
-        Preempted, match="in step 2, whose rollouts are discarded; checkpoint of step 1"
-    ):
+    with pytest.raises(Preempted, match="in step 2, whose rollouts are discarded; checkpoint of step 1"):
         train(backend, num_steps=9, **settings)
     state = saved_state(tmp_path / "run")
     assert (state["step"], state["cursor"]) == (1, 2)  # two prompts a step

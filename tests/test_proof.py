@@ -127,7 +127,7 @@ def test_unreadable_files_are_blamed(weights: PolicyWeights):
     file = weights.path / "model-1.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     message = refusal(check_fingerprint, weights, [report(weights, **{NAMES[1]: 1})])
-    assert f"the files in {weights.path} cannot be read back" in message
+    assert f"the files in {weights.path} cannot be read" in message
 
 
 @given(name=st.sampled_from(NAMES), bit=st.integers(0, 63))
@@ -143,7 +143,7 @@ def test_any_difference_in_any_tensor_is_refused(name: str, bit: int):
 def test_only_an_empty_prefix_cache_is_accepted(weights: PolicyWeights):
     check_prefix_cache(weights, 0)
     message = refusal(check_prefix_cache, weights, 16)
-    assert "16 tokens would be answered from keys and values of older weights" in message
+    assert "16 tokens would be served from keys and values of older weights" in message
 
 
 # -- canary ------------------------------------------------------------------------------------

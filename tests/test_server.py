@@ -12,9 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from rlswitch.command.checks import problems
-from rlswitch.config.sections import ServerEngineConfig
+from rlswitch.config.sections import EngineConfig, ServerEngineConfig
 from rlswitch.engines.vllm.address import Address, parse_listen, parse_url
-from rlswitch.engines.vllm.watch import Patience
+from rlswitch.engines.vllm.watch import Deadline
 from rlswitch.errors import ConfigError, EngineError
 
 pytestmark = pytest.mark.processes
@@ -83,7 +83,7 @@ def fake() -> Iterator[Callable]:
 def client_of(address: Address, timeout_s: float = 300.0):
     from rlswitch.engines.vllm.client import Client
 
-    return closing(Client(address, Patience("engine.request_timeout_s", timeout_s)))
+    return closing(Client(address, Deadline("engine.request_timeout_s", timeout_s)))
 
 
 def test_many_answers_come_in_the_order_of_the_questions(fake) -> None:
@@ -153,12 +153,14 @@ def test_a_redirect_leads_nowhere(fake) -> None:
 def test_an_unfit_server_is_refused_with_the_command_that_starts_a_fit_one(
     make_run, fake, statuses: dict[str, int], reason: str
 ) -> None:
-    from rlswitch.engines.vllm.launcher import refuse_unfit_server
+    from rlswitch.engines.vllm.launcher import check_server
+    from rlswitch.planning.policy import policy_spec
+    from rlswitch.switch.device import Device
 
     address = fake(lambda path, body: (statuses.get(path, 404), ""))
     run = make_run(engine=ServerEngineConfig(url=str(address)))
     with pytest.raises(ConfigError) as error:
-        refuse_unfit_server(run, run.model.path)
+        check_server(policy_spec(run, run.model.path, Device("cpu")), run.model.path)
     (line,) = error.value.problems
     assert line.startswith(f"engine.url = {address}: {reason}") and "\n" not in line
     assert "VLLM_SERVER_DEV_MODE=1" in line and f"--model={run.model.path}" in line
@@ -184,24 +186,22 @@ def test_one_run_at_a_time_is_attached_to_a_server(tmp_path) -> None:
         pass
 
 
-def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(
-    make_run, monkeypatch, tmp_path
-) -> None:
+def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(monkeypatch, tmp_path) -> None:
     from rlswitch.engines.vllm.arguments import environment
     from rlswitch.switch.device import Device
 
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
-    made = environment(make_run(), Device("cpu"), tmp_path, "/s")
+    made = environment(EngineConfig(), Device("cpu"), tmp_path, "/s")
     assert made["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
-def test_a_users_own_environment_wins_over_what_is_usual(make_run, monkeypatch, tmp_path) -> None:
+def test_a_users_own_environment_wins_over_what_is_usual(monkeypatch, tmp_path) -> None:
     from rlswitch.engines.vllm.arguments import environment
     from rlswitch.switch.device import Device
 
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     monkeypatch.delenv(name, raising=False)
-    cpu, gpu = (environment(make_run(), Device(kind), tmp_path, "/s") for kind in ("cpu", "cuda"))
+    cpu, gpu = (environment(EngineConfig(), Device(kind), tmp_path, "/s") for kind in ("cpu", "cuda"))
     assert name in cpu and name not in gpu
     monkeypatch.setenv(name, "1024")
-    assert environment(make_run(), Device("cpu"), tmp_path, "/s")[name] == "1024"
+    assert environment(EngineConfig(), Device("cpu"), tmp_path, "/s")[name] == "1024"

@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 from fakes import FakeBackend, FakeTenant
 from rlswitch.recipes.addition.task import build_tokenizer
+from samples import make_spec
 
+from rlswitch.config.sections import EngineConfig, ModelConfig, SwitchConfig
 from rlswitch.engines.backend import Backend, Completion, Request
-from rlswitch.engines.engine import Engine, Revival, State
+from rlswitch.engines.engine import Engine, State
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.spec import Launch, engine_spec
+from rlswitch.engines.start import BACKENDS, start_engine
 from rlswitch.errors import EngineError, EngineLost, ProofError, SwitchError
-from rlswitch.proof.checks import Tolerance
+from rlswitch.proof.checks import LEARNED_FLOOR, Tolerance
 from rlswitch.seeds import request_seed
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -128,20 +133,12 @@ def build(ledger: Ledger) -> Callable[..., Engine]:
         level: str = "2",
         verify: str = "every",
         asleep: bool = True,
-        own: PolicyWeights | None = None,
+        base_weights: PolicyWeights | None = None,
         **faults: Any,
     ) -> Engine:
-        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS}, loaded=own)
-        engine = Engine(
-            "rollout engine",
-            backend,
-            build_tokenizer(),
-            ledger,
-            level=level,
-            verify=verify,
-            tolerance=Tolerance(1e-4),
-            own=own,
-        )
+        backend = FakeBackend(shelf={weights.path: weights for weights in WEIGHTS}, loaded=base_weights)
+        spec = make_spec(level=level, verify=verify)
+        engine = Engine(spec, backend, build_tokenizer(), ledger, Tolerance(1e-4), base_weights)
         if asleep:
             engine.release()
         backend.log.clear()
@@ -389,11 +386,11 @@ def test_stale_weights_are_found_before_the_kv_cache_is_woken(build):
 
 
 def own(version: int) -> PolicyWeights:
-    return replace(pushed(version), version=0, held=[1000 + version])
+    return replace(pushed(version), version=0, initial_fingerprints=[1000 + version])
 
 
 def test_two_frozen_engines_take_turns_and_reload_their_own_checkpoints(build, ledger):
-    a, b = build(own=own(1)), build(own=own(2))
+    a, b = build(base_weights=own(1)), build(base_weights=own(2))
     switch = Switch(ledger)
     for engine in (a, b, a, b):
         switch.give_to(engine)
@@ -404,20 +401,20 @@ def test_two_frozen_engines_take_turns_and_reload_their_own_checkpoints(build, l
 
 
 def test_a_frozen_engine_at_level_1_wakes_with_its_weights(build):
-    engine = build(level="1", own=own(1))
+    engine = build(level="1", base_weights=own(1))
     engine.acquire(None)
     assert engine.backend.log == ["wake weights", "wake kv_cache", "reset", "count cached", "score"]
     assert engine.proven
 
 
 def test_a_frozen_engine_must_hold_what_it_held_at_the_start(build):
-    engine = build(own=replace(own(1), held=[999]))
+    engine = build(base_weights=replace(own(1), initial_fingerprints=[999]))
     with pytest.raises(ProofError, match=r"wake-up with /nowhere/v1 is not proven: fingerprint.* holds"):
         engine.acquire(None)
 
 
 def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_published_sum(build):
-    engine = build(own=replace(own(1), held=[None]))
+    engine = build(base_weights=replace(own(1), initial_fingerprints=[None]))
     engine.backend.loaded = None
     engine.backend.fingerprint = lambda: [{"received": WEIGHTS[1].tensors, "live": None}]
     engine.acquire(None)
@@ -428,7 +425,7 @@ def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_publishe
 
 
 @pytest.fixture
-def mortal(build) -> Callable[..., tuple[Engine, list[FakeBackend], list[str]]]:
+def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], list[str]]]:
     """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; what was said."""
 
     def make(dies: Sequence[str], limit: int = 2, **settings: Any):
@@ -436,15 +433,15 @@ def mortal(build) -> Callable[..., tuple[Engine, list[FakeBackend], list[str]]]:
         backends = [engine.backend]
 
         def start() -> Backend:
-            backends.append(MortalBackend(shelf=engine.backend.shelf, loaded=engine.own))
+            backends.append(MortalBackend(shelf=engine.backend.shelf, loaded=engine.base_weights))
             backends[-1].dies_in = dies[len(backends) - 1] if len(backends) <= len(dies) else ""
             backends[-1]._do("start")
             return backends[-1]
 
-        engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.own)
+        engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.base_weights)
         engine.backend.dies_in = dies[0]
-        engine.revival = Revival(start=start, limit=limit, say=said.append)
-        return engine, backends, said
+        policy = RestartPolicy(start=start, limit=limit, log=said.append)
+        return RestartingEngine(engine, policy), backends, said
 
     return make
 
@@ -479,7 +476,7 @@ def test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven(mortal, verb: st
     assert first.log[-2:] == [verb, "abandon"]
     assert engine.backend.log == ["start", "sleep 2", *PUSH]
     assert (engine.version, engine.proven, engine.restarts) == (1, True, 1)
-    assert said == [f"rollout engine is lost and will be started again: vLLM has died ({verb})"]
+    assert said == [f"rollout engine is lost and will be restarted: vLLM has died ({verb})"]
 
 
 def test_an_engine_that_was_started_again_proves_its_first_push_again(mortal):
@@ -517,7 +514,7 @@ def test_an_engine_lost_in_its_sleep_is_missed_when_it_is_needed(mortal, ledger,
 
 
 def test_a_frozen_engine_that_is_lost_proves_its_checkpoint_again(mortal):
-    engine, backends, _ = mortal(["generate"], level="1", own=own(1))
+    engine, backends, _ = mortal(["generate"], level="1", base_weights=own(1))
     engine.acquire(None)
     engine.generate(PROMPTS, SAMPLING)
     assert backends[1].log == ["start", "sleep 1", *PUSH, "generate"]
@@ -552,6 +549,60 @@ def test_a_proof_that_fails_is_not_started_again(mortal):
     with pytest.raises(SwitchError, match="is failed"):
         engine.acquire(WEIGHTS[1])
     assert len(backends) == 1
+
+
+# -- the one door ------------------------------------------------------------------------------
+
+
+def test_auto_is_resolved_and_only_exact_arithmetic_has_a_fixed_tolerance():
+    def made(dtype: str, kind: str):
+        model, switch = ModelConfig(path="m", dtype=dtype), SwitchConfig(canary_tolerance=1e-3)
+        where = {"model_path": "/m", "max_model_len": 8, "seed": 0}
+        return engine_spec("e", model, EngineConfig(), switch, Device(kind), **where)
+
+    assert (made("auto", "cpu").dtype, made("auto", "cuda").dtype) == ("float32", "bfloat16")
+    assert made("auto", "cpu").tolerance == made("float32", "cpu").tolerance == 1e-3
+    assert made("bfloat16", "cpu").tolerance is None and made("float32", "cuda").tolerance is None
+
+
+@pytest.fixture
+def started(monkeypatch, ledger, tmp_path: Path):
+    """started(spec, frozen=True, gap=0.1): start_engine over fake backends set up like this; all backends."""
+    backends: list[FakeBackend] = []
+
+    def start(spec, frozen: bool = False, **faults: Any):
+        def backend(launch: Launch) -> FakeBackend:
+            backends.append(FakeBackend(loaded=WEIGHTS[1], **faults))
+            assert launch.spec is spec
+            return backends[-1]
+
+        monkeypatch.setitem(BACKENDS, type(spec.settings), backend)
+        return start_engine(spec, build_tokenizer(), ledger, tmp_path / "log", tmp_path, frozen)
+
+    return start, backends
+
+
+def test_a_pushed_engine_learns_its_tolerance_and_a_frozen_one_has_nothing_to_learn_from(started, tmp_path):
+    start, _ = started
+    spec = make_spec(model_path=str(tmp_path), tolerance=None)
+    assert start(spec).engine.tolerance.limit is None
+    frozen = start(spec, frozen=True).engine
+    assert frozen.tolerance.limit == LEARNED_FLOOR and frozen.base_weights.version == 0
+    assert frozen.base_weights.initial_fingerprints == [WEIGHTS[1].fingerprint]
+    assert start(make_spec(model_path=str(tmp_path)), frozen=True).engine.tolerance.limit == 1e-4
+
+
+def test_a_frozen_engine_that_is_never_proven_is_not_scored(started, tmp_path):
+    start, backends = started
+    start(make_spec(model_path=str(tmp_path), verify="off"), frozen=True)
+    assert backends[0].log == []
+
+
+def test_an_engine_that_cannot_be_described_leaves_no_backend(started, tmp_path):
+    start, backends = started
+    with pytest.raises(RuntimeError, match="score broke"):
+        start(make_spec(model_path=str(tmp_path)), frozen=True, broken="score")
+    assert backends[0].log[-1] == "close"
 
 
 # -- what it generates -------------------------------------------------------------------------

@@ -18,9 +18,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch.build import Models, inspect_models, start_tenant
-from rlswitch.engines.frozen import start_frozen
+from rlswitch.engines.start import start_engine
 from rlswitch.errors import EngineError
 from rlswitch.inputs import Inputs
+from rlswitch.planning.policy import policy_spec
 from rlswitch.rewards.models.tenant import PreparedTenant
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.scorer import Scorer
@@ -91,11 +92,12 @@ def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
 
     Raises EngineError when it cannot be started.
     """
-    run = replace(run, switch=replace(run.switch, verify="off"))  # it is asked once, and then closed
+    device = Device.detect()
+    spec = replace(policy_spec(run, models.path, device), verify="off")  # it generates once, unproven
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name:
-        where = (Ledger(Device.detect(), Path(name)), Path(name, "engine.log"), Path(name))
-        engine = start_frozen("rollout engine", run, models.path, models.tokenizer, *where, print)
-        with closing(engine):
+        directory = Path(name)
+        where = (Ledger(device, directory), directory / "engine.log", directory)
+        with closing(start_engine(spec, models.tokenizer, *where, frozen=True)) as engine:
             return engine.generate(prompts, run.sampling(SAMPLES, step=0))
 
 

@@ -19,6 +19,7 @@ from rlswitch.config.sections import ModelConfig
 from rlswitch.data.hub import builtin_model
 from rlswitch.engines.vllm.arguments import llm_arguments
 from rlswitch.planning.machine import GIB, DeviceFacts
+from rlswitch.planning.policy import policy_spec
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.training.logprobs import LOGITS_AT_ONCE
@@ -227,7 +228,8 @@ class Footprint:
 
     @classmethod
     def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring]) -> Footprint:
-        engine = llm_arguments(run, run.model.path, Device(facts.kind))
+        device = Device(facts.kind)
+        engine = llm_arguments(policy_spec(run, run.model.path, device), device)
         itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
         published = shape.parameters * itemsize
         weights = published // ranks

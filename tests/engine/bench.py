@@ -4,7 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,14 @@ from rlswitch.recipes.addition.task import build_tokenizer
 from samples import tiny_config
 from transformers import PreTrainedTokenizerBase, Qwen3ForCausalLM
 
-from rlswitch.algorithms.grpo import GRPO
+from rlswitch.config.sections import EngineConfig, ModelConfig, ServerEngineConfig, SwitchConfig
 from rlswitch.engines.engine import Engine, State
+from rlswitch.engines.spec import EngineSpec, Launch, engine_spec
 from rlswitch.engines.vllm.backend import VLLMBackend
 from rlswitch.engines.vllm.local import LocalBackend
 from rlswitch.engines.vllm.server import ServerBackend
 from rlswitch.proof import checks as proof
 from rlswitch.proof.canary import canary_sequences
-from rlswitch.run import OPTIONS, Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.training.logprobs import sequence_logprobs
@@ -29,6 +29,7 @@ from rlswitch.types import Canary, PolicyWeights
 
 BLOCK = 32
 BACKENDS: dict[str, type[VLLMBackend]] = {"local": LocalBackend, "server": ServerBackend}
+SETTINGS = {"local": EngineConfig, "server": ServerEngineConfig}
 
 
 def build_model() -> Qwen3ForCausalLM:
@@ -49,7 +50,7 @@ def build_model() -> Qwen3ForCausalLM:
 class Bench:
     """A backend, a model to push, and what is needed to make engines and versions of them."""
 
-    run: Run
+    spec: EngineSpec
     backend: VLLMBackend
     start: Callable[[], VLLMBackend]
     """Another one like `backend`."""
@@ -62,15 +63,8 @@ class Bench:
 
     def engine(self, level: str = "2", verify: str = "every", tolerance: float = 1e-4) -> Engine:
         """An engine over the shared backend, which is asleep at level 2."""
-        engine = Engine(
-            "rollout engine",
-            self.backend,
-            self.tokenizer,
-            self.ledger,
-            level=level,
-            verify=verify,
-            tolerance=proof.Tolerance(tolerance),
-        )
+        spec = replace(self.spec, level=level, verify=verify)
+        engine = Engine(spec, self.backend, self.tokenizer, self.ledger, proof.Tolerance(tolerance))
         engine.state = State.ASLEEP
         return engine
 
@@ -95,20 +89,34 @@ def open_bench(directory: Path, engine: str = "local", **settings: Any) -> Itera
     model, tokenizer = build_model(), build_tokenizer()
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
-    config = OPTIONS["engine"][engine](max_model_len=128, kv_cache_gib=0.125, **settings)
+    config = SETTINGS[engine](kv_cache_gib=0.125, **settings)
     config.vllm |= {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a server finds that worker
-    run = Run(algorithm=GRPO(), engine=config)
-    run.model.path = str(directory / "model")
-    device = Device.detect()
+    device, model_path = Device.detect(), str(directory / "model")
+    spec = engine_spec(
+        "rollout engine",
+        ModelConfig(path=model_path),
+        config,
+        SwitchConfig(),
+        device,
+        model_path=model_path,
+        max_model_len=128,
+        seed=0,
+    )
     canary = canary_sequences([], vocabulary=16, length=2 * BLOCK + 6)
     ledger, publisher = Ledger(device, directory), Publisher("auto", 1 << 20, directory)
-    log_path = directory / "engine.log"
+    launch = Launch(
+        spec=spec,
+        tokenizer=tokenizer,
+        device=device,
+        log_path=directory / "engine.log",
+        scratch=publisher.root,
+    )
     with closing(publisher):
 
         def start() -> VLLMBackend:
-            return BACKENDS[engine](run, run.model.path, tokenizer, device, log_path, publisher.root)
+            return BACKENDS[engine](launch)
 
         with closing(start()) as backend:
             backend.sleep("2")
-            yield Bench(run, backend, start, copy.deepcopy(model), tokenizer, ledger, publisher, canary)
+            yield Bench(spec, backend, start, copy.deepcopy(model), tokenizer, ledger, publisher, canary)

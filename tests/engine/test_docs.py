@@ -8,8 +8,9 @@ import pytest
 from runs import finish, program
 from samples import greedy
 
+from rlswitch.engines.spec import Launch
 from rlswitch.engines.vllm.launcher import launched
-from rlswitch.serving.serve import frozen_run
+from rlswitch.serving.serve import frozen_spec
 from rlswitch.switch.device import Device
 
 pytestmark = pytest.mark.engine
@@ -45,10 +46,14 @@ def test_two_running_servers_take_turns(tiny_model, tmp_path: Path) -> None:
         addresses = []
         for index, tiny in enumerate(models):
             settings = {"listen": "127.0.0.1:0", "max_model_len": 64, "kv_cache_gib": 0.0625}
-            run = frozen_run(str(tiny.path), server=True, **settings)
-            log, scratch = tmp_path / f"server-{index}.log", tmp_path / "scratch"
-            server = launched(run, str(tiny.path), Device.detect(), log, scratch)
-            client, _ = stack.enter_context(server)
+            launch = Launch(
+                spec=frozen_spec(str(tiny.path), server=True, **settings),
+                tokenizer=tiny.tokenizer,
+                device=Device.detect(),
+                log_path=tmp_path / f"server-{index}.log",
+                scratch=tmp_path / "scratch",
+            )
+            client, _ = stack.enter_context(launched(launch))
             addresses.append(client.address)
         lines = run_block(block("switching.md"), tmp_path, *addresses)
     expected = [f"{tiny.path}: {greedy(tiny, '12+34=', 8)!r}, proven: True" for tiny in models]

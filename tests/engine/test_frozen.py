@@ -8,9 +8,9 @@ from bench import Bench
 from safetensors.torch import load_file, save_file
 
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.frozen import freeze
+from rlswitch.engines.start import engine_on
 from rlswitch.errors import ProofError, SwitchError
-from rlswitch.serving.serve import frozen_run
+from rlswitch.serving.serve import frozen_spec
 from rlswitch.switch.switch import Switch
 from rlswitch.types import Prompt, Sampling
 
@@ -27,8 +27,8 @@ def start(bench: Bench, path: Path, level: str) -> Engine:
         backend.wake(tag)
     backend.reload(path)
     backend.reset_prefix_cache()
-    run = frozen_run(str(path), level=level, dtype="float32", max_model_len=128)
-    return freeze("judge", backend, run, str(path), bench.tokenizer, bench.ledger)
+    spec = frozen_spec(str(path), level=level, dtype="float32", max_model_len=128)
+    return engine_on(backend, spec, bench.tokenizer, bench.ledger, frozen=True)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_weights_that_changed_while_it_slept_at_level_1_are_found_out(bench, che
 
 def test_stale_prefixes_are_found_out(bench, checkpoint, monkeypatch) -> None:
     engine = start(bench, checkpoint, "0")
-    engine.backend.count_cached_tokens(engine.own.canary.sequences)  # known from before
+    engine.backend.count_cached_tokens(engine.base_weights.canary.sequences)  # known from before
     engine.release()
     monkeypatch.setattr(bench.backend, "reset_prefix_cache", lambda: True)
     with pytest.raises(ProofError, match="prefix cache"):

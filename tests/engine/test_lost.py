@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import psutil
@@ -13,7 +13,8 @@ from samples import eventually
 from worker import HUNG
 
 from rlswitch.engines.backend import Backend
-from rlswitch.engines.engine import Engine, Revival, State
+from rlswitch.engines.engine import Engine, State
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
 from rlswitch.errors import EngineError
 from rlswitch.processes.group import ProcessGroup
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
@@ -25,14 +26,16 @@ SAMPLING = Sampling(num_samples=4, max_new_tokens=24, temperature=1.0, seed=0, s
 
 
 class Mortal:
-    """An engine over a bench of its own that is started again whenever it is lost."""
+    """An engine over a bench of its own that is restarted whenever it is lost."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
         self.said: list[str] = []
         self.families: list[ProcessGroup] = [bench.backend.family]
-        self.engine: Engine = bench.engine()
-        self.engine.revival = Revival(start=self.start, limit=2, say=self.said.append)
+        self.engine = self.restarting(bench.engine(), self.start)
+
+    def restarting(self, engine: Engine, start: Callable[[], Backend]) -> RestartingEngine:
+        return RestartingEngine(engine, RestartPolicy(start=start, limit=2, log=self.said.append))
 
     def start(self) -> Backend:
         backend = self.bench.start()
@@ -64,7 +67,7 @@ def told(groups: list[Group]) -> list[tuple]:
     return [(it.token_ids, it.logprobs, it.policy_version) for group in groups for it in group.rollouts]
 
 
-def turn(engine: Engine, weights: PolicyWeights) -> list[tuple]:
+def turn(engine: RestartingEngine, weights: PolicyWeights) -> list[tuple]:
     """One turn on the device: woken, pushed, proven, asked, and asleep again."""
     engine.acquire(weights)
     assert engine.proven and engine.version == weights.version
@@ -83,7 +86,7 @@ def test_a_killed_engine_is_replaced_and_nobody_can_tell(mortal: Mortal, method:
     assert not victim.is_running()
     assert engine.restarts == restarts + 1
     (line,) = mortal.said
-    assert line.startswith("rollout engine is lost and will be started again: vLLM")
+    assert line.startswith("rollout engine is lost and will be restarted: vLLM")
 
 
 @pytest.mark.parametrize("shared", ["local"], indirect=True)
@@ -114,7 +117,7 @@ def test_a_silent_engine_counts_as_lost(mortal: Mortal) -> None:
     engine, weights = mortal.engine, mortal.bench.publish()
     expected = turn(engine, weights)
     victim = mortal.doom("execute_model", number=signal.SIGSTOP)
-    engine.backend.patience = engine.backend.patience._replace(seconds=5.0)  # the next one has its own
+    engine.backend.deadline = engine.backend.deadline._replace(seconds=5.0)  # the next one has its own
     assert turn(engine, weights) == expected
     assert not victim.is_running()
     assert "silent for engine.request_timeout_s = 5" in mortal.said[0]
@@ -159,12 +162,12 @@ def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Morta
     turn(engine, weights)
     engine.acquire(weights)
     mortal.doom("execute_model", calls=2)
-    mortal.bench.run.engine.vllm["worker_cls"] = "nowhere.Worker"  # fails at every start
+    mortal.bench.spec.settings.vllm["worker_cls"] = "nowhere.Worker"  # fails at every start
     with pytest.raises(EngineError, match=r"was lost 3 times in a row, engine.max_restarts = 2") as error:
         engine.generate(PROMPTS, SAMPLING)
     assert "did not start" in str(error.value)
     assert "its log: " in str(error.value) and "initialization failed" in str(error.value)
-    assert engine.state is State.FAILED
+    assert engine.engine.state is State.FAILED
     assert len(mortal.said) == 2
 
 

@@ -130,7 +130,7 @@ def test_tied_head_left_stale(bench: Bench) -> None:
 def test_prefix_cache_not_reset_across_a_push(bench: Bench, monkeypatch) -> None:
     engine = asleep(bench, level="0")  # deeper levels make vLLM itself forget its prefixes
     monkeypatch.setattr(bench.backend, "reset_prefix_cache", lambda: True)
-    assert "tokens would be answered" in refused(engine, bench.publish(), "prefix cache")
+    assert "tokens would be served" in refused(engine, bench.publish(), "prefix cache")
 
 
 def test_without_the_prefix_check_a_stale_prefix_would_go_unseen(bench: Bench, monkeypatch) -> None:

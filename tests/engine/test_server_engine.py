@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from bench import Bench, open_bench
 
-from rlswitch.engines.engine import Revival
-from rlswitch.engines.vllm.launcher import refuse_unfit_server
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.spec import EngineSpec, Launch
+from rlswitch.engines.vllm.launcher import check_server
 from rlswitch.engines.vllm.server import ServerBackend
 from rlswitch.errors import ConfigError, EngineError, EngineLost
-from rlswitch.run import Run
 from rlswitch.types import Prompt, Sampling
 
 pytestmark = [pytest.mark.engine, pytest.mark.parametrize("bench", ["server"], indirect=True)]
@@ -21,17 +21,21 @@ PROMPTS = [Prompt(index=i, messages="1+2=", token_ids=[13, 1, 10, 2, 11]) for i 
 SAMPLING = Sampling(num_samples=3, max_new_tokens=12, temperature=0.7, seed=0, step=1)
 
 
-def attaching(bench: Bench, **settings) -> Run:
-    """The bench's run, by way of the URL of its server."""
-    engine = replace(bench.run.engine, url=str(bench.backend.client.address), **settings)
-    return replace(bench.run, engine=engine)
+def attaching(bench: Bench) -> EngineSpec:
+    """The bench's engine, by way of the URL of its server."""
+    settings = replace(bench.spec.settings, url=str(bench.backend.client.address))
+    return replace(bench.spec, settings=settings)
 
 
 def attach(bench: Bench, tmp_path: Path) -> Bench:
-    run = attaching(bench)
-    log, root = tmp_path / "engine.log", bench.publisher.root
-    backend = ServerBackend(run, run.model.path, bench.tokenizer, bench.ledger.device, log, root)
-    return replace(bench, backend=backend, run=run)
+    launch = Launch(
+        spec=attaching(bench),
+        tokenizer=bench.tokenizer,
+        device=bench.ledger.device,
+        log_path=tmp_path / "engine.log",
+        scratch=bench.publisher.root,
+    )
+    return replace(bench, backend=ServerBackend(launch), spec=launch.spec)
 
 
 def test_only_we_reach_the_socket(bench: Bench) -> None:
@@ -68,9 +72,9 @@ def test_what_a_server_says_that_was_started_again_meanwhile_is_not_taken(bench:
         engine.generate(PROMPTS, SAMPLING)
     engine.close()
     said: list[str] = []
-    engine = attach(bench, tmp_path).engine()
+    policy = RestartPolicy(start=lambda: attach(bench, tmp_path).backend, limit=1, log=said.append)
+    engine = RestartingEngine(attach(bench, tmp_path).engine(), policy)
     engine.backend.sleep("2")
-    engine.revival = Revival(start=lambda: attach(bench, tmp_path).backend, limit=1, say=said.append)
     engine.acquire(attached.publish(noise=0.0))
     engine.backend.collective_rpc("restart")
     groups = engine.generate(PROMPTS, SAMPLING)
@@ -82,14 +86,13 @@ def test_what_a_server_says_that_was_started_again_meanwhile_is_not_taken(bench:
 
 
 def test_a_server_is_asked_for_all_that_a_run_needs(bench: Bench) -> None:
-    run = attaching(bench)
-    refuse_unfit_server(run, run.model.path)
-    model = replace(run.model, path="/another/model", dtype="bfloat16")
-    other = replace(attaching(bench, max_model_len=4096), model=model)
+    spec = attaching(bench)
+    check_server(spec, spec.model_path)
+    other = replace(spec, model_path="/another/model", dtype="bfloat16", max_model_len=4096)
     with pytest.raises(ConfigError) as error:
-        refuse_unfit_server(other, "/another/model")
+        check_server(other, "/another/model")
     (line,) = error.value.problems
-    for part in ("this run trains /another/model", "dtype is float32", "max_model_len is 128", "--uds="):
+    for part in ("this run needs /another/model", "dtype is float32", "max_model_len is 128", "--uds="):
         assert part in line
 
 

@@ -30,7 +30,7 @@ class SaboteurWorker(SleepingCPUWorker):
 
     def restart(self) -> None:
         """As if another server had taken its place."""
-        self.token += ", and another"
+        self.identity["token"] += ", and another"
 
     def doom(self, call: str, calls: int, number: int) -> None:
         """After `calls` more of `call` the process gets the signal `number` at the end of the next one."""

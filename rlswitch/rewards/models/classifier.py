@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from rlswitch.config.sections import RewardModelConfig
-from rlswitch.engines.vllm.arguments import engine_dtype
+from rlswitch.engines.spec import engine_dtype
 from rlswitch.errors import ConfigError, ProofError
 from rlswitch.proof.fingerprint import named_fingerprints
 from rlswitch.rewards.models.tenant import RewardTenant

@@ -1,7 +1,7 @@
 """The reward `judge`: a second language model reads prompt and completion and replies with a score.
 
-It is a frozen engine (engines/frozen.py): it sleeps while others have the device, reloads its checkpoint, and
-is proven each time it comes back.
+It is a frozen engine (engines/start.py): it sleeps while others have the device, reloads its own checkpoint,
+and is proven at every wake-up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlswitch.engines.engine import Engine
+    from rlswitch.engines.revival import RestartingEngine
     from rlswitch.switch.ledger import Ledger
 
 RETRY_TEMPERATURE = 0.7
@@ -46,7 +46,7 @@ class Judge(RewardTenant):
     reward = "judge"
     name = JudgeConfig.device_name
 
-    def __init__(self, config: JudgeConfig, engine: Engine, max_model_len: int):
+    def __init__(self, config: JudgeConfig, engine: RestartingEngine, max_model_len: int):
         self.engine = engine
         self._config = config
         self._longest = max_model_len - config.max_new_tokens
@@ -148,20 +148,29 @@ def prepare_judge(
     run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, say: Callable[[str], None]
 ) -> StartTenant:
     """Finds the judge's model; its engine gets room for questions about `prompts`. Raises ConfigError."""
+    from rlswitch.engines.spec import engine_spec  # these load torch
+    from rlswitch.engines.start import start_engine
+    from rlswitch.switch.device import Device
+
     assert run.judge.path is not None, "command/checks.py requires it"
     model = ModelConfig(path=run.judge.path, dtype=run.model.dtype)
     path = resolve_model(model, say, "judge.path")
     tokenizer, length = check_judge(run, path, prompts)
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
-    shared["max_model_len"] = length
-    switch = replace(run.switch, level=run.judge.level)
-    own = replace(run, model=model, engine=EngineConfig(**shared), switch=switch)
+    spec = engine_spec(
+        Judge.name,
+        model,
+        EngineConfig(**shared),
+        replace(run.switch, level=run.judge.level),
+        Device.detect(),
+        model_path=path,
+        max_model_len=length,
+        seed=run.seed,
+    )
 
     def start(ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]) -> Judge:
-        from rlswitch.engines.frozen import start_frozen  # loads torch
-
-        log = output_dir / "judge.log"
-        engine = start_frozen(Judge.name, own, path, tokenizer, ledger, log, scratch, say)
+        log_path = output_dir / "judge.log"
+        engine = start_engine(spec, tokenizer, ledger, log_path, scratch, frozen=True, log=say)
         return Judge(run.judge, engine, length)
 
     return start
