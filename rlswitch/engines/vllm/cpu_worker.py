@@ -103,7 +103,7 @@ class SleepingCPUWorker(CPUWorker):
         """vLLM 0.32 leaves a tied lm_head on its old packed copy, for which a reload has no tensor.
 
         Every rollout after the first push would use a stale head. Remove this when vLLM's own reload
-        rebuilds it (tests/engine/test_sabotage.py fails then).
+        rebuilds it (tests/engines/test_sabotage.py fails then).
         """
         for layer in self._packed_linears():
             if layer.weight.numel():

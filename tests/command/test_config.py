@@ -25,7 +25,7 @@ from rlswitch.config.fields import leaves_of
 from rlswitch.errors import ConfigError, EngineError, Preempted, ProofError
 from rlswitch.run import OPTIONS, Run, settings_of
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ERROR = "rlswitch: error: "
 GIVEN = ["model=m", "data=d"]
 

@@ -15,7 +15,7 @@ import pytest
 from rlswitch.command import cli
 from rlswitch.errors import EngineError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "check_environment.py"
 NMS = "operator torchvision::nms does not exist"
 

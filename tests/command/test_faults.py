@@ -17,7 +17,7 @@ from faults import FAULTS
 from rlswitch import inputs
 from rlswitch.command import cli
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).resolve().parents[1]
 ERROR = "rlswitch: error: "
 LIGHT = [*SECTIONS["The command line"], *SECTIONS["Settings"]]
 """Told by the settings alone."""

@@ -22,7 +22,7 @@ from rlswitch.report.figures import MAX_BARS, MAX_POINTS, lines, stacked, svg, t
 from rlswitch.report.page import load, run_page, write_report
 from rlswitch.report.samples import Samples
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 VOID = {"meta", "input"}
 HARMLESS = set(
