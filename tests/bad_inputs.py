@@ -1,7 +1,7 @@
 """Every bad input with its error message: what the user types, which files exist, what rlswitch prints.
 
-tests/command/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection into
-docs/faults.md. In an expected line `...` matches anything.
+tests/command/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection
+into docs/faults.md. In an expected line `...` matches anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mode=rewards without its engine: gold answers, and the tables. tests/engines/test_train.py has all of it."""
+"""mode=rewards without its engine: gold answers and tables. tests/engines/test_train.py runs all of it."""
 
 from __future__ import annotations
 
