@@ -33,6 +33,7 @@ from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
 from rlswitch.rewards.models.tenant import PreparedTenant, RewardTenant, prepare_tenants
 from rlswitch.rewards.rewards import Rewards
+from rlswitch.rollouts.sampler import SingleTurn
 from rlswitch.run import Run
 from rlswitch.session import Session
 from rlswitch.switch.device import Device
@@ -106,6 +107,7 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
         monitor=claimed.monitor,
         switch=tenants.switch,
         engine=tenants.engine,
+        sampler=SingleTurn(),
         trainer=trainer,
         rewards=Rewards(inputs.scorer, tenants.scoring),
         prompts=inputs.prompts,

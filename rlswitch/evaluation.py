@@ -29,15 +29,16 @@ def is_due(config: EvaluationConfig, step: int, num_steps: int) -> bool:
 def evaluate(session: Session) -> dict[str, float]:
     """`val/<dataset>/acc`, greedy, and `val/<dataset>/pass@k` over sampled completions."""
     run, engine, rewards = session.run, session.engine, session.rewards
+    sample = session.sampler.sample
     assert engine.version is not None
     name = dataset_name(run.data.eval_path or run.data.path)
     sampled = run.sampling(run.evaluation.num_samples, step=engine.version)
     greedy = replace(sampled, num_samples=1, temperature=0.0)
     with session.ledger.work("evaluation"):
-        pending = {f"val/{name}/acc": rewards.submit(engine.generate(session.held_out, greedy))}
+        pending = {f"val/{name}/acc": rewards.submit(sample(engine, session.held_out, greedy))}
         if run.evaluation.num_samples > 1:  # while the greedy ones are scored
             key = f"val/{name}/pass@{run.evaluation.num_samples}"
-            pending[key] = rewards.submit(engine.generate(session.held_out, sampled))
+            pending[key] = rewards.submit(sample(engine, session.held_out, sampled))
         engine.forget_prefixes()  # a resumed run has not just evaluated
         for scores in pending.values():
             rewards.collect_correctness(scores, session.switch)

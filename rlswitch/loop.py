@@ -69,7 +69,7 @@ def sample(session: Session, num_prompts: int) -> list[Group]:
     run = session.run
     sampling = run.sampling(run.rollout.group_size, step=session.trainer.version)
     with session.ledger.work("rollout"):
-        groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
+        groups = session.sampler.sample(session.engine, session.prompts.take(num_prompts), sampling)
     with session.ledger.work("reward"):
         session.rewards.score(groups, session.switch)  # functions beside, models in turn on the device
     return groups

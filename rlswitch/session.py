@@ -19,6 +19,7 @@ from rlswitch.processes.signals import Abandoned, StopSignals
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
 from rlswitch.rewards.rewards import Rewards
+from rlswitch.rollouts.sampler import Sampler
 from rlswitch.run import Run
 from rlswitch.switch.device import resident_bytes
 from rlswitch.switch.ledger import Ledger
@@ -36,6 +37,7 @@ class Session:
     monitor: Monitor
     switch: Switch
     engine: RestartingEngine
+    sampler: Sampler
     trainer: Trainer
     rewards: Rewards
     prompts: Prompts

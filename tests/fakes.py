@@ -22,6 +22,7 @@ from rlswitch.rewards.models.tenant import RewardTenant
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.rewards.scores import Score
+from rlswitch.rollouts.sampler import Sampler, SingleTurn
 from rlswitch.run import Run
 from rlswitch.session import Session
 from rlswitch.switch.switch import Switch
@@ -163,6 +164,7 @@ def build_session(
     stop_signals: StopSignals,
     stack: ExitStack,
     start: Start = FRESH,
+    sampler: Sampler | None = None,
 ) -> Session:
     """A Session as a run has it, but for its backend: loop, trainer, rewards and files are the real ones."""
     publish = trainer.publish
@@ -189,6 +191,7 @@ def build_session(
         monitor=monitor,
         switch=Switch(ledger, holder=trainer),
         engine=engine,
+        sampler=sampler or SingleTurn(),
         trainer=trainer,
         rewards=Rewards(scorer, []),
         prompts=prompts,

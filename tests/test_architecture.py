@@ -21,8 +21,8 @@ MAX_PACKAGE, MAX_CORE, MAX_ROOT = 12_500, 8_000, 12
 
 RANKS = (
     "errors types seeds text | config proof processes | algorithms | run | data records | switch report |"
-    " engines training | rewards planning | serving | checkpoint inputs | session | build evaluation | loop |"
-    " command"
+    " engines training | rewards planning rollouts | serving | checkpoint inputs | session |"
+    " build evaluation | loop | command"
 )
 """The rooms, a file or a folder of the root each. A room imports only from ranks to the left of its own."""
 RANK = {room: rank for rank, rooms in enumerate(RANKS.split("|")) for room in rooms.split()}
