@@ -48,7 +48,7 @@ def train(make_run, make_trainer, tiny_model, monkeypatch, tmp_path):
         run = make_run("grpo", num_steps=2, data={"eval_rows": 2}, evaluation={"every": 0})
         run.output_dir, run.reward.functions = str(tmp_path / name), [f"{tmp_path}/spread.py:spread"]
         (tmp_path / "spread.py").write_text(
-            "def spread(prompts, completions, **columns): return [float(i % 3) for i in range(len(prompts))]\n"
+            "def spread(prompts, completions, **columns): return [i % 3 for i in range(len(prompts))]\n"
         )
         backend, trainer = FakeBackend(), make_trainer(run)
         tokenizer = tiny_model().tokenizer
