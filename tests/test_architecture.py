@@ -6,7 +6,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,7 @@ LIGHT = (
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
+Trees = dict[str, ast.Module]
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -123,34 +124,6 @@ def lines_of(node: ast.stmt) -> int:
     return (node.end_lineno or 0) - min([node.lineno, *(it.lineno for it in decorators)]) + 1
 
 
-def test_files_stay_small():
-    lines = {str(file.relative_to(PACKAGE)): len(file.read_text().splitlines()) for file in FILES}
-    assert not {name: count for name, count in lines.items() if count > MAX_FILE}
-
-
-def test_functions_and_classes_stay_small():
-    limits = {ast.FunctionDef: MAX_FUNCTION, ast.AsyncFunctionDef: MAX_FUNCTION, ast.ClassDef: MAX_CLASS}
-    found = {
-        f"{name}:{node.name}": lines_of(node)
-        for name, tree in TREES.items()
-        for node in ast.walk(tree)
-        if isinstance(node, Function | ast.ClassDef) and lines_of(node) > limits[type(node)]
-    }
-    assert not found
-
-
-def test_constructors_take_few_parameters():
-    found = {
-        f"{name}:{node.lineno}": len(names)
-        for name, tree in TREES.items()
-        for node in functions(tree)
-        if node.name == "__init__"
-        and len(names := [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs][1:])
-        > MAX_PARAMETERS
-    }
-    assert not found
-
-
 def room_of(name: str) -> str:
     """`rewards.workers` of "rewards/workers/pool.py", `loop` of "loop.py"."""
     *folders, file = name.removesuffix(".py").split("/")
@@ -158,90 +131,136 @@ def room_of(name: str) -> str:
     return room if room in PERIPHERY or not folders else folders[0]
 
 
-def imports_between_rooms() -> Iterator[tuple[str, str, str]]:
-    """(file, its room, the room it imports from); statements in functions and under TYPE_CHECKING count."""
-    for name, tree in TREES.items():
+def modules_imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """(module, name) of what is imported from rlswitch, in functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative imports hide where they go"
+            if (node.module or "").split(".")[0] == "rlswitch":
+                yield from ((str(node.module), alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((it.name, "") for it in node.names if it.name.split(".")[0] == "rlswitch")
+
+
+def imports_between_rooms(trees: Trees) -> Iterator[tuple[str, str, str]]:
+    """(file, its room, the room that it imports from)."""
+    for name, tree in trees.items():
         if name in SHIMS or name == "__init__.py":
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module:
-                assert not node.level, f"{name}: relative imports hide where they go"
-                for alias in node.names if node.module == "rlswitch" else [node]:
-                    module = f"rlswitch.{alias.name}" if isinstance(alias, ast.alias) else node.module
-                    yield from _arrows(name, module)
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
-                    yield from _arrows(name, alias.name)
+        for module, item in modules_imported(tree):
+            parts = [*module.split(".")[1:], item] if module == "rlswitch" else module.split(".")[1:]
+            assert any(parts), f"{name} imports the whole package"
+            folder = any(it.startswith("/".join(parts) + "/") for it in trees)
+            target = room_of("/".join(parts) + ("/__init__.py" if folder else ".py"))
+            if target != room_of(name):
+                yield name, room_of(name), target
 
 
-def _arrows(name: str, module: str) -> Iterator[tuple[str, str, str]]:
-    package, *parts = module.split(".")
-    if package != "rlswitch":
-        return
-    assert parts, f"{name}: imports the whole package"
-    path = "/".join(parts) + ("/__init__.py" if (PACKAGE / "/".join(parts)).is_dir() else ".py")
-    if room_of(path) != room_of(name):
-        yield name, room_of(name), room_of(path)
+def upward_imports(trees: Trees) -> Iterator[str]:
+    for name, room, target in imports_between_rooms(trees):
+        here, there = room.split(".")[0], target.split(".")[0]
+        if here != there and RANK[there] >= RANK[here]:
+            yield f"{name} imports {target}"
 
 
-def test_imports_run_down():
-    found = {
-        f"{name} imports {target}"
-        for name, room, target in imports_between_rooms()
-        if room.split(".")[0] != target.split(".")[0]
-        and RANK[target.split(".")[0]] >= RANK[room.split(".")[0]]
-    }
-    assert not found
-
-
-def test_every_room_has_its_rank():
-    rooms = {room_of(name).split(".")[0] for name in TREES} - {"__init__"}
-    assert rooms == set(RANK)
-
-
-def test_no_module_imports_itself_in_a_circle():
-    graph: dict[str, set[str]] = {}
-    for name, tree in TREES.items():
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("rlswitch"):
-                base = node.module.split(".")[1:]
-                for alias in node.names:
-                    inner = "/".join([*base, alias.name]) + ".py"
-                    target = inner if inner in TREES else "/".join(base) + ".py"
-                    graph.setdefault(name, set()).add(target)
-
-    def reaches(start: str) -> bool:
-        seen, todo = set(), list(graph.get(start, ()))
+def circular_imports(trees: Trees) -> Iterator[str]:
+    graph: dict[str, set[str]] = {name: set() for name in trees}
+    for name, tree in trees.items():
+        for module, item in modules_imported(tree):
+            base = module.split(".")[1:]
+            inner = "/".join([*base, item]) + ".py"
+            graph[name].add(inner if inner in trees else "/".join(base) + ".py")
+    for name in graph:
+        seen: set[str] = set()
+        todo = [*graph[name]]
         while todo:
-            here = todo.pop()
-            if here == start:
-                return True
-            if here not in seen:
+            if (here := todo.pop()) not in seen:
                 seen.add(here)
                 todo += graph.get(here, ())
-        return False
-
-    assert not {name for name in graph if reaches(name)}
-
-
-def test_the_core_does_without_the_periphery():
-    found = {
-        (room, target)
-        for _, room, target in imports_between_rooms()
-        if room not in PERIPHERY | WIRING and target in PERIPHERY
-    }
-    assert found == SEAMS
+        if name in seen:
+            yield name
 
 
-def test_the_package_and_its_core_stay_small():
+def core_imports_of_the_periphery(trees: Trees) -> Iterator[str]:
+    for name, room, target in imports_between_rooms(trees):
+        core = room not in PERIPHERY | WIRING
+        if core and target in PERIPHERY and (room, target) not in SEAMS:
+            yield f"{name} imports {target}"
+
+
+def rooms_without_a_rank(trees: Trees) -> Iterator[str]:
+    rooms = {room_of(name).split(".")[0] for name in trees} - {"__init__"}
+    yield from rooms ^ set(RANK)
+
+
+def large_parts(trees: Trees) -> Iterator[str]:
+    """Functions, classes and constructors over their limits."""
+    limits = {ast.FunctionDef: MAX_FUNCTION, ast.AsyncFunctionDef: MAX_FUNCTION, ast.ClassDef: MAX_CLASS}
+    for name, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, Function | ast.ClassDef) and lines_of(node) > limits[type(node)]:
+                yield f"{name}: {node.name} has {lines_of(node)} lines"
+            if isinstance(node, Function) and node.name == "__init__":
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len(arguments) - 1 > MAX_PARAMETERS:
+                    yield f"{name}: a constructor has {len(arguments) - 1} parameters"
+
+
+def files_in_the_root(trees: Trees) -> Iterator[str]:
+    root = [name for name in trees if "/" not in name]
+    yield from root[MAX_ROOT:]
+
+
+RULES = (
+    *(upward_imports, circular_imports, core_imports_of_the_periphery),
+    *(rooms_without_a_rank, large_parts, files_in_the_root),
+)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_package_keeps_the_rule(rule: Callable[[Trees], Iterable[str]]):
+    assert not list(rule(TREES))
+
+
+LONG = "\n".join(["    x = 1"] * MAX_CLASS)
+BREACHES = [
+    (upward_imports, {"types.py": "from rlswitch.switch.switch import Switch"}),
+    (upward_imports, {"types.py": "def late():\n    from rlswitch import loop"}),
+    (upward_imports, {"text.py": "if TYPE_CHECKING:\n    from rlswitch.run import Run"}),
+    (upward_imports, {"data/hub.py": "import rlswitch.records.jsonl"}),
+    (
+        circular_imports,
+        {"text.py": "from rlswitch.seeds import a", "seeds.py": "from rlswitch.text import b"},
+    ),
+    (
+        circular_imports,
+        {
+            "proof/checks.py": "from rlswitch.proof import canary as c",
+            "proof/canary.py": "from rlswitch.proof.checks import d",
+        },
+    ),
+    (core_imports_of_the_periphery, {"training/trainer.py": "from rlswitch.records.jsonl import Summary"}),
+    (core_imports_of_the_periphery, {"rewards/scorer.py": "from rlswitch.rewards.sandbox.sandbox import S"}),
+    (rooms_without_a_rank, {"helpers.py": ""}),
+    (rooms_without_a_rank, {"plugins/one.py": ""}),
+    (large_parts, {"text.py": f"class Everything:\n{LONG}"}),
+    (large_parts, {"text.py": f"def everything():\n{LONG}"}),
+    (large_parts, {"text.py": "class A:\n    def __init__(self, a, b, c, d, e, f, *, g, h, i): ..."}),
+    (files_in_the_root, {f"more{number}.py": "" for number in range(MAX_ROOT)}),
+]
+
+
+@pytest.mark.parametrize(("rule", "files"), BREACHES)
+def test_a_breach_of_the_rule_is_found(rule: Callable[[Trees], Iterable[str]], files: dict[str, str]):
+    assert list(rule(TREES | {name: ast.parse(text) for name, text in files.items()}))
+
+
+def test_files_the_package_and_its_core_stay_small():
     lines = {name: len((PACKAGE / name).read_text().splitlines()) for name in TREES}
+    assert not {name: count for name, count in lines.items() if count > MAX_FILE}
     core = sum(count for name, count in lines.items() if room_of(name) not in PERIPHERY)
     assert sum(lines.values()) <= MAX_PACKAGE
     assert core <= MAX_CORE
-
-
-def test_the_root_is_the_story():
-    assert len([name for name in TREES if "/" not in name]) <= MAX_ROOT
 
 
 def test_every_module_says_what_it_is_for():
