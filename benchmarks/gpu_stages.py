@@ -32,6 +32,7 @@ class Context:
     directory: Path
     """Holds a folder for each stage."""
     overrides: list[str]
+    cap_scale: float = 1.0
     machine: Mapping[str, Any] = field(default_factory=dict)
     fork_server: bool = True
     """False once the fork server has proven unfit."""
@@ -189,7 +190,7 @@ STAGES = (
         name="models",
         cap_s=120,
         shows="models with random weights, and the built-in policy",
-        remedy="too slow: carry addition-*-seed0 from the cache of a machine with the same torch (RLSWITCH_CACHE)",
+        remedy="too slow: carry addition-*-seed0 from RLSWITCH_CACHE of a machine with the same torch",
         command=lambda context: context.program("models", context.models, context.kind),
         judge=lambda context: judges.judge_models,
     ),
@@ -219,7 +220,7 @@ STAGES = (
         name="push_shm",
         cap_s=150,
         shows="push and proof of a 0.6B model through /dev/shm, with CUDA graphs",
-        remedy="not started: overrides=engine.enforce_eager=true; slow reload or parking: copies of pageable memory;"
+        remedy="not started: overrides=engine.enforce_eager=true; slow reload or parking: pageable memory;"
         " `fingerprint`: docs/proof.md",
         command=partial(push_command, "shm"),
         judge=partial(judge_push, SHM_STEPS, judges.SHM),

@@ -88,8 +88,10 @@ class SoakSettings:
 class GpuCheckSettings:
     stages: list[str] = field(default_factory=list)
     """Which stages to run, in their own order; empty: all. The stage `machine` always runs."""
-    limit_s: float = number(540.0, above=0)
+    limit_s: float = number(540.0, at_least=30)
     """Seconds for everything. A stage gets its own cap or what is left, whichever is less."""
+    cap_scale: float = number(1.0, at_least=1)
+    """Factor on the caps, for a slow or busy machine."""
     overrides: list[str] = field(default_factory=list)
     """Further settings for every training run, such as overrides=engine.enforce_eager=true."""
     output_dir: str = "runs/gpu_check"
