@@ -66,6 +66,7 @@ class Ended:
 
 def gpu_check(settings: GpuCheckSettings) -> int:
     """Runs the stages, prints a line for each, writes JSON and Markdown. Returns the exit code."""
+    signal.signal(signal.SIGTERM, interrupt)  # or the stage that runs would outlive us
     console = Console(highlight=False, markup=False, soft_wrap=True)
     directory = Path(settings.output_dir).absolute()
     for stage in STAGES:
@@ -88,6 +89,10 @@ def gpu_check(settings: GpuCheckSettings) -> int:
         files = write(facts, Path(settings.results))
     console.print(f"written: {', '.join(map(str, files))}")
     return DONE if facts["passed"] else FAILED
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def learn(context: Context, result: Result) -> None:

@@ -155,6 +155,8 @@ Judge = Callable[[Outputs], Verdict]
 def judge_machine(outputs: Outputs) -> Verdict:
     findings = Findings(outputs, {})
     findings.expect(bool(outputs.machine), "machine.json was not written")
+    missing = outputs.machine.get("not_installed", ())
+    findings.expect(not missing, f"not installed: {', '.join(missing)}")
     findings.expect(outputs.kind == "cpu" or bool(outputs.machine.get("driver")), "no driver version found")
     return findings.verdict()
 

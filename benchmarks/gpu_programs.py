@@ -12,6 +12,7 @@ trl DIRECTORY MODELS KIND                    TRL's GRPO with the model, prompts 
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import random
 import shutil
@@ -25,6 +26,12 @@ from typing import Any
 GIB = 2**30
 MODEL, SMALL, DATA, REWARD = "model", "small", "prompts.jsonl", "reward.py"
 """What the stage `models` leaves."""
+
+REQUIRED = (
+    *("torch", "vllm", "transformers", "accelerate", "peft", "datasets", "hydra", "omegaconf", "rich"),
+    *("aiohttp", "safetensors", "psutil", "numpy", "math_verify"),
+)
+"""What a run imports."""
 
 REWARD_FUNCTION = '''\
 """A reward with spread for a model with random weights: what it says has no meaning."""
@@ -95,6 +102,7 @@ def machine(file: str) -> None:
     free = shutil.disk_usage(shm).free if shm.is_dir() else 0
     facts = hardware(device) | {"kind": device.kind, "driver": driver()}
     facts["shm_free_gib"] = round(free / GIB, 2)
+    facts["not_installed"] = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     Path(file).write_text(json.dumps(facts, indent=1))
 
 

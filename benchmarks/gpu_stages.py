@@ -173,7 +173,7 @@ STAGES = (
         name="machine",
         cap_s=90,
         shows="the device, its driver, the versions",
-        remedy="torch or a package it needs does not import: read the log",
+        remedy="install or carry what is missing (docs/gpu.md); torch does not import: read the log",
         command=lambda context: context.program("machine", context.directory / "machine" / "machine.json"),
         judge=lambda context: judges.judge_machine,
     ),

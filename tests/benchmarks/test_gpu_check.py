@@ -333,6 +333,20 @@ def test_the_canary_of_every_run_is_written_down(records: Records) -> None:
     assert figures["server_canary_gap_mean_first"] == 0.015
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, ""),
+        ({"not_installed": ["peft"]}, "not installed: peft"),
+        ({"driver": None}, "no driver version found"),
+    ],
+)
+def test_a_machine_that_lacks_something_fails(tmp_path: Path, change: dict, reason: str) -> None:
+    outputs = Outputs(directory=tmp_path, machine=MACHINES["cuda"] | change)
+    assert gpu_judges.judge_machine(outputs).reason == reason
+    assert gpu_judges.judge_machine(Outputs(directory=tmp_path, machine={})).verdict == FAIL
+
+
 # --- settings and the table of stages
 
 
