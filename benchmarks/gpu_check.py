@@ -1,6 +1,6 @@
 """Everything that rlswitch claims about a GPU, checked stage by stage within ten minutes.
 
-gpu_stages.py lists the stages, gpu_programs.py has the programs that they run, gpu_judges.py the verdicts.
+gpu_stages.py lists the stages, gpu_programs.py has the programs that they run, gpu_judges.py the limits.
 This process imports neither torch nor vLLM, so that it holds nothing of the GPU.
 """
 
@@ -25,8 +25,8 @@ from rich.console import Console
 from rlswitch.processes.exit import DONE, FAILED
 from rlswitch.records.provenance import git_state, versions
 
-from .gpu_judges import FAIL, LOG, PASS, SKIPPED, Outputs, Verdict
-from .gpu_judges import document as read_document
+from .gpu_findings import FAIL, LOG, PASS, SKIPPED, Outputs, Verdict
+from .gpu_findings import document as read_document
 from .gpu_stages import ROOT, STAGES, Context, Stage, chosen
 from .settings import GpuCheckSettings
 

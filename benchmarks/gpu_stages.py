@@ -13,6 +13,7 @@ from typing import Any
 from rlswitch.config.fields import did_you_mean
 
 from . import gpu_judges as judges
+from .gpu_findings import Limits
 from .gpu_judges import GIB, Judge
 from .gpu_programs import DATA, MODEL, REWARD, SHAPES, SMALL, Shape
 from .settings import GpuCheckSettings
@@ -134,7 +135,7 @@ def bench_command(context: Context) -> list[str]:
     return [sys.executable, script, *words, kv, f"output_dir={context.directory / 'bench'}"]
 
 
-def judge_push(steps: int, limits: judges.Limits, context: Context) -> Judge:
+def judge_push(steps: int, limits: Limits, context: Context) -> Judge:
     """Asleep the engine frees its KV cache and the weights, which are of the size of the checkpoint."""
     weights = sum(file.stat().st_size for file in (context.models / MODEL).glob("*.safetensors"))
     held = context.shape.kv_cache_gib * GIB + weights

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from rlswitch.benchmarks import gpu_check, gpu_judges, gpu_stages
 from rlswitch.benchmarks.gpu_check import Result, run_command
-from rlswitch.benchmarks.gpu_judges import FAIL, PASS, SKIPPED, Outputs, Verdict
+from rlswitch.benchmarks.gpu_findings import FAIL, LOG, PASS, SKIPPED, Limits, Outputs, Verdict
 from rlswitch.benchmarks.gpu_stages import STAGES, Context, Stage, chosen, stage_problems
 from rlswitch.benchmarks.settings import GpuCheckSettings, words_from_flags
 
@@ -140,7 +140,7 @@ def records(tmp_path: Path) -> Records:
 
 
 training = partial(gpu_judges.judge_training, steps=STEPS, asleep_bytes=9 * GIB)
-JUDGES: dict[str, tuple[Callable[[Outputs], Verdict], gpu_judges.Limits]] = {
+JUDGES: dict[str, tuple[Callable[[Outputs], Verdict], Limits]] = {
     "fork": (gpu_judges.judge_fork, gpu_judges.FORK),
     "turns": (partial(gpu_judges.judge_turns, levels=("2", "1")), gpu_judges.TURNS),
     "ppo": (partial(training, limits=gpu_judges.PPO), gpu_judges.PPO),
@@ -309,7 +309,7 @@ def test_a_stage_that_left_nothing_fails(records: Records, stage: str) -> None:
 def test_a_short_run_and_its_last_error_line_are_in_the_reason(records: Records) -> None:
     del records.metrics[-1]
     (records.root / "ppo").mkdir()
-    (records.root / "ppo" / gpu_judges.LOG).write_text("rlswitch: error: out of memory\nbye\n")
+    (records.root / "ppo" / LOG).write_text("rlswitch: error: out of memory\nbye\n")
     reason = judged(records, "ppo", exit_code=1).reason
     assert "exit code 1: rlswitch: error: out of memory" in reason and "3 of 4 steps" in reason
     assert "killed at its cap" in judged(records, "ppo", exit_code=None).reason
@@ -498,7 +498,7 @@ def test_a_process_left_behind_is_killed_and_fails_the_stage(check, monkeypatch,
     code, facts, _ = check(stage("careless", ORPHAN.format(apart=False, seconds=0)))
     assert code == 1
     assert "left processes behind: python" in facts["stages"][-1]["reason"]
-    pid = int((tmp_path / "run" / "careless" / gpu_judges.LOG).read_text())
+    pid = int((tmp_path / "run" / "careless" / LOG).read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
