@@ -79,7 +79,7 @@ class Findings:
 
     def add(self, **figures: float | str | None) -> None:
         self.figures |= {
-            name: round(value, 7) if isinstance(value, float) else value for name, value in figures.items()
+            name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in figures.items()
         }
 
     def expect(self, holds: bool, problem: str) -> None:

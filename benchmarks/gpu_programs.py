@@ -184,6 +184,7 @@ def make_model(directory: Path, shape: Shape, kind: str) -> int:
         head_dim=shape.head_dim,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        initializer_range=shape.hidden**-0.5,  # layers that outweigh the embedding: or it repeats its prompt
         bos_token_id=None,
         eos_token_id=eos,
         pad_token_id=eos,
