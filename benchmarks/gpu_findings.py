@@ -78,9 +78,8 @@ class Findings:
             self.problems.append(f"exit code {outputs.exit_code}: {last_line(outputs.directory)}")
 
     def add(self, **figures: float | str | None) -> None:
-        self.figures |= {
-            name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in figures.items()
-        }
+        for name, value in figures.items():
+            self.figures[name] = float(f"{value:.6g}") if isinstance(value, float) else value
 
     def expect(self, holds: bool, problem: str) -> None:
         if not holds:

@@ -182,7 +182,7 @@ class Phases:
         for name in ("offload", "onload"):
             found[f"{name}_bytes_min"] = smallest(row["bytes"] for row in self.of(name))
         for name in ("publish", "reload", "offload", "onload"):
-            moved = [row["bytes"] / row["seconds"] / 1e9 for row in self.of(name) if row["seconds"]]
+            moved = [row["bytes"] / row["seconds"] / 1e9 for row in self.of(name) if row["bytes"]]
             found[f"{name}_gb_per_s"] = middle(moved)
         for name in ("wake_weights", "wake_kv_cache", "reset_prefix_cache", "sleep", "verify"):
             found[f"{name}_s"] = middle(row["seconds"] for row in self.of(name))
