@@ -15,7 +15,9 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,17 @@ from rlswitch.records.provenance import git_state, versions
 
 from .gpu_findings import FAIL, LOG, PASS, SKIPPED, Outputs, Verdict
 from .gpu_findings import document as read_document
-from .gpu_stages import ROOT, STAGES, Context, Stage, chosen
+from .gpu_programs import ROOT
+from .gpu_stages import STAGES, Context, Stage, chosen
 from .settings import GpuCheckSettings
 
 GRACE_SECONDS = 10.0
 """What a stage's processes get to end after their first one has."""
 LEAST_SECONDS = 10.0
 """With less time left no stage begins."""
+TAIL_LINES = 30
+"""Of each log of a failed stage, in the JSON file."""
+MORE_PACKAGES = ("peft", "trl", "triton", "flashinfer-python")
 ONE_MACHINE = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 QUIET = {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -51,6 +57,8 @@ class Result:
     figures: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
     """Only where it failed."""
+    log: list[str] = field(default_factory=list)
+    """The last lines of its logs, only where it failed: often nothing else leaves the machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,8 +126,19 @@ def run_stage(stage: Stage, context: Context, earlier: list[Result], deadline: f
         result.seconds = round(ended.seconds, 1)
     verdict = judged(stage, context, directory, ended)
     result.verdict, result.reason, result.figures = verdict.verdict, verdict.reason, verdict.figures
-    result.remedy = stage.remedy if result.verdict == FAIL else ""
+    if result.verdict == FAIL:
+        result.remedy, result.log = stage.remedy, log_tails(directory)
+    shutil.rmtree(directory / "checkpoints", ignore_errors=True)  # 7 GB of a 0.6B model
     return result
+
+
+def log_tails(directory: Path) -> list[str]:
+    """The last lines of the stage's log and of its engines', each after the name of its file."""
+    lines: list[str] = []
+    for file in (directory / LOG, *sorted(directory.rglob("engine*.log"))):
+        text = file.read_text(errors="replace") if file.is_file() else ""
+        lines += [f"{file.relative_to(directory)}:", *(it[:300] for it in text.splitlines()[-TAIL_LINES:])]
+    return lines
 
 
 def cannot_run(stage: Stage, context: Context, earlier: list[Result], left: float) -> str:
@@ -220,8 +239,8 @@ def document(
         "benchmark": "gpu_check",
         "date": began.isoformat(timespec="seconds"),
         "hardware": {key: value for key, value in context.machine.items() if key != "driver"},
-        "driver": context.machine.get("driver"),
-        "versions": versions(),
+        "driver": context.machine.get("driver") or None,
+        "versions": versions() | installed(MORE_PACKAGES),
         "git": git_state(),
         "settings": {"stages": settings.stages, "limit_s": settings.limit_s, "overrides": settings.overrides},
         "seconds": round(sum(result.seconds for result in results), 1),
@@ -229,6 +248,15 @@ def document(
         "stages": [asdict(result) for result in results],
         "not_run": [stage.name for stage in STAGES if stage.name not in {it.stage for it in results}],
     }
+
+
+def installed(names: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that are there."""
+    found: dict[str, str] = {}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def write(facts: dict[str, Any], directory: Path) -> tuple[Path, Path]:

@@ -78,7 +78,12 @@ def judge_machine(outputs: Outputs) -> Verdict:
     findings.expect(bool(outputs.machine), "machine.json was not written")
     missing = outputs.machine.get("not_installed", ())
     findings.expect(not missing, f"not installed: {', '.join(missing)}")
-    findings.expect(outputs.kind == "cpu" or bool(outputs.machine.get("driver")), "no driver version found")
+    driver, mode = outputs.machine.get("driver"), outputs.machine.get("compute_mode", "")
+    if outputs.kind == "cuda":
+        findings.expect(bool(driver), "no driver version found")
+        findings.expect("Exclusive" not in mode, f"compute mode {mode}: trainer and engine are two processes")
+    else:  # too old a driver, or a build of torch for CPUs: nothing of the GPU would be checked
+        findings.expect(not driver, f"driver {driver} is installed, but torch finds no GPU")
     return findings.verdict()
 
 

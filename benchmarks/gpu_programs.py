@@ -15,23 +15,25 @@ import ctypes
 import importlib.util
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout."""
 MODEL, SMALL, DATA, REWARD = "model", "small", "prompts.jsonl", "reward.py"
 """What the stage `models` leaves."""
 
-REQUIRED = (
-    *("torch", "vllm", "transformers", "accelerate", "peft", "datasets", "hydra", "omegaconf", "rich"),
-    *("aiohttp", "safetensors", "psutil", "numpy", "math_verify"),
-)
-"""What a run imports."""
+OPTIONAL = ("wandb",)
+"""Dependencies that the stages do without."""
 
 REWARD_FUNCTION = '''\
 """A reward with spread for a model with random weights: what it says has no meaning."""
@@ -100,20 +102,35 @@ def machine(file: str) -> None:
 
     device, shm = Device.detect(), Path("/dev/shm")
     free = shutil.disk_usage(shm).free if shm.is_dir() else 0
-    facts = hardware(device) | {"kind": device.kind, "driver": driver()}
+    version, compute_mode = driver()
+    facts = hardware(device) | {"kind": device.kind, "driver": version, "compute_mode": compute_mode}
     facts["shm_free_gib"] = round(free / GIB, 2)
-    facts["not_installed"] = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    facts["not_installed"] = [name for name in dependencies() if not is_installed(name)]
     Path(file).write_text(json.dumps(facts, indent=1))
 
 
-def driver() -> str | None:
-    """The version of NVIDIA's driver; None where there is none."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def dependencies() -> list[str]:
+    """The distributions that pyproject.toml names, and vLLM, which it leaves to the user."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in project["dependencies"]]
+    return ["vllm", *(name for name in names if name not in OPTIONAL)]
+
+
+def is_installed(name: str) -> bool:
+    """Whether there is such a distribution or, where packages were copied without metadata, such a module."""
+    found = next(iter(metadata.distributions(name=name)), None)
+    return bool(found or importlib.util.find_spec(name.replace("-", "_")))
+
+
+def driver() -> tuple[str, ...]:
+    """NVIDIA's driver version and the compute mode of the first GPU; empty where there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version,compute_mode", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip().splitlines()[0] if done.stdout.strip() else None
+        return "", ""
+    first = done.stdout.strip().partition("\n")[0]
+    return tuple(first.split(", ", 1)) if ", " in first else ("", "")
 
 
 def fork(directory: str) -> None:

@@ -15,11 +15,9 @@ from rlswitch.config.fields import did_you_mean
 from . import gpu_judges as judges
 from .gpu_findings import Limits
 from .gpu_judges import GIB, Judge
-from .gpu_programs import DATA, MODEL, REWARD, SHAPES, SMALL, Shape
+from .gpu_programs import DATA, MODEL, REWARD, ROOT, SHAPES, SMALL, Shape
 from .settings import GpuCheckSettings
 
-ROOT = Path(__file__).resolve().parents[1]
-"""The checkout."""
 PPO_STEPS = {"cuda": 8, "cpu": 4}
 SHM_STEPS, DISK_STEPS, SERVER_STEPS = 4, 3, 2
 KV_GIB = {"cuda": 1.0, "cpu": 0.125}
@@ -174,7 +172,8 @@ STAGES = (
         name="machine",
         cap_s=90,
         shows="the device, its driver, the versions",
-        remedy="install or carry what is missing (docs/gpu.md); torch does not import: read the log",
+        remedy="install or carry what is missing (docs/gpu.md); torch finds no GPU: compare the driver with"
+        " torch.version.cuda",
         command=lambda context: context.program("machine", context.directory / "machine" / "machine.json"),
         judge=lambda context: judges.judge_machine,
     ),

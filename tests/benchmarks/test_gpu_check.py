@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from rlswitch.benchmarks import gpu_check, gpu_judges, gpu_stages
+from rlswitch.benchmarks import gpu_check, gpu_judges, gpu_programs, gpu_stages
 from rlswitch.benchmarks.gpu_check import Result, run_command
 from rlswitch.benchmarks.gpu_findings import FAIL, LOG, PASS, SKIPPED, Limits, Outputs, Verdict
 from rlswitch.benchmarks.gpu_stages import STAGES, Context, Stage, chosen, stage_problems
@@ -29,6 +29,7 @@ MACHINES: dict[str, dict[str, Any]] = {
         "device": "NVIDIA H200",
         "device_gib": 139.8,
         "driver": "580.65",
+        "compute_mode": "Default",
         "shm_free_gib": 60.0,
     },
     "cpu": {"kind": "cpu", "device": "CPU", "driver": None, "shm_free_gib": 11.0},
@@ -338,13 +339,25 @@ def test_the_canary_of_every_run_is_written_down(records: Records) -> None:
     [
         ({}, ""),
         ({"not_installed": ["peft"]}, "not installed: peft"),
-        ({"driver": None}, "no driver version found"),
+        ({"driver": ""}, "no driver version found"),
+        ({"kind": "cpu"}, "driver 580.65 is installed, but torch finds no GPU"),
+        (
+            {"compute_mode": "Exclusive_Process"},
+            "compute mode Exclusive_Process: trainer and engine are two processes",
+        ),
     ],
 )
 def test_a_machine_that_lacks_something_fails(tmp_path: Path, change: dict, reason: str) -> None:
     outputs = Outputs(directory=tmp_path, machine=MACHINES["cuda"] | change)
     assert gpu_judges.judge_machine(outputs).reason == reason
     assert gpu_judges.judge_machine(Outputs(directory=tmp_path, machine={})).verdict == FAIL
+
+
+def test_what_a_run_needs_is_what_the_project_depends_on(monkeypatch) -> None:
+    names = gpu_programs.dependencies()
+    assert {"vllm", "torch", "hydra-core", "peft"} <= set(names) and "wandb" not in names
+    assert all(map(gpu_programs.is_installed, names))
+    assert not gpu_programs.is_installed("no-such-package")
 
 
 # --- settings and the table of stages
@@ -430,7 +443,9 @@ def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
 @pytest.mark.processes
 def test_a_failure_is_told_with_its_remedy_and_the_rest_goes_on(check, capsys) -> None:
     code, facts, table = check(
-        stage("broken", "raise SystemExit(3)"), stage("after", "pass"), stage("lost", needs=("broken",))
+        stage("broken", "print('it broke'); raise SystemExit(3)"),
+        stage("after", "pass"),
+        stage("lost", needs=("broken",)),
     )
     found = {it["stage"]: it for it in facts["stages"]}
     assert code == 1 and not facts["passed"]
@@ -442,6 +457,7 @@ def test_a_failure_is_told_with_its_remedy_and_the_rest_goes_on(check, capsys) -
         "reason": "exit code 3",
         "figures": {},
         "remedy": "mend broken",
+        "log": ["log.txt:", "it broke"],
     }
     assert found["after"]["verdict"] == PASS and found["after"]["remedy"] == ""
     assert found["lost"]["verdict"] == SKIPPED and "needs the stage broken" in found["lost"]["reason"]
