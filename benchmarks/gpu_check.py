@@ -79,7 +79,12 @@ def gpu_check(settings: GpuCheckSettings) -> int:
     directory = Path(settings.output_dir).absolute()
     for stage in STAGES:
         shutil.rmtree(directory / stage.name, ignore_errors=True)
-    context = Context(directory=directory, overrides=settings.overrides, cap_scale=settings.cap_scale)
+    context = Context(
+        directory=directory,
+        policy=settings.policy,
+        overrides=settings.overrides,
+        cap_scale=settings.cap_scale,
+    )
     deadline, results = time.monotonic() + settings.limit_s, list[Result]()
     began = datetime.datetime.now(datetime.UTC)
     for stage in chosen(settings.stages):

@@ -164,14 +164,15 @@ def describe_child(file: str) -> None:
     Path(file).write_text(json.dumps(found))
 
 
-def models(directory: str, kind: str) -> None:
+def models(directory: str, kind: str, policy: str) -> None:
     """The built-in policy, cached; a second small model; a model to push, its prompts and its reward."""
     from rlswitch.recipes.addition.policy import ensure_model
 
     from .models import made_on_the_spot
 
     root, shape = Path(directory), SHAPES[kind]
-    ensure_model(0, print)
+    if policy.startswith("builtin:"):
+        ensure_model(0, print)
     made_on_the_spot("builtin:small", root)
     size = make_model(root / MODEL, shape, kind)
     (root / REWARD).write_text(REWARD_FUNCTION)

@@ -20,6 +20,7 @@ from .settings import GpuCheckSettings
 
 PPO_STEPS = {"cuda": 8, "cpu": 4}
 SHM_STEPS, DISK_STEPS, SERVER_STEPS = 4, 3, 2
+PARKED, EAGER = "trainer.park=everything", "engine.enforce_eager=true"
 KV_GIB = {"cuda": 1.0, "cpu": 0.125}
 """For the built-in model, which needs next to nothing."""
 
@@ -30,7 +31,9 @@ class Context:
 
     directory: Path
     """Holds a folder for each stage."""
-    overrides: list[str]
+    policy: str = "builtin:addition"
+    """The model that has learned something: a built-in name or a directory."""
+    overrides: list[str] = field(default_factory=list)
     cap_scale: float = 1.0
     machine: Mapping[str, Any] = field(default_factory=dict)
     fork_server: bool = True
@@ -80,7 +83,7 @@ class Stage:
 
 
 def turns_command(stage: str, levels: str, context: Context) -> list[str]:
-    names = ("builtin:addition", context.models / SMALL)
+    names = (context.policy, context.models / SMALL)
     warm = str(context.fork_server).lower()
     return context.program("turns", context.directory / stage, warm, levels, *names)
 
@@ -89,7 +92,7 @@ def ppo_command(context: Context) -> list[str]:
     batch = () if context.kind == "cuda" else ("rollout.num_prompts=16", "rollout.group_size=4")
     kv = f"engine.kv_cache_gib={KV_GIB[context.kind]}"
     steps = f"num_steps={PPO_STEPS[context.kind]}"
-    return context.train("ppo", "recipe=ppo", steps, kv, *batch, "trainer.park=everything")
+    return context.train("ppo", "recipe=ppo", f"model.path={context.policy}", steps, kv, *batch, PARKED)
 
 
 def push_command(transport: str, context: Context) -> list[str]:
@@ -111,7 +114,7 @@ def push_command(transport: str, context: Context) -> list[str]:
         "trainer.warmup_steps=0",
         "trainer.minibatches=1",
         "trainer.micro_batch_tokens=4096",
-        "trainer.park=everything",
+        PARKED,
         f"engine.kv_cache_gib={shape.kv_cache_gib}",
         f"engine.enforce_eager={str(through_disk).lower()}",
         f"switch.transport={transport}",
@@ -121,7 +124,8 @@ def push_command(transport: str, context: Context) -> list[str]:
 def server_command(context: Context) -> list[str]:
     batch = () if context.kind == "cuda" else ("rollout.num_prompts=8", "rollout.group_size=4")
     kv = f"engine.kv_cache_gib={KV_GIB[context.kind]}"
-    words = ("recipe=grpo", "engine=server", f"num_steps={SERVER_STEPS}", kv, "engine.enforce_eager=true")
+    policy = f"model.path={context.policy}"
+    words = ("recipe=grpo", "engine=server", policy, f"num_steps={SERVER_STEPS}", kv, EAGER)
     return context.train("server", *words, *batch)
 
 
@@ -188,10 +192,10 @@ STAGES = (
     ),
     Stage(
         name="models",
-        cap_s=120,
+        cap_s=180,
         shows="models with random weights, and the built-in policy",
-        remedy="too slow: carry addition-*-seed0 from RLSWITCH_CACHE of a machine with the same torch",
-        command=lambda context: context.program("models", context.models, context.kind),
+        remedy="too slow: set policy= to a copy of ~/.cache/rlswitch/addition-*-seed0 (docs/gpu.md)",
+        command=lambda context: context.program("models", context.models, context.kind, context.policy),
         judge=lambda context: judges.judge_models,
     ),
     Stage(
@@ -311,8 +315,10 @@ def chosen(names: list[str]) -> list[Stage]:
 
 
 def stage_problems(settings: GpuCheckSettings) -> Iterator[str]:
-    """A line for each stage that there is not."""
+    """A line for each stage or directory that there is not."""
     known = [stage.name for stage in STAGES]
     for name in settings.stages:
         if name not in known:
             yield f"stages = {name}: not one of {', '.join(known)}{did_you_mean(name, known)}"
+    if not settings.policy.startswith("builtin:") and not Path(settings.policy, "config.json").is_file():
+        yield f"policy = {settings.policy}: no model there; set a directory with config.json, or builtin:addition"

@@ -90,6 +90,8 @@ class GpuCheckSettings:
     """Which stages to run, in their own order; empty: all. The stage `machine` always runs."""
     limit_s: float = number(540.0, at_least=30)
     """Seconds for everything. A stage gets its own cap or what is left, whichever is less."""
+    policy: str = "builtin:addition"
+    """Or a copy of its directory in the cache of another machine, where training it takes minutes."""
     cap_scale: float = number(1.0, at_least=1)
     """Factor on the caps, for a slow or busy machine."""
     overrides: list[str] = field(default_factory=list)
