@@ -1,12 +1,12 @@
 """The programs that gpu_check.py runs, each in its own process.
 
-python -m rlswitch.benchmarks.gpu_programs NAME ...
+`python -m rlswitch.benchmarks.gpu_programs NAME ...`, where NAME is
 
-machine FILE                                 what this machine is, as JSON
-fork DIRECTORY                               a process from the fork server, and what it finds itself with
-models DIRECTORY KIND                        the models, prompts and rewards of the other stages
-turns DIRECTORY FORK_SERVER LEVELS MODEL...  models take turns at each level
-trl DIRECTORY MODELS KIND                    TRL's GRPO with the model, prompts and batch of a push
+    machine FILE                                 what this machine is, as JSON
+    fork DIRECTORY                               a process from the fork server, and what it finds itself with
+    models DIRECTORY KIND POLICY                 the models, prompts and rewards of the other stages
+    turns DIRECTORY FORK_SERVER LEVELS MODEL...  models take turns at each level
+    trl DIRECTORY MODELS KIND                    TRL's GRPO with the model, prompts and batch of a push
 """
 
 from __future__ import annotations

@@ -321,4 +321,4 @@ def stage_problems(settings: GpuCheckSettings) -> Iterator[str]:
         if name not in known:
             yield f"stages = {name}: not one of {', '.join(known)}{did_you_mean(name, known)}"
     if not settings.policy.startswith("builtin:") and not Path(settings.policy, "config.json").is_file():
-        yield f"policy = {settings.policy}: no model there; set a directory with config.json, or builtin:addition"
+        yield f"policy = {settings.policy}: no model there; set a model's directory, or builtin:addition"

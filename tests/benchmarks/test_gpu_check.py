@@ -376,6 +376,19 @@ def test_a_stage_that_there_is_not_is_one_line() -> None:
     assert line.startswith("stages = turn: not one of") and line.endswith("did you mean 'turns'?")
 
 
+def test_a_carried_policy_takes_the_built_in_ones_place(tmp_path: Path) -> None:
+    settings = GpuCheckSettings(policy=str(tmp_path))
+    (line,) = stage_problems(settings)
+    assert line.startswith(f"policy = {tmp_path}: no model there")
+    (tmp_path / "config.json").write_text("{}")
+    assert not list(stage_problems(settings))
+    context = Context(directory=tmp_path, policy=settings.policy, machine=MACHINES["cuda"])
+    commands = {stage.name: stage.command for stage in STAGES if stage.command}
+    for name in ("ppo", "server"):
+        assert f"model.path={tmp_path}" in commands[name](context)
+    assert commands["turns"](context)[-2] == commands["models"](context)[-1] == str(tmp_path)
+
+
 def test_a_chosen_stage_brings_what_it_needs_in_the_tables_order() -> None:
     assert [stage.name for stage in chosen(["server", "fork"])] == ["machine", "fork", "models", "server"]
     assert chosen([]) == list(STAGES)
