@@ -10,7 +10,7 @@ recipe = ppo
 # ARGS="-n 0 -x FILE" runs one file in one process.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 5
 
-.PHONY: train test check lint format setup setup-test clean
+.PHONY: train test check gpu-check lint format setup setup-test clean
 
 # `make train recipe=grpo` or `make train ARGS="recipe=grpo num_steps=20"`: Hydra rejects a second recipe.
 train: setup
@@ -23,6 +23,11 @@ test: setup-test
 # Run before each commit: format, lint, types and the fast tests.
 check: lint
 	@$(PYTEST) -n $$(nproc) -q -m "not engine and not processes and not slow"
+
+# Everything that the claims need from a GPU, within ten minutes (docs/gpu.md).
+# `make gpu-check ARGS="--stages fork,turns --limit-s 200"`. Without a GPU: the same stages in small.
+gpu-check: setup
+	@$(PY) scripts/gpu_check.py $(ARGS)
 
 lint: setup-test
 	@$(PY) -m ruff format --check .

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,6 @@ from rlswitch.engines.engine import Engine
 from rlswitch.engines.vllm.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.errors import RLSwitchError
 from rlswitch.records.provenance import versions
-from rlswitch.switch.device import resident_bytes
 from rlswitch.switch.switch import Switch
 from rlswitch.text import first_line
 from rlswitch.training.publish import choose_directory
@@ -30,7 +30,7 @@ from .settings import SLEEPING, ProbeSettings
 from .tables import hardware
 
 SLACK = 16 * 2**20
-"""Bytes by which an engine may be larger asleep in the last cycle than in the first."""
+"""Bytes that an engine may hold more asleep in the last cycle than in the first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +45,18 @@ class Verdict:
     seconds: float | None = None
     """Median of a hand-over there and back, the proof included."""
     freed_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes that an engine held in one cycle."""
+
+    awake: int
+    asleep: int
+
+    @property
+    def freed(self) -> int:
+        return self.awake - self.asleep
 
 
 def probe(settings: ProbeSettings) -> int:
@@ -90,15 +102,15 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
     assert own is not None
     if level == "kv" and not can_release_kv_cache():
         return Verdict(level=level, transport=transport, works=False, why=NO_KV_LEVEL)
+    device = switch.ledger.device
     try:
         switch.give_to(engine)
-        before, seconds, freed, asleep = answer(engine, settings), [], [], []
+        before, seconds, memory = answer(engine, settings), [], []
         engine.level = level
         for cycle in range(settings.cycles):
-            awake, began = resident_bytes(engine.backend.pids), time.monotonic()
+            awake, began = device.used_bytes(engine.backend.pids), time.monotonic()
             switch.vacate()
-            asleep.append(resident_bytes(engine.backend.pids))
-            freed.append(awake - asleep[-1])
+            memory.append(Memory(awake=awake, asleep=device.used_bytes(engine.backend.pids)))
             if transport == "none":
                 switch.give_to(engine)
             else:
@@ -110,16 +122,25 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
         return Verdict(level=level, transport=transport, works=False, why=first_line(error))
     finally:
         engine.base_weights, engine.level = own, "2"
-    growth = asleep[-1] - asleep[0]
-    why = f"asleep it grew by {growth / 2**20:.0f} MiB" if growth > SLACK else ""
+    why = memory_problem(level, memory)
     return Verdict(
         level=level,
         transport=transport,
         works=not why,
         why=why,
         seconds=median(seconds),
-        freed_bytes=int(median(freed)),
+        freed_bytes=int(median(it.freed for it in memory)),
     )
+
+
+def memory_problem(level: str, memory: Sequence[Memory]) -> str:
+    """What is wrong with the memory of the cycles at `level`; empty if nothing is."""
+    growth = memory[-1].asleep - memory[0].asleep
+    if growth > SLACK:
+        return f"asleep it grew by {growth / 2**20:.0f} MiB"
+    if level != "0" and median(it.freed for it in memory) <= 0:
+        return "asleep it holds as much as awake"
+    return ""
 
 
 def push_copy(switch: Switch, engine: Engine, transport: str, version: int) -> None:

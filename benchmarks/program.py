@@ -20,10 +20,12 @@ def run(
     module: str,
     function: str,
     problems: Callable[[Any], Iterable[str]] = lambda settings: (),
+    warm: bool = True,
 ) -> None:
     """Calls rlswitch.benchmarks.`module`.`function`(settings) and leaves with the exit code that it returns.
 
-    `problems`: what is wrong with settings beyond their own bounds, a line each.
+    `problems`: what is wrong with settings beyond their own bounds, a line each. `warm`: start the fork
+    server meanwhile.
     """
 
     def command() -> int:
@@ -33,7 +35,8 @@ def run(
         settings: Any = settings_from_words(settings_type, sys.argv[1:])
         if wrong := list(problems(settings)):
             raise ConfigError(*wrong)
-        prepare()
+        if warm:
+            prepare()
         work: Any = importlib.import_module(f"rlswitch.benchmarks.{module}")  # torch and vLLM come with it
         return getattr(work, function)(settings)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,3 +82,40 @@ class SoakSettings:
     request_timeout_s: float = number(10.0, above=0)
     """How long an engine that was stopped goes unnoticed."""
     output_dir: str = "runs/soak"
+
+
+@dataclass(kw_only=True, slots=True)
+class GpuCheckSettings:
+    stages: list[str] = field(default_factory=list)
+    """Which stages to run, in their own order; empty: all. The stage `machine` always runs."""
+    limit_s: float = number(540.0, at_least=30)
+    """Seconds for everything. A stage gets its own cap or what is left, whichever is less."""
+    policy: str = "builtin:addition"
+    """Or a copy of its directory in the cache of another machine, where training it takes minutes."""
+    cap_scale: float = number(1.0, at_least=1)
+    """Factor on the caps, for a slow or busy machine."""
+    overrides: list[str] = field(default_factory=list)
+    """Further settings for every training run, such as overrides=engine.enforce_eager=true."""
+    output_dir: str = "runs/gpu_check"
+    """Logs and records of the stages, a folder each. Replaced by the next check."""
+    results: str = "benchmarks/results"
+    """Where gpu-NAME-DATE.json and gpu-NAME-DATE.md go."""
+
+
+def words_from_flags(arguments: Iterable[str]) -> Iterator[str]:
+    """`--limit-s 540` and `--limit-s=540` as the word `limit_s=540`; other words stay as they are."""
+    flag = ""
+    for argument in arguments:
+        if flag:
+            yield f"{flag}={argument}"
+            flag = ""
+        elif argument.startswith("--") and argument != "--help":
+            key, sign, value = argument[2:].partition("=")
+            flag = key.replace("-", "_")
+            if sign:
+                yield f"{flag}={value}"
+                flag = ""
+        else:
+            yield argument
+    if flag:
+        yield flag
