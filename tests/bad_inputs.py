@@ -1072,7 +1072,7 @@ MODEL = [
     bad(
         "a schedule without a required argument",
         "trainer.lr_schedule=cosine_with_min_lr",
-        "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
+        "trainer.lr_schedule = cosine_with_min_lr: ...; set its arguments in"
         " trainer.lr_schedule_kwargs (...)",
         needs_torch=True,
     ),

@@ -463,8 +463,8 @@ def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
         "with Monitor(make_run(num_steps=3000), Path(sys.argv[1])) as monitor:\n"
         "    for step in range(1, 3001): monitor.log(step, METRICS)\n"
     )
-    here = Path(__file__).resolve().parents[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    here, tests, root = Path(__file__).resolve().parents[:3]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (root, tests, here)))}
     done = subprocess.Popen(
         [sys.executable, "-c", program, str(tmp_path)],
         stdout=subprocess.PIPE,
