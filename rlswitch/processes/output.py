@@ -1,7 +1,5 @@
 """vLLM logs to a file of the run, which keeps the run's own output readable."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -32,17 +32,13 @@ def tracker_problems(names: Sequence[str]) -> list[str]:
     """One line for each tracker that is unknown or not installed; starts nothing."""
     installed = [name for name in names if any(map(find_spec, TRACKERS.get(name, ())))]
     problems = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in TRACKERS:
-            problems.append(
-                f"logger = {name}: no such tracker, nothing would be logged to it; set one of"
-                f" {', '.join(TRACKERS)}, or logger=[] for none{did_you_mean(name, TRACKERS)}"
-            )
+            fix = f"set one of {', '.join(TRACKERS)}, or logger=[] for none{did_you_mean(name, TRACKERS)}"
+            problems.append(f"logger = {name}: no such tracker, nothing would be logged to it; {fix}")
         elif name not in installed:
-            problems.append(
-                f"logger = {name}: the package is not installed, nothing would be logged to it;"
-                f" install {name.replace('_', '-')} or set logger=[{','.join(installed)}]"
-            )
+            fix = f"install {name.replace('_', '-')} or set logger=[{','.join(installed)}]"
+            problems.append(f"logger = {name}: not installed, nothing would be logged to it; {fix}")
     return problems
 
 
@@ -81,9 +77,8 @@ class Trackers:
         tracker.start()
         # Scalars are the only values that every tracker takes.
         flat = flattened(settings).items()
-        tracker.store_init_configuration(
-            {key: it if isinstance(it, str | int | float) else json.dumps(it) for key, it in flat}
-        )
+        scalars = {key: it if isinstance(it, str | int | float) else json.dumps(it) for key, it in flat}
+        tracker.store_init_configuration(scalars)
         if name == "wandb" and not wandb_is_offline():
             self._log_line(f"wandb: {tracker.tracker.url}")
 
@@ -93,11 +88,8 @@ class Trackers:
                 call(*args, **kwargs)
         except (Exception, SystemExit) as error:
             self._trackers.pop(name, None)
-            cause = shortened(" ".join(str(error).split()), 200)
-            self._log_line(
-                f"warning: {name} failed: {type(error).__name__}: {cause}; the run continues without it,"
-                " metrics.jsonl has everything"
-            )
+            cause = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 200)
+            self._log_line(f"warning: {name} failed: {cause}; the run continues without it")
 
 
 def build_tracker(name: str, project: str, output_dir: Path, wandb_id: str | None) -> GeneralTracker:

@@ -1,12 +1,11 @@
 """The report on the switch: what each phase of a hand-over costs, and who holds memory."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from rlswitch.report.figures import Point, Spec, finite, lines
+from rlswitch.records.jsonl import finite
+from rlswitch.report.figures import Point, Spec, lines
 
 GIB = 2**30
 LEAVING = ("offload", "publish", "sleep")

@@ -1,12 +1,10 @@
 """The completions of a run as a table that fits on a page."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
-from rlswitch.report.figures import finite
+from rlswitch.records.jsonl import finite
 from rlswitch.text import prompt_text
 
 MAX_CHARS = 12_000_000
