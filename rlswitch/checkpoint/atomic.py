@@ -1,6 +1,6 @@
 """Directories that exist completely or not at all, however their writing is interrupted.
 
-    .step_000050.tmp    a draft: its files are synced to disk one by one, the manifest last
+    .step_000050.tmp    a draft: its files and the manifest, synced to disk
     step_000050         the same, renamed
     .step_000050.old    the previous holder of the name, until the new one has it
 
@@ -103,16 +103,11 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def _seal(draft: Path) -> None:
-    """Syncs every file, then the manifest, then the directories that name them."""
-    files = _files(draft)
-    for file in files.values():
-        _sync(file)
-    listed = {name: _size_and_digest(file) for name, file in files.items()}
-    manifest = draft / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
-    _sync(manifest)
-    for directory in [*(path for path in sorted(draft.rglob("*")) if path.is_dir()), draft]:
-        _sync(directory)
+    """Writes the manifest and syncs everything to disk."""
+    listed = {name: _size_and_digest(file) for name, file in _files(draft).items()}
+    (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
+    for path in [*draft.rglob("*"), draft]:
+        _sync(path)
 
 
 def _files(directory: Path) -> dict[str, Path]:

@@ -66,19 +66,17 @@ def facts(metrics: Mapping[str, float], formats: Mapping[str, str]) -> list[str]
 
 @dataclass(slots=True)
 class View:
-    """What the displays draw: totals, the latest value of each metric, and a short history."""
+    """What the displays draw: totals and a short history."""
 
     title: str
     num_steps: int
     summary: Summary = field(default_factory=Summary)
-    metrics: dict[str, float] = field(default_factory=dict)
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=200))
     parts: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=10))
     """Seconds by part of the latest steps."""
 
     def add(self, record: Mapping[str, float]) -> None:
         self.summary.add(record)
-        self.metrics.update(record)
         if "reward/mean" in record:
             self.rewards.append(record["reward/mean"])
         if "timing_s/step" in record:
@@ -101,8 +99,8 @@ class View:
         if "reward/mean" in summary.last:
             first, last = summary.first["reward/mean"], summary.last["reward/mean"]
             rows.append(("reward", f"{first:.3f} -> {last:.3f}"))
-        for key in sorted(key for key in summary.last if key.endswith("/acc")):
-            rows.append(("accuracy", f"{summary.first[key]:.3f} -> {summary.last[key]:.3f}  {key}"))
+        for name, last in sorted(accuracies(summary.last)):
+            rows.append(("accuracy", f"{summary.first[f'{name}/acc']:.3f} -> {last:.3f}  {name}/acc"))
         in_steps = f"{duration(summary.wall_seconds)} in steps, " if summary.wall_seconds > 0 else ""
         rows.append(("wall time", f"{in_steps}{duration(session_seconds)} this session"))
         time_shares = shares([summary.seconds]).items()
@@ -229,7 +227,7 @@ class LiveDisplay(Display):
 
 def panel_rows(view: View, width: int) -> list[tuple[str, Text]]:
     """Label and line of the metrics below the progress bar."""
-    metrics, rows = view.metrics, []
+    metrics, rows = view.summary.last, []
     if view.rewards:
         spark = sparkline(view.rewards, min(24, width // 3))
         line = Text.assemble((f"{view.rewards[-1]:.3f}", "bold"), "  ", (spark, PART_COLORS["update"]))

@@ -122,8 +122,8 @@ class Summary:
 
     last_step: int = 0
     first: dict[str, float] = field(default_factory=dict)
-    """First value of reward/mean and of every val/* metric."""
     last: dict[str, float] = field(default_factory=dict)
+    """First and latest value of every metric."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By part of the step, summed over the run."""
     pushes: dict[float, bool] = field(default_factory=dict)
@@ -131,10 +131,8 @@ class Summary:
 
     def add(self, record: Mapping[str, float]) -> None:
         self.last_step = max(self.last_step, int(record.get("step", 0)))
-        for key, value in record.items():
-            if key == "reward/mean" or key.startswith("val/"):
-                self.first.setdefault(key, value)
-                self.last[key] = value
+        self.first = {**record, **self.first}
+        self.last.update(record)
         for part, value in time_by_part(record).items():
             self.seconds[part] = self.seconds.get(part, 0.0) + value
         if "switch/verified" in record:

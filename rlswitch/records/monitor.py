@@ -32,8 +32,7 @@ class Monitor:
     """Writes metrics.jsonl, rollouts.jsonl and config.yaml; feeds the trackers and the console.
 
     Records after step `kept` are dropped first, so a resumed run leaves the same files as an uninterrupted
-    one; 0 drops them all. For the main process only.
-    Example: `with Monitor(run, output_dir) as monitor: monitor.log(1, metrics, groups)`
+    one; 0 drops them all.
     """
 
     def __init__(
@@ -60,6 +59,7 @@ class Monitor:
         for record in read(output_dir / METRICS):
             self._view.add(numbers(record))
         self._display = make_display(console, self._view)
+        self.phase, self.log_line = self._display.phase, self._display.log_line
         self._trackers = Trackers(run, output_dir, self.wandb_id, settings, self.log_line)
 
     def __enter__(self) -> Monitor:
@@ -67,7 +67,7 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finishes the trackers and prints the summary."""
-        if names := self._trackers.names:
+        if names := list(self._trackers.started):
             self._display.phase("finishing " + ", ".join(names))
         self._trackers.finish()
         rows = self._view.summary_rows(time.monotonic() - self._began)
@@ -101,18 +101,10 @@ class Monitor:
         self._view.add({"step": step, **shown})
         self._display.show(step, shown, self._sample(step, groups))
 
-    def phase(self, name: str) -> None:
-        """Shows the current phase."""
-        self._display.phase(name)
-
     def sync(self) -> None:
         """Flushes the records to disk. Called before a checkpoint, which must not be ahead of them."""
         self._metrics.sync()
         self._rollouts.sync()
-
-    def log_line(self, line: str) -> None:
-        """Prints a line that stays on the console."""
-        self._display.log_line(line)
 
     def _sample(self, step: int, groups: Sequence[Group]) -> Rollout | None:
         """A completion every SAMPLE_EVERY steps, each time of another prompt."""

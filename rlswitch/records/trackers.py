@@ -54,26 +54,20 @@ class Trackers:
         log_line: Callable[[str], None],
     ):
         self._log_line = log_line
-        self._trackers: dict[str, GeneralTracker] = {}
+        self.started: dict[str, GeneralTracker] = {}
         for name in dict.fromkeys(run.logger):
-            self._attempt(name, self._start, name, run.project, output_dir, wandb_id, settings)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._trackers)
+            self._attempt(name, self._start, name, settings, run.project, output_dir, wandb_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self.started.items()):
             self._attempt(name, tracker.log, dict(values), step=step)
 
     def finish(self) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self.started.items()):
             self._attempt(name, tracker.finish)
 
-    def _start(
-        self, name: str, project: str, output_dir: Path, wandb_id: str | None, settings: Mapping[str, Any]
-    ) -> None:
-        tracker = self._trackers[name] = build_tracker(name, project, output_dir, wandb_id)
+    def _start(self, name: str, settings: Mapping[str, Any], *where: Any) -> None:
+        tracker = self.started[name] = build_tracker(name, *where)
         tracker.start()
         # Scalars are the only values that every tracker takes.
         flat = flattened(settings).items()
@@ -87,7 +81,7 @@ class Trackers:
             with reraise_interrupts():
                 call(*args, **kwargs)
         except (Exception, SystemExit) as error:
-            self._trackers.pop(name, None)
+            self.started.pop(name, None)
             cause = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 200)
             self._log_line(f"warning: {name} failed: {cause}; the run continues without it")
 

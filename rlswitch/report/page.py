@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from rlswitch.errors import ConfigError
-from rlswitch.records.jsonl import PART_COLORS, Summary, numbers, read, replacing, shares, time_by_part
+from rlswitch.records import jsonl
 from rlswitch.records.provenance import flattened
 from rlswitch.report import figures
 from rlswitch.report.hand_overs import memory_figures, phase_table
@@ -64,7 +64,7 @@ class RunFiles:
     """Metric -> the first step at which it was not finite."""
     hand_overs: list[dict[str, Any]] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples)
-    summary: Summary = field(default_factory=Summary)
+    summary: jsonl.Summary = field(default_factory=jsonl.Summary)
 
     def curve(self, key: str) -> list[figures.Point]:
         return [(record["step"], record[key]) for record in self.records if key in record]
@@ -78,7 +78,7 @@ class RunFiles:
 def write_report(run_dir: Path) -> Path:
     """Writes report.html and returns its path; raises ConfigError if `run_dir` holds no run."""
     page = render(run_page(load(run_dir)))
-    with replacing(run_dir / "report.html") as file:
+    with jsonl.replacing(run_dir / "report.html") as file:
         file.write(page.encode())
     return run_dir / "report.html"
 
@@ -97,15 +97,15 @@ def load(run_dir: Path) -> RunFiles:
             settings = flattened(yaml.safe_load(run.config))
             run.settings = {key: str(value) for key, value in settings.items() if value is not None}
     by_step: dict[int, dict[str, float]] = {}
-    for record in read(metrics_file):
-        by_step.setdefault(record["step"], {}).update(numbers(record))
+    for record in jsonl.read(metrics_file):
+        by_step.setdefault(record["step"], {}).update(jsonl.numbers(record))
         for key in record.get("non_finite", ()):
             run.non_finite.setdefault(str(key), record["step"])
     run.records = [by_step[step] for step in sorted(by_step)]
     for record in run.records:
         run.summary.add(record)
-    run.hand_overs = [row for row in read(run_dir / "switch.jsonl") if "phase" in row]
-    for rollout in read(run_dir / "rollouts.jsonl"):
+    run.hand_overs = [row for row in jsonl.read(run_dir / "switch.jsonl") if "phase" in row]
+    for rollout in jsonl.read(run_dir / "rollouts.jsonl"):
         run.samples.add(rollout)
     return run
 
@@ -179,13 +179,13 @@ def _curves(run: RunFiles) -> list[figures.Spec]:
 
 def _time(run: RunFiles) -> Page:
     seconds = run.summary.seconds
-    share_of = shares([seconds])
-    steps = [(record["step"], parts) for record in run.records if (parts := time_by_part(record))]
+    share_of = jsonl.shares([seconds])
+    steps = [(record["step"], parts) for record in run.records if (parts := jsonl.time_by_part(record))]
     largest = sorted(share_of, key=lambda part: -share_of[part])
     rows = [[part, duration(seconds[part]), f"{share_of[part]:.1%}"] for part in largest]
     return {
-        "bar": [(part, share, PART_COLORS[part]) for part, share in share_of.items()],
-        "figures": [figures.stacked("Seconds a step", steps, PART_COLORS)] if steps else [],
+        "bar": [(part, share, jsonl.PART_COLORS[part]) for part, share in share_of.items()],
+        "figures": [figures.stacked("Seconds a step", steps, jsonl.PART_COLORS)] if steps else [],
         "table": {"head": ["part", "total", "share"], "rows": rows, "text_columns": 1} if rows else None,
     }
 
@@ -224,10 +224,8 @@ def _cards(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     yield "Steps", str(summary.last_step), f"of {target}" if run.steps_missing else "all done" * bool(target)
     if "reward/mean" in last:
         yield "Reward", f"{last['reward/mean']:.3f}", f"from {first['reward/mean']:.3f}"
-    for key in last:
-        if key.endswith("/acc"):
-            dataset = key.removeprefix("val/").removesuffix("/acc")
-            yield "Accuracy", f"{last[key]:.3f}", f"from {first[key]:.3f} on {dataset}"
+    for name, value in jsonl.accuracies(last):
+        yield "Accuracy", f"{value:.3f}", f"from {first[f'{name}/acc']:.3f} on {name.removeprefix('val/')}"
     if wall := summary.wall_seconds:
         yield "Time in steps", duration(wall), f"{wall / max(summary.last_step, 1):.2f} s a step"
         yield "Switching", f"{summary.seconds.get('switch', 0.0) / wall:.1%}", "of that time"
