@@ -238,13 +238,10 @@ def deciding(run: Run) -> dict[str, Any]:
 def changes(saved: dict[str, Any], run: Run) -> list[tuple[str, str, str]]:
     """Key, old and new value of each deciding setting that differs from the saved one."""
     now = deciding(run)
-
-    def differs(key: str) -> bool:
-        old, new = saved.get(key), now.get(key)
-        return bool(old) != bool(new) if key == EVALUATES else old != new
-
-    shared = [key for key in now | saved if (key in now and key in saved) or key.startswith(OPEN)]
-    changed = [key for key in shared if differs(key)]
+    keys = [key for key in now | saved if (key in now and key in saved) or key.startswith(OPEN)]
+    changed = [key for key in keys if saved.get(key) != now.get(key)]
+    if saved.get(EVALUATES) and now.get(EVALUATES):
+        changed = [key for key in changed if key != EVALUATES]
     return [(key.removesuffix(".class"), _text(key, saved), _text(key, now)) for key in changed]
 
 

@@ -16,8 +16,8 @@ from rlswitch.run import Run
 
 LOCK = ".lock"
 FLOAT32 = 4
-ADAM = 2
-"""Adam's moments, each as large as the trained parameters and also in float32."""
+TRAINED = 3 * FLOAT32
+"""Bytes of a trained parameter with Adam's two moments."""
 
 
 @contextmanager
@@ -70,10 +70,9 @@ def _lock(file: TextIO, directory: Path, log: Callable[[str], None]) -> None:
 
 def checkpoint_size(run: Run, shape: ModelShape, itemsize: int) -> int:
     """Bytes of one checkpoint's tensors. `itemsize`: of the engine's dtype, which the reference has too."""
-    trained = shape.adapters or shape.parameters
-    size = FLOAT32 * (1 + ADAM) * trained
+    size = TRAINED * (shape.adapters or shape.parameters)
     if run.algorithm.needs_critic:
-        size += FLOAT32 * (1 + ADAM) * ((shape.adapters or shape.backbone) + shape.hidden)
+        size += TRAINED * ((shape.adapters or shape.backbone) + shape.hidden)
     if run.algorithm.needs_reference and run.algorithm.reference_refresh:
         size += FLOAT32 * shape.adapters if shape.adapters else itemsize * shape.parameters
     if run.checkpoint.merged:

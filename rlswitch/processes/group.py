@@ -50,7 +50,7 @@ class ProcessGroup:
                 found |= {it.pid: it for it in (top, *top.children(recursive=True))}
         self.processes = list(found.values())
         self.vital = [process for process in self.processes if process.pid in pids]
-        """Those that nothing works without. One that has ended already is not among them."""
+        """The ones nothing works without, unless they have ended already."""
         self._files = shared_memory_of(process.pid for process in self.processes) | set(map(Path, files))
 
     def end(self, ask: Callable[[], object]) -> None:

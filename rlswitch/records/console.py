@@ -1,7 +1,6 @@
 """What a user sees of a run: a live panel on a terminal, one line per step anywhere else."""
 
 import atexit
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -277,10 +276,8 @@ class StdoutConsole(Console):
     """A console on stdout. A reader that leaves (`| head`) silences it and does not end the run."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, sys.stdout.fileno())  # else Python complains about the pipe when it exits
-        os.close(silence)
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def make_display(console: Console | None, view: View) -> Display:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlswitch.errors import RLSwitchError
@@ -15,24 +16,22 @@ FLAT_IN_A_ROW, FLAT_ENDS = 10, 50
 SKIPPED = "skipped"
 
 
+@dataclass(slots=True)
 class Health:
     """Counts bad steps in a row. Their metrics have been recorded by the time it raises."""
 
-    def __init__(
-        self,
-        output_dir: Path,
-        log: Callable[[str], None],
-        last_checkpoint: Callable[[], Path | None],
-        kept: int = 0,
-        skipped_in_a_row: int = 0,
-        flat_in_a_row: int = 0,
-    ):
-        """The counts are those of the checkpoint the run resumes from, at step `kept`."""
-        self._output_dir, self._log, self._last_checkpoint = output_dir, log, last_checkpoint
-        self.skipped_in_a_row, self.flat_in_a_row = skipped_in_a_row, flat_in_a_row
-        for path in (output_dir / SKIPPED).glob("step_*.jsonl"):
+    output_dir: Path
+    log: Callable[[str], None]
+    last_checkpoint: Callable[[], Path | None]
+    kept: int = 0
+    """Step of the checkpoint that the run resumes from, and its counts."""
+    skipped_in_a_row: int = 0
+    flat_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        for path in (self.output_dir / SKIPPED).glob("step_*.jsonl"):
             step = path.stem.removeprefix("step_")
-            if step.isdecimal() and int(step) > kept:
+            if step.isdecimal() and int(step) > self.kept:
                 path.unlink()
 
     def check(
@@ -41,17 +40,17 @@ class Health:
         """`skipped`: why, for each skipped update. Raises RLSwitchError for the third such step in a row."""
         self.flat_in_a_row = self.flat_in_a_row + 1 if metrics.get("actor/grad_norm") == 0.0 else 0
         if self.flat_in_a_row == FLAT_IN_A_ROW:
-            self._log(self._flat())
+            self.log(self._flat())
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
-        path = write_skipped(self._output_dir, step, groups)
+        path = write_skipped(self.output_dir, step, groups)
         updates = f"{len(skipped)} update{'s' * (len(skipped) > 1)}"
         line = f"step {step}: {skipped[0]}: skipped {updates}; the step's rollouts are in {path}"
         if self.skipped_in_a_row < SKIPPED_IN_A_ROW:
-            self._log(line)
+            self.log(line)
             return
-        last = self._last_checkpoint()
+        last = self.last_checkpoint()
         saved = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
         raise RLSwitchError(
             f"{line}; {SKIPPED_IN_A_ROW} such steps in a row; {saved}; lower trainer.lr, or look for extreme"

@@ -108,8 +108,7 @@ def wandb_options(output_dir: Path, run_id: str | None) -> dict[str, Any]:
     os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises when vLLM imports openai
     settings = wandb.Settings(silent=True, console="off", init_timeout=60)
     options = {"dir": str(output_dir), "name": output_dir.name, "id": run_id, "resume": "allow"}
-    mode = {"mode": "offline"} if wandb_is_offline() and "WANDB_MODE" not in os.environ else {}
-    return options | mode | {"settings": settings}
+    return options | {"settings": settings} | ({"mode": "offline"} if wandb_is_offline() else {})
 
 
 def wandb_is_offline() -> bool:
