@@ -7,8 +7,8 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import TextIO
 
 from rlswitch.errors import ConfigError
 from rlswitch.planning.footprint import ModelShape
@@ -32,13 +32,12 @@ def only_run_in(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
         try:
             while True:
                 directory.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(path.open("a+"))
+                file = stack.enter_context(path.open("ab+", buffering=0))
                 _lock(file, directory, log)
                 if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                     break  # otherwise the previous owner has just removed the file: retry with the new one
             file.truncate(0)
-            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-            file.flush()
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
         except OSError as error:
             raise ConfigError(
                 f"output_dir = {directory}: cannot be written to ({error.strerror}); set a writable directory"
@@ -52,12 +51,12 @@ def only_run_in(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
                     directory.rmdir()
 
 
-def _lock(file: TextIO, directory: Path, log: Callable[[str], None]) -> None:
+def _lock(file: FileIO, directory: Path, log: Callable[[str], None]) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         who = "another run"
-        with suppress(ValueError, KeyError):  # it has only just taken the lock
+        with suppress(ValueError, KeyError, TypeError):  # it has only just taken the lock
             file.seek(0)
             who = "a run with pid {pid} on host {host}".format_map(json.load(file))
         raise ConfigError(

@@ -21,7 +21,7 @@ SHUTDOWN_SECONDS = 30.0
 
 
 class Owner(NamedTuple):
-    """What an engine's processes know of the run that owns them, from RLSWITCH_OWNER in their environment."""
+    """The run that owns an engine's processes, passed to them in RLSWITCH_OWNER."""
 
     pid: int = 0
     """The run's; 0: no run owns them, as with a server that a user started."""

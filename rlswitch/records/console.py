@@ -1,4 +1,4 @@
-"""What a user sees of a run: a live panel on a terminal, one line per step anywhere else."""
+"""A run on the console: a live panel on a terminal, one line per step anywhere else."""
 
 import atexit
 import sys

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +43,7 @@ class LineFile:
 
     def close(self) -> None:
         os.close(self._handle)
+        self._handle = -1  # its number may become another file's
 
 
 @contextmanager
@@ -106,12 +107,9 @@ def time_by_part(record: Mapping[str, float]) -> dict[str, float]:
     return {part: value for part, value in [*seconds.items(), ("other", other)] if value > 0}
 
 
-def shares(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def shares(steps: Collection[Mapping[str, float]]) -> dict[str, float]:
     """Share of the time by part, in the order of the step; `steps` as from time_by_part."""
-    sums = dict.fromkeys((*PARTS, "other"), 0.0)
-    for step in steps:
-        for part, seconds in step.items():
-            sums[part] += seconds
+    sums = {part: sum(step.get(part, 0.0) for step in steps) for part in PART_COLORS}
     total = sum(sums.values())
     return {part: seconds / total for part, seconds in sums.items() if seconds > 0}
 

@@ -4,24 +4,20 @@ The local files are the record and are written first. Trackers and the console a
 there costs one line and never stops the run.
 """
 
-from __future__ import annotations
-
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+from rich.console import Console
 
 from rlswitch.records.console import View, make_display
 from rlswitch.records.jsonl import LineFile, finite, numbers, read, trim
 from rlswitch.records.provenance import write_config
 from rlswitch.records.trackers import Trackers, wandb_is_offline
+from rlswitch.run import Run
 from rlswitch.types import Group, Rollout
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from rlswitch.run import Run
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 SAMPLE_EVERY = 10
@@ -62,7 +58,7 @@ class Monitor:
         self.phase, self.log_line = self._display.phase, self._display.log_line
         self._trackers = Trackers(run, output_dir, self.wandb_id, settings, self.log_line)
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

