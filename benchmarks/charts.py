@@ -104,7 +104,7 @@ def write(result: Result, settings: BenchSettings, models: str, directory: Path)
     picture, page = directory / "switch.png", directory / "switch.html"
     how = f"{models}; logarithmic scale, colors show each bar's shares"
     drawn = figure(found, TITLE)
-    picture.write_bytes(png(drawn | {"title": {"text": TITLE, "subtitle": how}}, width=640))
+    picture.write_bytes(png(drawn | {"title": {"text": TITLE, "subtitle": how}}))
     cells = [
         [bar.label, *(f"{bar.parts[part]:.4f}" if part in bar.parts else "" for part in PALETTE), bar.note]
         for bar in found

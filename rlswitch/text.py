@@ -1,10 +1,8 @@
 """Text as a user reads it: cut to size, on one line, harmless on a terminal."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 
@@ -21,13 +19,8 @@ def shortened(text: str, width: int) -> str:
 
 def fitted(facts: Sequence[str], width: int) -> str:
     """As many whole facts as fit on a line, so that no number is cut."""
-    line = ""
-    for fact in facts:
-        longer = f"{line}  {fact}" if line else fact
-        if len(longer) > width:
-            break
-        line = longer
-    return line
+    lines = accumulate(facts, "{}  {}".format)
+    return max((line for line in lines if len(line) <= width), key=len, default="")
 
 
 def printable(text: str, keep_newlines: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Directories that exist completely or not at all, however their writing is interrupted.
 
-    .step_000050.tmp    a draft: its files are synced to disk one by one, the manifest last
+    .step_000050.tmp    a draft: its files and the manifest, synced to disk
     step_000050         the same, renamed
     .step_000050.old    the previous holder of the name, until the new one has it
 
@@ -8,15 +8,15 @@ A kill, a full disk or a power failure at any moment leaves the old directory or
 start `tidy` removes the rest; an old directory whose successor never got its name gets it back.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from rlswitch.errors import ConfigError
 
@@ -39,7 +39,11 @@ def written_atomically(final: Path) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         _seal(draft)
-        _rename(draft, final)
+        if final.exists():
+            os.replace(final, parent / f".{final.name}{ASIDE}")
+        os.replace(draft, final)
+        _sync(parent)
+        shutil.rmtree(parent / f".{final.name}{ASIDE}", ignore_errors=True)
     except BaseException:
         with suppress(OSError):  # the next start does it then
             tidy(parent)
@@ -67,36 +71,30 @@ def remove(directory: Path) -> None:
 
 
 def checkpoint_problems(path: Path) -> Iterator[str]:
-    """Yields how the directory differs from what was written. Reads every byte and interprets none.
+    """How the directory differs from what was written. Reads every byte and interprets none.
 
     Raises ConfigError for the format of a newer rlswitch.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        yield f"its manifest cannot be read ({error})"
+        form, files = itemgetter("format", "files")(json.loads((path / MANIFEST).read_bytes()))
+    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+        yield f"its manifest cannot be read, or is of format 1 ({error!r})"
         return
-    form, files = (manifest.get(key) if isinstance(manifest, dict) else None for key in ("format", "files"))
     if isinstance(form, int) and form > FORMAT:
         raise ConfigError(
             f"resume = {path}: it has format {form}, this rlswitch reads up to {FORMAT}; install the version"
             " that saved it, or set resume=never or another output_dir"
         )
     if form != FORMAT or not isinstance(files, dict):
-        yield f"its manifest is corrupt or of an older format (it says {form}, this rlswitch reads {FORMAT})"
+        yield f"its manifest is corrupt: format {form}, this rlswitch reads {FORMAT}"
         return
     for stranger in sorted(_files(path).keys() - files.keys() - {MANIFEST}):
         yield f"{stranger} is not in its manifest, so it was not saved with it"
     for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
+        if not (path / name).is_file():
             yield f"{name} is missing"
-        elif not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
-            yield f"its manifest is corrupt (at {name})"
-        elif file.stat().st_size != expected["bytes"]:
-            yield f"{name} has {file.stat().st_size} bytes, the manifest says {expected['bytes']}"
-        elif _digest(file) != expected["sha256"]:
-            yield f"{name} is corrupt (its SHA-256 differs from the manifest's)"
+        elif _size_and_digest(path / name) != expected:
+            yield f"{name} is corrupt: its size or SHA-256 differs from the manifest's"
 
 
 def is_disk_error(error: BaseException) -> bool:
@@ -105,25 +103,11 @@ def is_disk_error(error: BaseException) -> bool:
 
 
 def _seal(draft: Path) -> None:
-    """Syncs every file, then the manifest, then the directories that name them."""
-    files = _files(draft)
-    for file in files.values():
-        _sync(file)
-    listed = {name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for name, file in files.items()}
-    manifest = draft / MANIFEST
-    manifest.write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
-    _sync(manifest)
-    for directory in [*(path for path in sorted(draft.rglob("*")) if path.is_dir()), draft]:
-        _sync(directory)
-
-
-def _rename(draft: Path, final: Path) -> None:
-    aside = final.with_name(f".{final.name}{ASIDE}")
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(draft, final)
-    _sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Writes the manifest and syncs everything to disk."""
+    listed = {name: _size_and_digest(file) for name, file in _files(draft).items()}
+    (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
+    for path in [*draft.rglob("*"), draft]:
+        _sync(path)
 
 
 def _files(directory: Path) -> dict[str, Path]:
@@ -135,9 +119,10 @@ def _files(directory: Path) -> dict[str, Path]:
     }
 
 
-def _digest(file: Path) -> str:
+def _size_and_digest(file: Path) -> dict[str, Any]:
     with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
 
 
 def _sync(path: Path) -> None:

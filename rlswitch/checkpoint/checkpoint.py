@@ -4,12 +4,10 @@ checkpoints/step_000050/
     policy/            loads with from_pretrained, tokenizer included; with LoRA the adapter
     merged/            with LoRA and checkpoint.merged: the whole model
     critic.safetensors reference.safetensors optimizer.safetensors state.json
-    manifest.json      format, size and SHA-256 of every other file; written last
+    manifest.json      format; size and SHA-256 of every other file
 
 atomic.py writes the directory; resume.py chooses the one a run resumes from.
 """
-
-from __future__ import annotations
 
 import json
 import shutil
@@ -21,18 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from rlswitch.checkpoint import resume
 from rlswitch.checkpoint.atomic import is_disk_error, written_atomically
-from rlswitch.checkpoint.resume import (
-    LoopState,
-    deciding,
-    read_details,
-    step_directory,
-    step_of,
-    steps_in,
-    valid_checkpoints,
-)
+from rlswitch.checkpoint.resume import LoopState, step_of, steps_in
 from rlswitch.config.sections import CheckpointConfig
 from rlswitch.errors import ConfigError, SaveError
+from rlswitch.records.provenance import flattened
 from rlswitch.text import first_line
 from rlswitch.training import lora
 from rlswitch.training.schedule import resume_schedule
@@ -55,14 +47,14 @@ def save(
 
     If interrupted it leaves either the previous checkpoint or the complete new one.
     """
-    final = step_directory(directory, state.step)
+    final = resume.step_directory(directory, state.step)
     try:
         with written_atomically(final) as draft:
             _write(draft, trainer, tokenizer, state)
     except Exception as error:
         if not is_disk_error(error):
             raise
-        other = next(valid_checkpoints(directory), None)
+        other = next(resume.valid_checkpoints(directory), None)
         left = f"{other} is intact" if other else "there is no earlier one"
         raise SaveError(
             f"checkpoint {final} could not be saved ({first_line(error)}); {left}; make sure that"
@@ -77,7 +69,7 @@ def save(
 
 def restore(path: Path, trainer: Trainer) -> None:
     """Loads a checkpoint into a freshly built trainer."""
-    details = read_details(path)
+    details = json.loads((path / resume.STATE).read_bytes())
     policy = trainer.unwrapped_policy
     if isinstance(policy, lora.PeftModel):
         lora.load_adapter(policy, path / "policy")
@@ -109,14 +101,16 @@ def _write(draft: Path, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, st
         save_file(_learned(critic), draft / "critic.safetensors")
     if trainer.reference is not None and (reference := trainer.reference.state()):
         save_file(reference, draft / "reference.safetensors")
-    save_file(_split(trainer.optimizer.state_dict()), draft / "optimizer.safetensors")
+    moments = flattened(trainer.optimizer.state_dict()["state"]).items()
+    tensors = {key: value.contiguous() for key, value in moments if isinstance(value, Tensor)}
+    save_file(tensors, draft / "optimizer.safetensors")
     details = asdict(state) | {
-        "settings": deciding(trainer.run),
+        "settings": resume.deciding(trainer.run),
         "optimizer_steps": trainer.schedule.last_epoch,
         "memory": trainer.memory,
         "micro_batch_tokens": trainer.limit.reduced,
     }
-    (draft / "state.json").write_text(json.dumps(details, indent=1))
+    (draft / resume.STATE).write_text(json.dumps(details, indent=1))
 
 
 def _save_policy(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, draft: Path) -> None:
@@ -152,17 +146,8 @@ def _load_all(model: Any, tensors: dict[str, Tensor], known: set[str], path: Pat
         )
 
 
-def _split(state: dict[str, Any]) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors."""
-    return {
-        f"{index}.{name}": value.contiguous()
-        for index, values in state["state"].items()
-        for name, value in values.items()
-        if isinstance(value, Tensor)
-    }
-
-
 def _join(tensors: dict[str, Tensor], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """An optimizer's state from its tensors by `parameter index.name`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, name = key.split(".", 1)

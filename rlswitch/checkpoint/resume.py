@@ -1,13 +1,11 @@
 """Which checkpoint a run resumes from, and whether it then reproduces the original run. Loads no tensor."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from rlswitch.checkpoint.atomic import DRAFT, checkpoint_problems, remove, tidy
 from rlswitch.config.sections import TENANTS
@@ -16,27 +14,26 @@ from rlswitch.records.provenance import flattened, redacted, resolved
 from rlswitch.run import OPTIONS, Run
 
 CHANGED = "changed"
+STATE = "state.json"
 
 FREE = {
     "length, place and logging of a run": (
-        *("num_steps", "recipe", "output_dir", "resume", "mode", "logger", "project"),
-        "checkpoint",
-    ),
-    "an evaluation has its own seeds and leaves neither weights nor prefixes behind": ("evaluation",),
-    "every push delivers the same weights, and no sampled token depends on how": (
+        "num_steps recipe output_dir resume mode logger project checkpoint"
+    ).split(),
+    "an evaluation has its own seeds and leaves neither weights nor prefixes behind": ["evaluation"],
+    "every push delivers the same weights, and no sampled token depends on how": [
         *("switch", *(f"{name}.level" for name in TENANTS)),
-    ),
-    "where tensors lie while others compute": ("trainer.park",),
+    ],
+    "where tensors lie while others compute": ["trainer.park"],
     "how the engine is started and reached; local and server engines sample the same tokens": (
-        *("engine.start_timeout_s", "engine.fork_server", "engine.listen", "engine.url"),
-        *("engine.allow_remote", "engine.request_timeout_s", "engine.max_restarts"),
-    ),
+        "engine.start_timeout_s engine.fork_server engine.listen engine.url engine.allow_remote"
+        " engine.request_timeout_s engine.max_restarts"
+    ).split(),
     "limits of the reward processes, not their results": (
-        *("reward.workers", "reward.timeout_s", "reward.memory_gib", "reward.max_error_rate"),
-        "reward.allow_unsandboxed",
-    ),
-    "a permission": ("model.trust_remote_code",),
-    "another model is rejected in any case": ("model.path",),
+        "reward.workers reward.timeout_s reward.memory_gib reward.max_error_rate reward.allow_unsandboxed"
+    ).split(),
+    "a permission": ["model.trust_remote_code"],
+    "another model is rejected in any case": ["model.path"],
 }
 """Settings and sections that may change on resume, each with its reason. All others decide the numbers,
 new ones included, until they are listed here."""
@@ -70,12 +67,11 @@ class Resume(NamedTuple):
     allows_changes: bool
 
     @classmethod
-    def parse(cls, text: str) -> Resume:
+    def parse(cls, text: str) -> Self:
         word, _, rest = text.partition(":")
-        allows_changes = word == CHANGED
-        where = rest if allows_changes else text
-        named = where not in ("", "auto") and text != "never"
-        return cls(text == "never", Path(where) if named else None, allows_changes)
+        where = rest if word == CHANGED else text
+        path = None if where in ("", "auto") or text == "never" else Path(where)
+        return cls(text == "never", path, word == CHANGED)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -118,9 +114,32 @@ def steps_in(checkpoints: Path) -> list[Path]:
     return sorted((it for it in checkpoints.glob("step_*") if it.name[5:].isdecimal()), key=step_of)
 
 
-def valid_checkpoints(checkpoints: Path) -> Iterator[Path]:
-    """The valid checkpoints, newest first. Reads every byte of each one it visits."""
-    return (path for path in reversed(steps_in(checkpoints)) if not any(checkpoint_problems(path)))
+def valid_checkpoints(checkpoints: Path, first_step: int = 0, log: Log = lambda _: None) -> Iterator[Path]:
+    """The valid checkpoints from `first_step` on, newest first; logs why it skips one.
+
+    Reads every byte of each one it visits.
+    """
+    for path in reversed(steps_in(checkpoints)):
+        if step_of(path) < first_step:
+            return
+        if problem := next(checkpoint_problems(path), None):
+            log(f"skipping checkpoint {path}: {problem}")
+        else:
+            yield path
+
+
+def newest(checkpoints: Path, log: Log) -> Path | None:
+    """The newest valid checkpoint; None if there are none at all.
+
+    Raises ConfigError if all are invalid: starting over would replace files that may still be of use.
+    """
+    path = next(valid_checkpoints(checkpoints, log=log), None)
+    if path is None and (steps := steps_in(checkpoints)):
+        raise ConfigError(
+            f"resume = auto: none of the {len(steps)} checkpoints in {checkpoints} is valid; starting over"
+            " would replace them; set resume=never to allow that, or another output_dir"
+        )
+    return path
 
 
 def finished(run: Run) -> str | None:
@@ -128,9 +147,7 @@ def finished(run: Run) -> str | None:
     resume = Resume.parse(run.resume)
     if resume.never or resume.path or run.output_dir is None:
         return None
-    steps = steps_in(Path(run.output_dir) / "checkpoints")
-    reached = (path for path in reversed(steps) if step_of(path) >= run.num_steps)
-    path = next((path for path in reached if not any(checkpoint_problems(path))), None)
+    path = next(valid_checkpoints(Path(run.output_dir, "checkpoints"), run.num_steps), None)
     if path is None:
         return None
     read_state(path, run, resume.allows_changes)
@@ -148,20 +165,16 @@ def choose(run: Run, output_dir: Path, log: Log) -> Start:
     checkpoints = output_dir / "checkpoints"
     tidy(checkpoints)
     resume, steps = Resume.parse(run.resume), steps_in(checkpoints)
-    if resume.never:
-        return Start(None, LoopState(), kept=0, given_up=steps)
-    path = resume.path or newest(checkpoints, log)
+    path = resume.path or (None if resume.never else newest(checkpoints, log))
     if path is None:
-        return Start(None, LoopState(), kept=0, given_up=[])
+        return Start(None, LoopState(), kept=0, given_up=steps)
     if resume.path:
         problem = next(checkpoint_problems(path), None) if path.is_dir() else "there is no such directory"
         if problem:
             raise ConfigError(f"resume = {run.resume}: {problem}; set resume=auto or another checkpoint")
     state = read_state(path, run, resume.allows_changes, log)
-    if resume.path is None:
-        return Start(path, state, kept=state.step, given_up=[])
-    if path.resolve().parent == checkpoints.resolve():
-        later = [it for it in steps if step_of(it) > state.step]
+    if resume.path is None or path.resolve().parent == checkpoints.resolve():
+        later = [it for it in steps if resume.path and step_of(it) > state.step]
         return Start(path, state, kept=state.step, given_up=later)
     if steps:
         raise ConfigError(
@@ -180,31 +193,12 @@ def give_up(checkpoints: Iterable[Path]) -> None:
         remove(draft)
 
 
-def newest(checkpoints: Path, log: Log) -> Path | None:
-    """The newest valid checkpoint; logs the invalid ones that it skips. None if there are none at all.
-
-    Raises ConfigError if all are invalid: starting over would replace files that may still be of use.
-    """
-    steps = steps_in(checkpoints)
-    for path in reversed(steps):
-        problem = next(checkpoint_problems(path), None)
-        if problem is None:
-            return path
-        log(f"skipping checkpoint {path}: {problem}")
-    if steps:
-        raise ConfigError(
-            f"resume = auto: none of the {len(steps)} checkpoints in {checkpoints} is valid; starting over"
-            " would replace them; set resume=never to allow that, or another output_dir"
-        )
-    return None
-
-
 def read_state(path: Path, run: Run, allows_changes: bool = False, log: Log = lambda _: None) -> LoopState:
     """The loop's part of a checkpoint. Raises ConfigError if resuming would not reproduce the original run.
 
     With `allows_changes` settings may differ, each logged; the model and the use of a critic never may.
     """
-    details = read_details(path)
+    details = json.loads((path / STATE).read_bytes())
     state = LoopState(**{name: details[name] for name in LoopState.__slots__ if name in details})
     if state.model != run.model.path:
         raise ConfigError(
@@ -234,12 +228,6 @@ def _rejection(path: Path, run: Run, key: str, old: str, new: str) -> str:
     )
 
 
-def read_details(path: Path) -> dict[str, Any]:
-    """state.json of a valid checkpoint."""
-    details: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-    return details
-
-
 def deciding(run: Run) -> dict[str, Any]:
     """The settings that decide a run's numbers, by dotted key, as JSON values without secrets."""
     free = tuple(f"{key}." for keys in FREE.values() for key in keys)
@@ -248,20 +236,14 @@ def deciding(run: Run) -> dict[str, Any]:
     return found | ({EVALUATES: run.evaluation.every} if run.data.cuts_held_out_rows else {})
 
 
-def changes(saved: Mapping[str, Any], run: Run) -> list[tuple[str, str, str]]:
+def changes(saved: dict[str, Any], run: Run) -> list[tuple[str, str, str]]:
     """Key, old and new value of each deciding setting that differs from the saved one."""
     now = deciding(run)
-    keys = [key for key in now if key in saved or key.startswith(OPEN)]
-    keys += [key for key in saved if key not in now and key.startswith(OPEN)]
-    return [
-        (key.removesuffix(".class"), _text(key, saved), _text(key, now))
-        for key in keys
-        if not _same(key, saved.get(key), now.get(key))
-    ]
-
-
-def _same(key: str, old: Any, new: Any) -> bool:
-    return bool(old) == bool(new) if key == EVALUATES else old == new
+    keys = [key for key in now | saved if (key in now and key in saved) or key.startswith(OPEN)]
+    changed = [key for key in keys if saved.get(key) != now.get(key)]
+    if saved.get(EVALUATES) and now.get(EVALUATES):
+        changed = [key for key in changed if key != EVALUATES]
+    return [(key.removesuffix(".class"), _text(key, saved), _text(key, now)) for key in changed]
 
 
 def _text(key: str, settings: Mapping[str, Any]) -> str:

@@ -1,7 +1,5 @@
 """A run directory: owned by one run at a time, on a disk with room for its checkpoints."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os
@@ -9,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from rlswitch.errors import ConfigError
@@ -17,77 +16,62 @@ from rlswitch.run import Run
 
 LOCK = ".lock"
 FLOAT32 = 4
-ADAM = 2
-"""Adam's moments, each as large as the trained parameters and also in float32."""
+TRAINED = 3 * FLOAT32
+"""Bytes of a trained parameter with Adam's two moments."""
 
 
 @contextmanager
 def only_run_in(directory: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Creates `directory` and locks it. Raises ConfigError if another run holds it or it is not writable.
 
-    The kernel releases the lock when its owner dies and closes the file in every program that the owner
-    starts (PEP 446), so no engine or reward process can keep it. A directory left empty is removed.
+    The lock ends with its owner: no program that the owner starts inherits the file (PEP 446). A directory
+    left empty is removed.
     """
-    handle = _take(directory, log)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # the directory has been removed
-            if os.listdir(directory) == [LOCK]:
-                (directory / LOCK).unlink()
-                directory.rmdir()
-        os.close(handle)
-
-
-def _take(directory: Path, log: Callable[[str], None]) -> int:
     path = directory / LOCK
-    try:
-        while True:
-            directory.mkdir(parents=True, exist_ok=True)
-            with ExitStack() as stack:
-                handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-                stack.callback(os.close, handle)
-                _lock(handle, directory, log)
-                # Otherwise the previous owner has just removed the file: retry with the new one.
-                if path.exists() and os.path.samestat(path.stat(), os.fstat(handle)):
-                    owner = {"pid": os.getpid(), "host": socket.gethostname()}
-                    os.ftruncate(handle, 0)
-                    os.pwrite(handle, json.dumps(owner).encode(), 0)
-                    stack.pop_all()
-                    return handle
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir = {directory}: cannot be written to ({error.strerror}); nothing of the run would be"
-            " kept; set a writable directory"
-        ) from error
+    with ExitStack() as stack:
+        try:
+            while True:
+                directory.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(path.open("ab+", buffering=0))
+                _lock(file, directory, log)
+                if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                    break  # otherwise the previous owner has just removed the file: retry with the new one
+            file.truncate(0)
+            file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode())
+        except OSError as error:
+            raise ConfigError(
+                f"output_dir = {directory}: cannot be written to ({error.strerror}); set a writable directory"
+            ) from error
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # the directory has been removed
+                if os.listdir(directory) == [LOCK]:
+                    path.unlink()
+                    directory.rmdir()
 
 
-def _lock(handle: int, directory: Path, log: Callable[[str], None]) -> None:
+def _lock(file: FileIO, directory: Path, log: Callable[[str], None]) -> None:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
+        who = "another run"
+        with suppress(ValueError, KeyError, TypeError):  # it has only just taken the lock
+            file.seek(0)
+            who = "a run with pid {pid} on host {host}".format_map(json.load(file))
         raise ConfigError(
-            f"output_dir = {directory}: {_owner(handle)} is using it; both would write the same files; wait"
-            " until it ends, or set another output_dir"
+            f"output_dir = {directory}: {who} is using it; both would write the same files; wait until it"
+            " ends, or set another output_dir"
         ) from error
     except OSError as error:  # some network file systems
         log(f"{directory} cannot be locked ({error.strerror}): make sure that no second run uses it")
 
 
-def _owner(handle: int) -> str:
-    try:
-        owner = json.loads(os.pread(handle, 4096, 0))
-        return f"a run with pid {owner['pid']} on host {owner['host']}"
-    except (ValueError, KeyError, TypeError):  # it has only just taken the lock
-        return "another run"
-
-
 def checkpoint_size(run: Run, shape: ModelShape, itemsize: int) -> int:
     """Bytes of one checkpoint's tensors. `itemsize`: of the engine's dtype, which the reference has too."""
-    trained = shape.adapters or shape.parameters
-    size = FLOAT32 * (1 + ADAM) * trained
+    size = TRAINED * (shape.adapters or shape.parameters)
     if run.algorithm.needs_critic:
-        size += FLOAT32 * (1 + ADAM) * ((shape.adapters or shape.backbone) + shape.hidden)
+        size += TRAINED * ((shape.adapters or shape.backbone) + shape.hidden)
     if run.algorithm.needs_reference and run.algorithm.reference_refresh:
         size += FLOAT32 * shape.adapters if shape.adapters else itemsize * shape.parameters
     if run.checkpoint.merged:
@@ -112,8 +96,7 @@ def check_disk_space(run: Run, output_dir: Path, need: int, published: int) -> N
         also = f" and pushes {_gb(published)}" if published else ""
         raise ConfigError(
             f"output_dir = {output_dir}: {_gb(free)} free, checkpoints need {_gb(need)} more{also}; a save"
-            f" would fail half-way; free space, keep fewer than checkpoint.keep={run.checkpoint.keep}, or set"
-            " another output_dir"
+            f" would fail; free space, lower checkpoint.keep={run.checkpoint.keep}, or set another output_dir"
         )
     checkpoints = output_dir / "checkpoints"
     if checkpoints.is_dir() and not os.access(checkpoints, os.W_OK | os.X_OK):

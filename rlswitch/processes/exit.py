@@ -1,7 +1,5 @@
 """Exit codes, and an exit that keeps them."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import signal

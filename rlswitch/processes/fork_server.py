@@ -1,12 +1,9 @@
-"""Processes that start warm: forked from a server that has imported torch and vLLM once.
+"""Processes that start warm: forked from a server that has imported torch and vLLM once (docs/starting.md).
 
-vLLM runs its engine core and workers in processes of their own, and so does a sweep its jobs. Spawned, each
-imports the same libraries again, one after the other: for a small model most of the time to the first token.
-The server imports them while this process does, computes nothing and touches no GPU. docs/starting.md has the
-numbers. vLLM's own VLLM_WORKER_MULTIPROC_METHOD=forkserver only works for its API server, not for LLM.
+Spawned, vLLM's engine core and workers and the jobs of a sweep would each import them again. The server does
+so while this process does, computes nothing and touches no GPU. vLLM's own
+VLLM_WORKER_MULTIPROC_METHOD=forkserver only works for its API server, not for LLM.
 """
-
-from __future__ import annotations
 
 import atexit
 import multiprocessing
@@ -16,7 +13,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -102,17 +98,15 @@ def start_process(
     outputs: tuple[int, int] = (1, 2),
     warm: bool = True,
 ) -> multiprocessing.process.BaseProcess:
-    """Starts `target(*args)` in a process group of its own, so that a terminal's Ctrl-C does not reach it.
+    """Starts `target(*args)`, importable, in its own process group, out of reach of a terminal's Ctrl-C.
 
-    `environment` and the file descriptors `outputs` (stdout, stderr) default to ours. `target` must be
-    importable, as with any spawned process.
+    `environment` and the file descriptors `outputs` (stdout, stderr) default to ours.
     """
-    warm = warm and SUPPORTED
-    process = (WarmProcess if warm else _ColdProcess)(target=_in_own_group, args=(target, *args))
-    process.environment = dict(environment or os.environ)
-    process.outputs = outputs
     if warm:
         prepare()
+    kind = WarmProcess if warm and SUPPORTED else _ColdProcess
+    process = kind(target=_in_own_group, args=(target, *args))
+    process.environment, process.outputs = environment, outputs
     process.start()
     return process
 
@@ -121,11 +115,11 @@ class _Travelling:
     """A process that sets environment and output before anything else of it is unpickled."""
 
     environment: Mapping[str, str] | None = None
-    """None: this process's own when it starts the other."""
+    """None: that of the process that starts it."""
     outputs = (1, 2)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        environment = dict(os.environ) if self.environment is None else self.environment
+        environment = dict(os.environ if self.environment is None else self.environment)
         streams = [DupFd(descriptor) for descriptor in self.outputs]
         state = {**self.__dict__, "environment": None, "outputs": (1, 2)}
         return _arrive, (type(self), environment, streams), state
@@ -136,12 +130,10 @@ class WarmProcess(_Travelling, ForkServerProcess):
 
     def join(self, timeout: float | None = None) -> None:
         """Waits until it has ended, even if the server was killed; the exit code is then 255."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        super().join(timeout)
+        super().join(timeout)  # returns at once if the server was killed
         if self.exitcode == 255:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0)
             with suppress(psutil.NoSuchProcess, psutil.TimeoutExpired):
-                psutil.Process(self.pid).wait(left)
+                psutil.Process(self.pid).wait(timeout)
 
 
 class _ColdProcess(_Travelling, SpawnProcess):

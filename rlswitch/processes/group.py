@@ -1,7 +1,5 @@
 """The processes of an engine: ended together, whoever dies first, without leaving files behind."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os
@@ -12,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import psutil
 
@@ -23,7 +21,7 @@ SHUTDOWN_SECONDS = 30.0
 
 
 class Owner(NamedTuple):
-    """What an engine's processes know of the run that owns them, from RLSWITCH_OWNER in their environment."""
+    """The run that owns an engine's processes, passed to them in RLSWITCH_OWNER."""
 
     pid: int = 0
     """The run's; 0: no run owns them, as with a server that a user started."""
@@ -33,7 +31,7 @@ class Owner(NamedTuple):
     """Directories of the run, removed should the run be killed."""
 
     @classmethod
-    def read(cls) -> Owner:
+    def read(cls) -> Self:
         return cls(**json.loads(os.environ.get(VARIABLE, "{}")))
 
     def variable(self) -> dict[str, str]:
@@ -44,10 +42,15 @@ class ProcessGroup:
     """The processes of one engine, found from the pids of its workers and their cores."""
 
     def __init__(self, pids: Sequence[int] = (), files: Iterable[str] = ()):
-        """`files`: more of their files, which nobody else would remove."""
-        self.processes = list({it.pid: it for pid in pids for it in _tree(pid)}.values())
+        """`files`: more of their files, removed at the end."""
+        found: dict[int, psutil.Process] = {}
+        for pid in pids:
+            with suppress(psutil.NoSuchProcess):
+                top = psutil.Process(pid)
+                found |= {it.pid: it for it in (top, *top.children(recursive=True))}
+        self.processes = list(found.values())
         self.vital = [process for process in self.processes if process.pid in pids]
-        """Those that nothing works without. One that has ended already is not among them."""
+        """The ones nothing works without, unless they have ended already."""
         self._files = shared_memory_of(process.pid for process in self.processes) | set(map(Path, files))
 
     def end(self, ask: Callable[[], object]) -> None:
@@ -63,20 +66,8 @@ class ProcessGroup:
             file.unlink(missing_ok=True)
 
 
-def _tree(pid: int) -> list[psutil.Process]:
-    """The process and all its descendants; empty if it has ended."""
-    try:
-        top = psutil.Process(pid)
-        return [top, *top.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        return []
-
-
 def shared_memory_of(pids: Iterable[int]) -> set[Path]:
-    """Python's shared memory and semaphores that these processes have mapped.
-
-    vLLM's processes communicate through them; if one is killed, nobody else removes the files.
-    """
+    """Python's shared memory and semaphores that these processes have mapped; vLLM, killed, leaves them."""
     files = set()
     for pid in pids:
         with suppress(OSError):
@@ -93,10 +84,10 @@ def own_family() -> list[int]:
     return [os.getpid()] if core is None or core.pid in (None, Owner.read().pid) else [os.getpid(), core.pid]
 
 
-def kin_of(workers: Iterable[dict[str, Any]]) -> tuple[list[int], list[str]]:
+def kin_of(workers: Sequence[dict[str, Any]]) -> tuple[list[int], list[str]]:
     """Pids and files of an engine, as its workers' `memory` reports them."""
-    found = [(worker["family"], worker["files"]) for worker in workers]
-    return [pid for pids, _ in found for pid in pids], [file for _, files in found for file in files]
+    pids = [pid for worker in workers for pid in worker["family"]]
+    return pids, [file for worker in workers for file in worker["files"]]
 
 
 def watch_owner(files: Sequence[str] = ()) -> None:

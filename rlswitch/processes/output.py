@@ -1,7 +1,5 @@
 """vLLM logs to a file of the run, which keeps the run's own output readable."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -32,10 +30,7 @@ def redirected_output(path: Path) -> Iterator[None]:
 
 def log_to_file(path: Path) -> None:
     """Sends the log of vLLM's client in this process to the file of its engine core."""
-    logger = logging.getLogger("vllm")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    logger.addHandler(logging.FileHandler(path))
+    logging.getLogger("vllm").handlers = [logging.FileHandler(path)]
 
 
 def tail(path: Path, lines: int = 20) -> str:
@@ -43,6 +38,6 @@ def tail(path: Path, lines: int = 20) -> str:
 
 
 def last_error(path: Path) -> str | None:
-    """The last exception or error in a log: what its process died of."""
+    """The last exception or error in a log."""
     found = re.findall(r"\b(?:\w*(?:Error|Exception)|error): .*", path.read_text(errors="replace"))
     return found[-1] if found else None

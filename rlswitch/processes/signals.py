@@ -1,7 +1,5 @@
 """What signals mean to a run: stop after this step, or stop now."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

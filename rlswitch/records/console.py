@@ -1,9 +1,6 @@
-"""What a user sees of a run: a live panel on a terminal, one line per step anywhere else."""
-
-from __future__ import annotations
+"""A run on the console: a live panel on a terminal, one line per step anywhere else."""
 
 import atexit
-import os
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -11,8 +8,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from statistics import fmean
 
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn
@@ -35,21 +33,30 @@ STEP_FACTS = {
     "perf/rollout_tokens_per_s": "{:,.0f} tok/s",
     "timing_s/step": "{:.1f} s",
 }
-POLICY_FACTS = {
-    "training/policy_version": "version {:.0f}",
-    "response_length/mean": "length {:.1f}",
-    "actor/kl_ref": "kl ref {:.2g}",
-    "actor/ppo_kl": "kl {:.2g}",
-    "actor/entropy": "entropy {:.2f}",
-    "actor/grad_norm": "grad {:.2g}",
-    "actor/lr": "lr {:.1e}",
+PANEL_FACTS = {
+    "policy": {
+        "training/policy_version": "version {:.0f}",
+        "response_length/mean": "length {:.1f}",
+        "actor/kl_ref": "kl ref {:.2g}",
+        "actor/ppo_kl": "kl {:.2g}",
+        "actor/entropy": "entropy {:.2f}",
+        "actor/grad_norm": "grad {:.2g}",
+        "actor/lr": "lr {:.1e}",
+    },
+    "switch": {
+        "switch/total_s": "{:.2f} s",
+        "switch/share": "{:.1%} of the step",
+        "switch/verified": "push not verified",
+        "mismatch/logp_abs_diff_max": "mismatch max {:.1e}",
+    },
+    "speed": {
+        "perf/rollout_tokens_per_s": "rollout {:,.0f} tok/s",
+        "perf/train_tokens_per_s": "train {:,.0f} tok/s",
+        "perf/max_device_gib": "device {:.1f} GiB",
+        "perf/host_rss_gib": "host {:.1f} GiB",
+    },
 }
-SPEED_FACTS = {
-    "perf/rollout_tokens_per_s": "rollout {:,.0f} tok/s",
-    "perf/train_tokens_per_s": "train {:,.0f} tok/s",
-    "perf/max_device_gib": "device {:.1f} GiB",
-    "perf/host_rss_gib": "host {:.1f} GiB",
-}
+PROVEN = {"switch/verified": "push proven \u2713"}
 
 
 def facts(metrics: Mapping[str, float], formats: Mapping[str, str]) -> list[str]:
@@ -58,19 +65,17 @@ def facts(metrics: Mapping[str, float], formats: Mapping[str, str]) -> list[str]
 
 @dataclass(slots=True)
 class View:
-    """What the displays draw: totals, the latest value of each metric, and a short history."""
+    """What the displays draw: totals and a short history."""
 
     title: str
     num_steps: int
     summary: Summary = field(default_factory=Summary)
-    metrics: dict[str, float] = field(default_factory=dict)
     rewards: deque[float] = field(default_factory=lambda: deque(maxlen=200))
     parts: deque[dict[str, float]] = field(default_factory=lambda: deque(maxlen=10))
     """Seconds by part of the latest steps."""
 
     def add(self, record: Mapping[str, float]) -> None:
         self.summary.add(record)
-        self.metrics.update(record)
         if "reward/mean" in record:
             self.rewards.append(record["reward/mean"])
         if "timing_s/step" in record:
@@ -78,11 +83,11 @@ class View:
 
     @property
     def seconds_per_step(self) -> float:
-        return sum(sum(step.values()) for step in self.parts) / max(len(self.parts), 1)
+        return fmean(sum(step.values()) for step in self.parts) if self.parts else 0.0
 
     @property
     def remaining(self) -> str:
-        """Time to go; empty before the first step and after the last."""
+        """Estimated time to the end; empty before the first step and after the last."""
         seconds = self.seconds_per_step * (self.num_steps - self.summary.last_step)
         return f"eta {duration(seconds)}" if seconds > 0 else ""
 
@@ -93,15 +98,16 @@ class View:
         if "reward/mean" in summary.last:
             first, last = summary.first["reward/mean"], summary.last["reward/mean"]
             rows.append(("reward", f"{first:.3f} -> {last:.3f}"))
-        for key in sorted(key for key in summary.last if key.endswith("/acc")):
-            rows.append(("accuracy", f"{summary.first[key]:.3f} -> {summary.last[key]:.3f}  {key}"))
+        for name, last in sorted(accuracies(summary.last)):
+            rows.append(("accuracy", f"{summary.first[f'{name}/acc']:.3f} -> {last:.3f}  {name}/acc"))
         in_steps = f"{duration(summary.wall_seconds)} in steps, " if summary.wall_seconds > 0 else ""
         rows.append(("wall time", f"{in_steps}{duration(session_seconds)} this session"))
-        parts = [f"{part} {share:.1%}" for part, share in summary.shares().items() if share >= 0.001]
+        time_shares = shares([summary.seconds]).items()
+        parts = [f"{part} {share:.1%}" for part, share in time_shares if share >= 0.001]
         if parts:
             rows.append(("went to", "  ".join(parts)))
-        if summary.pushes:
-            rows.append(("pushes", f"{summary.proven} of {summary.pushes} proven"))
+        if pushes := summary.pushes:
+            rows.append(("pushes", f"{sum(pushes.values())} of {len(pushes)} proven"))
         return rows
 
 
@@ -119,18 +125,20 @@ class Display(ABC):
     def phase(self, name: str) -> None: ...
 
     @abstractmethod
+    def stop(self) -> None: ...
+
     def close(self, outcome: str, rows: Sequence[tuple[str, str]]) -> None:
         """Prints the last lines: how the run ended, and `rows` of label and text."""
+        self.stop()
+        self.write(Text(outcome), *(Text(f"  {label:<10}  {text}") for label, text in rows))
 
     def log_line(self, line: str) -> None:
         self.write(Text(printable(line)))
 
-    def write(self, *lines: RenderableType) -> None:
-        if self.console.quiet:
-            return
+    def write(self, *lines: Text) -> None:
         try:
             for line in lines:
-                self.console.print(line, soft_wrap=isinstance(line, Text), highlight=False)
+                self.console.print(line, soft_wrap=True, highlight=False)
         except (OSError, ValueError):  # a closed or full stdout; the files hold everything
             self.console.quiet = True
 
@@ -158,8 +166,8 @@ class PlainDisplay(Display):
             self._announced.add(name)
             self.write(Text(f"... {name}"))
 
-    def close(self, outcome: str, rows: Sequence[tuple[str, str]]) -> None:
-        self.write(Text(outcome), *(Text(f"  {label:<10}  {text}") for label, text in rows))
+    def stop(self) -> None:
+        pass
 
 
 class LiveDisplay(Display):
@@ -188,16 +196,10 @@ class LiveDisplay(Display):
     def phase(self, name: str) -> None:
         self._phase, self._phase_began = name, time.monotonic()
 
-    def close(self, outcome: str, rows: Sequence[tuple[str, str]]) -> None:
+    def stop(self) -> None:
         self._phase = ""
         with suppress(OSError, ValueError):
             self._live.stop()
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
-        for label, text in rows:
-            grid.add_row(label, Text(text))
-        self.write(Panel(grid, title=Text(outcome), title_align="left", border_style="dim"))
 
     def render(self) -> Panel:
         """The panel: at most 14 lines."""
@@ -216,16 +218,15 @@ class LiveDisplay(Display):
         rows = panel_rows(view, inner)
         if self._sample:
             rows.append(("sample", Text(sample_line(self._sample, inner))))
-        for label, line in rows:
-            if line.plain:
-                grid.add_row(label, line)
+        for row in rows:
+            grid.add_row(*row)
         title = Text.assemble(("rlswitch", "bold"), f"  {view.title}")
         return Panel(grid, title=title, title_align="left", border_style="dim", width=width)
 
 
 def panel_rows(view: View, width: int) -> list[tuple[str, Text]]:
-    """Label and line of the metrics below the progress bar; a line without content is empty."""
-    metrics, rows = view.metrics, []
+    """Label and line of the metrics below the progress bar."""
+    metrics, rows = view.summary.last, []
     if view.rewards:
         spark = sparkline(view.rewards, min(24, width // 3))
         line = Text.assemble((f"{view.rewards[-1]:.3f}", "bold"), "  ", (spark, PART_COLORS["update"]))
@@ -235,30 +236,14 @@ def panel_rows(view: View, width: int) -> list[tuple[str, Text]]:
     for key, value in accuracies(metrics)[:2]:
         change = f"  from {view.summary.first[f'{key}/acc']:.3f}  {printable(key)}"
         rows.append(("acc", Text.assemble((f"{value:.3f}", "bold"), (change, "dim"))))
-    rows.append(("policy", Text(fitted(facts(metrics, POLICY_FACTS), width))))
     if view.parts:
         time_shares = shares(view.parts)
         rows += [("time", stacked_bar(time_shares, width)), ("", legend(time_shares, width))]
-    rows.append(("switch", switch_line(metrics)))
-    return [*rows, ("speed", Text(fitted(facts(metrics, SPEED_FACTS), width)))]
-
-
-def switch_line(metrics: Mapping[str, float]) -> Text:
-    """The hand-over: its seconds, its share of the step, and whether the push was proven."""
-    line = Text()
-    if "switch/total_s" in metrics:
-        line.append(f"{metrics['switch/total_s']:.2f} s")
-    if "switch/share" in metrics:
-        line.append(f"  {metrics['switch/share']:.1%} of the step", "bold " + PART_COLORS["switch"])
-    if "switch/verified" in metrics:
-        proven = metrics["switch/verified"] > 0
-        line.append("  push")
-        line.append(
-            " proven \u2713" if proven else " not verified", PART_COLORS["update"] if proven else "dim"
-        )
-    if "mismatch/logp_abs_diff_max" in metrics:
-        line.append(f"  mismatch max {metrics['mismatch/logp_abs_diff_max']:.1e}")
-    return line
+    proven = PROVEN if metrics.get("switch/verified", 0) > 0 else {}
+    for label, formats in (PANEL_FACTS | {"switch": PANEL_FACTS["switch"] | proven}).items():
+        if words := fitted(facts(metrics, formats), width):
+            rows.append((label, Text(words)))
+    return rows
 
 
 def stacked_bar(time_shares: Mapping[str, float], width: int) -> Text:
@@ -291,17 +276,13 @@ class StdoutConsole(Console):
     """A console on stdout. A reader that leaves (`| head`) silences it and does not end the run."""
 
     def on_broken_pipe(self) -> None:
-        self.quiet = True
-        silence = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silence, sys.stdout.fileno())  # else Python complains about the pipe when it exits
-        os.close(silence)
+        with suppress(SystemExit):
+            super().on_broken_pipe()
 
 
 def make_display(console: Console | None, view: View) -> Display:
     """The live panel where the console can redraw itself, plain lines elsewhere."""
-    if console is None:  # FORCE_COLOR would make rich take a log file for a terminal
-        console = StdoutConsole(force_terminal=None if sys.stdout.isatty() else False)
-    live = console.is_terminal and not console.is_dumb_terminal and not console.is_jupyter
-    if live and not console.options.ascii_only:
-        return LiveDisplay(console, view)
-    return PlainDisplay(console, view)
+    # None is rich's default; FORCE_COLOR would make it take a log file for a terminal.
+    console = console or StdoutConsole(force_terminal=None if sys.stdout.isatty() else False)
+    is_plain = console.is_dumb_terminal or console.is_jupyter or console.options.ascii_only
+    return LiveDisplay(console, view) if console.is_terminal and not is_plain else PlainDisplay(console, view)

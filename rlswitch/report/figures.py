@@ -1,11 +1,10 @@
 """Figures as Vega-Lite specifications: a page draws them in the browser, svg() and png() draw them here."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import vl_convert
@@ -22,6 +21,8 @@ MAX_DOTS = 40
 """Points up to which each one is marked."""
 THEME: Spec = json.loads(Path(__file__).with_name("theme.json").read_text())
 """Vega-Lite's `config`; a dark page sets other values for its parameters."""
+ON_PAPER = {"background": "#ffffff", "padding": 14, "width": 640, "height": 240}
+"""Of a figure in a file of its own; a page sets other values."""
 SMALL = "datum.value && abs(datum.value) < 1e-3"
 VALUES = {"labelExpr": f"{SMALL} ? format(datum.value, '~e') : datum.value ? datum.label : '0'"}
 ROUND = "indexof([1, 2, 5], round(datum.value / pow(10, floor(log(datum.value) / LN10 + 1e-9)))) >= 0"
@@ -29,17 +30,14 @@ LOG_VALUES = {
     "labelExpr": f"!({ROUND}) ? '' : {SMALL} ? format(datum.value, '~e') : format(datum.value, '~g')",
     "gridOpacity": {"condition": {"test": ROUND, "value": 1}, "value": 0},
 }
-_X = {
-    "type": "quantitative",
-    "scale": {"zero": False, "nice": False},
-    "axis": {"format": "~d", "tickMinStep": 1},
-}
+_STEPS = {"format": "~d", "tickMinStep": 1}
+_X = {"type": "quantitative", "scale": {"zero": False, "nice": False}, "axis": _STEPS}
 _Y = {"field": "y", "type": "quantitative"}
 DRAG = (  # on a touch screen Vega finds the chart below a finger by touchstart alone
     "[pointerdown, window:pointerup] > window:pointermove!, [touchstart, window:touchend] > window:touchmove"
 )
 ZOOM = {"name": "zoom", "select": {"type": "interval", "encodings": ["x"], "on": DRAG}}
-"""What was dragged over; the page draws the figure again with that much of x."""
+"""The dragged range; the page redraws its figures with these steps."""
 SHOWN = {"name": "shown", "select": {"type": "point", "fields": ["series"]}, "bind": "legend"}
 HOVER = {
     "name": "hover",
@@ -56,10 +54,7 @@ def lines(
     zero: bool = False,
     colors: Sequence[str] = COLORS,
 ) -> list[Spec]:
-    """The figure with a line per curve of (x, y), ordered by x; none when there is no point to draw.
-
-    With `log`, values that are not positive are left out.
-    """
+    """A figure with a line per curve of (x, y), ordered by x; none without points. `log`: values > 0 only."""
     kept = [thinned([(at, y) for at, y in points if y > 0 or not log]) for points in curves.values()]
     rows: dict[float, dict[str, float]] = {}
     for i, points in enumerate(kept):
@@ -95,9 +90,7 @@ def stacked(title: str, bars: Sequence[tuple[float, Mapping[str, float]]], color
     rows = []
     for start in range(0, len(bars), size):
         steps, parts = zip(*bars[start : start + size], strict=True)
-        means = {
-            key: sum(values.get(name, 0.0) for values in parts) / len(parts) for key, name in names.items()
-        }
+        means = {key: fmean(values.get(name, 0.0) for values in parts) for key, name in names.items()}
         rows.append({"x": steps[0], "from": steps[0] - 0.5, "to": steps[-1] + 0.5} | means)
     drawn = {
         "transform": _folded(names),
@@ -114,30 +107,23 @@ def stacked(title: str, bars: Sequence[tuple[float, Mapping[str, float]]], color
     return base(title, rows, "step", names) | {"layer": [drawn]}
 
 
-def svg(figure: Spec, width: int = 640) -> str:
-    """The figure as a file: light, on white."""
-    return vl_convert.vegalite_to_svg(_standalone(figure, width))
+def svg(figure: Spec) -> str:
+    return vl_convert.vegalite_to_svg(ON_PAPER | figure)
 
 
-def png(figure: Spec, width: int = 640) -> bytes:
-    return vl_convert.vegalite_to_png(_standalone(figure, width), scale=1.5)
+def png(figure: Spec) -> bytes:
+    return vl_convert.vegalite_to_png(ON_PAPER | figure, scale=1.5)
 
 
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     """At most `limit` points, each the mean of its neighbors."""
     size = math.ceil(len(points) / limit) or 1
     chunks = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(c[-1][0], sum(y for _, y in c) / len(c)) for c in chunks]
-
-
-def finite(value: Any) -> float | None:
-    """The number, if it is one."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return [(chunk[-1][0], fmean(y for _, y in chunk)) for chunk in chunks]
 
 
 def base(title: str, rows: Sequence[Mapping[str, Any]], x: str, names: Mapping[str, str]) -> Spec:
-    """What every figure has: its data, the name of each column of it, and in `usermeta` what x is."""
+    """The parts common to all figures: title, data, column names, and in `usermeta` what x is."""
     known = {"name": "names", "value": {key: printable(name) for key, name in names.items()}}
     return {
         "title": printable(title),
@@ -163,14 +149,10 @@ def _folded(names: Mapping[str, str]) -> list[Spec]:
 
 
 def _tooltip(names: Mapping[str, str], x: str) -> Spec:
-    """Reads off all curves at an x. For the nearest x Vega-Lite wraps the row in another `datum`."""
+    """The values of all curves at an x. For the nearest x Vega-Lite wraps the row in another `datum`."""
     row = "(datum.datum || datum)"
     texts = [f"{json.dumps(x)}: format({row}.x, '~g')"]
     for key, name in names.items():
         number = f"isValid({row}.{key}) ? format({row}.{key}, '.4~g') : '-'"
         texts.append(f"{json.dumps(printable(name))}: {number}")
     return {"expr": f"{{{', '.join(texts)}}}"}
-
-
-def _standalone(figure: Spec, width: int) -> Spec:
-    return {"background": "#ffffff", "padding": 14, "width": width, "height": 240} | figure

@@ -1,12 +1,12 @@
 """The report on the switch: what each phase of a hand-over costs, and who holds memory."""
 
-from __future__ import annotations
-
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from rlswitch.report.figures import Point, Spec, finite, lines
+from rlswitch.records.jsonl import finite
+from rlswitch.report.figures import Point, Spec, lines
 
 GIB = 2**30
 LEAVING = ("offload", "publish", "sleep")
@@ -20,13 +20,11 @@ Row = Mapping[str, Any]
 
 def phase_table(rows: Sequence[Row]) -> dict[str, Any] | None:
     """Seconds, bytes and memory of each phase, in the order in which they first occurred."""
-    grouped: dict[tuple[str, str], list[Row]] = {}
-    each: dict[str, dict[int, float]] = {}
+    grouped: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    each: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
-        way = _way(row)
-        grouped.setdefault((way, str(row["phase"])), []).append(row)
-        by_step = each.setdefault(way, {})
-        by_step[row["step"]] = by_step.get(row["step"], 0.0) + _number(row, "seconds")
+        grouped[_way(row), str(row["phase"])].append(row)
+        each[_way(row)][row["step"]] += _number(row, "seconds")
     total = sum(_number(row, "seconds") for row in rows) or 1.0
     cells, last = [], ""
     for (way, phase), group in grouped.items():
@@ -51,26 +49,26 @@ def phase_table(rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def memory_figures(rows: Sequence[Row]) -> list[Spec]:
-    """Memory over the phases of the newest steps: who held how much, and what was left."""
+    """Memory of each tenant and free on the device, over the phases of the newest steps."""
     steps = sorted({row["step"] for row in rows})[-SAWTOOTH_STEPS:]
-    resident: dict[str, list[Point]] = {}
-    free: dict[str, list[Point]] = {}
-    left: dict[str, dict[float, float]] = {}
+    resident: dict[str, list[Point]] = defaultdict(list)
+    free: list[Point] = []
+    left: dict[str, dict[float, float]] = defaultdict(dict)
     for i, row in enumerate(row for row in rows if row["step"] in steps):
         tenant = str(row.get("from" if row["phase"] in LEAVING else "to") or "")
         for x, when in ((i, "before"), (i + 0.5, "after")):
             if tenant and (held := _number(row, f"resident_{when}")):
-                resident.setdefault(tenant, []).append((x, held / GIB))
+                resident[tenant].append((x, held / GIB))
             if unused := _number(row, f"device_free_{when}"):
-                free.setdefault("free", []).append((x, unused / GIB))
+                free.append((x, unused / GIB))
     for row in rows:
         if row["phase"] in RELEASING and row.get("from") and (held := _number(row, "resident_after")):
-            left.setdefault(str(row["from"]), {})[row["step"]] = held / GIB
+            left[str(row["from"])][row["step"]] = held / GIB
     span = f"GiB, steps {steps[0]} to {steps[-1]}" if steps else ""
     after = {tenant: sorted(by_step.items()) for tenant, by_step in left.items()}
     return [
         *lines(f"Resident memory of each tenant, {span}", resident, x="phase", zero=True),
-        *lines(f"Free on the device, {span}", free, x="phase"),
+        *lines(f"Free on the device, {span}", {"free": free}, x="phase"),
         *lines("Resident memory after release, GiB; a line that climbs is a leak", after, zero=True),
     ]
 

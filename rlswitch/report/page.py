@@ -1,13 +1,9 @@
 """RUN_DIR/report.html: a run on one page, in one file, readable without a network."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import gzip
 import json
-import math
-import os
 import re
 import secrets
 from collections.abc import Iterator, Sequence
@@ -23,34 +19,35 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from rlswitch.errors import ConfigError
-from rlswitch.records.jsonl import PART_COLORS, Summary, numbers, read, time_by_part
+from rlswitch.records import jsonl
+from rlswitch.records.provenance import flattened
 from rlswitch.report import figures
 from rlswitch.report.hand_overs import memory_figures, phase_table
 from rlswitch.report.samples import Samples
 from rlswitch.text import duration, printable
 
 Page = dict[str, Any]
-"""What page.html.j2 is given: title, facts, cards, notes, sections (figures, table), samples, config."""
+"""The variables of page.html.j2: title, facts, cards, notes, sections (figures, table), samples, config."""
 CURVES = {
-    "Rollout against trainer: |log-probability difference|": (
+    "Rollout against trainer: |log-probability difference|": [
         "mismatch/logp_abs_diff_mean",
         "mismatch/logp_abs_diff_max",
-    ),
-    "Response length": ("response_length/mean", "response_length/max"),
-    "KL": ("actor/kl_ref", "actor/ppo_kl"),
-    "Entropy": ("actor/entropy",),
-    "Gradient norm": ("actor/grad_norm",),
-    "Learning rate": ("actor/lr",),
-    "Clipped ratios": ("actor/clip_ratio",),
-    "Value loss": ("critic/vf_loss",),
-    "Explained variance of the critic": ("critic/explained_var",),
+    ],
+    "Response length": ["response_length/mean", "response_length/max"],
+    "KL": ["actor/kl_ref", "actor/ppo_kl"],
+    "Entropy": ["actor/entropy"],
+    "Gradient norm": ["actor/grad_norm"],
+    "Learning rate": ["actor/lr"],
+    "Clipped ratios": ["actor/clip_ratio"],
+    "Value loss": ["critic/vf_loss"],
+    "Explained variance of the critic": ["critic/explained_var"],
 }
 SMOOTHED_FROM = 20
 """Steps; a shorter reward curve has no running mean beside it."""
 FOLLOWED = figures.lines("Rewards of the prompt", {name: [(0, 0)] for name in ("mean", "best", "worst")})[0]
-"""The page puts the steps of the prompt that is followed into it."""
+"""The page fills in the steps of the prompt that a reader follows."""
 MAX_SAMPLES_BYTES = 3_500_000
-"""On the page, which is to stay below 5 MB; all the rest comes to at most one."""
+"""Of a page that stays below 5 MB; everything else takes at most one."""
 
 
 @dataclass(slots=True)
@@ -58,72 +55,64 @@ class RunFiles:
     """The contents of a run directory; a missing file leaves its part empty."""
 
     path: Path
-    config_text: str = ""
-    config: dict[str, Any] = field(default_factory=dict)
+    config: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    """By dotted key."""
     records: list[dict[str, float]] = field(default_factory=list)
     """One per step, in order; finite numbers only."""
     non_finite: dict[str, int] = field(default_factory=dict)
     """Metric -> the first step at which it was not finite."""
     hand_overs: list[dict[str, Any]] = field(default_factory=list)
     samples: Samples = field(default_factory=Samples)
-    summary: Summary = field(default_factory=Summary)
+    summary: jsonl.Summary = field(default_factory=jsonl.Summary)
 
     def curve(self, key: str) -> list[figures.Point]:
         return [(record["step"], record[key]) for record in self.records if key in record]
 
-    def setting(self, *keys: str) -> str:
-        value: Any = self.config
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return "" if value is None else str(value)
-
     @property
     def steps_missing(self) -> bool:
-        target = self.config.get("num_steps")
-        return isinstance(target, int) and self.summary.last_step < target
+        target = self.settings.get("num_steps", "")
+        return target.isdecimal() and self.summary.last_step < int(target)
 
 
 def write_report(run_dir: Path) -> Path:
     """Writes report.html and returns its path; raises ConfigError if `run_dir` holds no run."""
-    target = run_dir / "report.html"
-    draft = target.with_name(target.name + ".tmp")
-    draft.write_text(render(run_page(load(run_dir))), encoding="utf-8")
-    os.replace(draft, target)
-    return target
+    page = render(run_page(load(run_dir)))
+    with jsonl.replacing(run_dir / "report.html") as file:
+        file.write(page.encode())
+    return run_dir / "report.html"
 
 
 def load(run_dir: Path) -> RunFiles:
     """Reads a run, also one that is still running or was cut short."""
-    files = ("config.yaml", "metrics.jsonl")
-    if not any((run_dir / name).is_file() for name in files):
-        what = f"holds neither {' nor '.join(files)}" if run_dir.is_dir() else "no such directory"
-        raise ConfigError(f"RUN_DIR = {run_dir}: {what}; name the output_dir of a run")
+    config_file, metrics_file = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    if not config_file.is_file() and not metrics_file.is_file():
+        raise ConfigError(
+            f"RUN_DIR = {run_dir}: no config.yaml and no metrics.jsonl there; name the output_dir of a run"
+        )
     run = RunFiles(run_dir)
-    if (run_dir / "config.yaml").is_file():
-        run.config_text = (run_dir / "config.yaml").read_text(encoding="utf-8", errors="replace")
-        with suppress(yaml.YAMLError):
-            config = yaml.safe_load(run.config_text)
-            run.config = config if isinstance(config, dict) else {}
+    if config_file.is_file():
+        run.config = config_file.read_text(encoding="utf-8", errors="replace")
+        with suppress(yaml.YAMLError, AttributeError):  # not YAML, or not a mapping
+            settings = flattened(yaml.safe_load(run.config))
+            run.settings = {key: str(value) for key, value in settings.items() if value is not None}
     by_step: dict[int, dict[str, float]] = {}
-    for record in read(run_dir / "metrics.jsonl"):
-        finite = {key: value for key, value in numbers(record).items() if math.isfinite(value)}
-        by_step.setdefault(record["step"], {}).update(finite)
+    for record in jsonl.read(metrics_file):
+        by_step.setdefault(record["step"], {}).update(jsonl.numbers(record))
         for key in record.get("non_finite", ()):
             run.non_finite.setdefault(str(key), record["step"])
     run.records = [by_step[step] for step in sorted(by_step)]
     for record in run.records:
         run.summary.add(record)
-    run.hand_overs = [row for row in read(run_dir / "switch.jsonl") if "phase" in row]
-    for rollout in read(run_dir / "rollouts.jsonl"):
+    run.hand_overs = [row for row in jsonl.read(run_dir / "switch.jsonl") if "phase" in row]
+    for rollout in jsonl.read(run_dir / "rollouts.jsonl"):
         run.samples.add(rollout)
     return run
 
 
 def run_page(run: RunFiles) -> Page:
-    samples = run.samples.table()
-    while len(_packed(samples)) > MAX_SAMPLES_BYTES:
+    while len(_packed(samples := run.samples.table())) > MAX_SAMPLES_BYTES:
         run.samples.halve()
-        samples = run.samples.table()
     switch = {"wide": True, "figures": memory_figures(run.hand_overs), "table": phase_table(run.hand_overs)}
     sections: list[Page] = [
         {"title": "Curves", "figures": _curves(run)},
@@ -131,13 +120,13 @@ def run_page(run: RunFiles) -> Page:
         {"title": "The switch"} | switch,
     ]
     return {
-        "title": run.setting("recipe") or run.path.resolve().name,
+        "title": run.settings.get("recipe") or run.path.resolve().name,
         "facts": _facts(run),
         "notes": list(_notes(run)),
         "cards": list(_cards(run)) if run.records else [],
         "sections": [section for section in sections if section["figures"] or section.get("table")],
         "samples": samples,
-        "config": run.config_text,
+        "config": run.config,
     }
 
 
@@ -174,16 +163,13 @@ def _curves(run: RunFiles) -> list[figures.Spec]:
     reward = run.curve("reward/mean")
     rewards, colors = {"reward": reward}, figures.COLORS[:1]
     if len(reward) >= SMOOTHED_FROM:
-        rewards["running mean"], colors = (
-            _smoothed(reward),
-            [colors[0] + "66", colors[0]],
-        )  # the noisy one pale
-    functions = [key for key in keys if re.fullmatch("reward/.+/mean", key)]
+        rewards["running mean"] = _smoothed(reward)
+        colors = [colors[0] + "66", colors[0]]  # the noisy one pale
     drawn = figures.lines("Reward", rewards, colors=colors)
-    for key in functions if len(functions) > 1 else ():
-        drawn += figures.lines(
-            f"Reward function {key[len('reward/') : -len('/mean')]}", {key: run.curve(key)}
-        )
+    functions = [match[1] for key in keys if (match := re.fullmatch("reward/(.+)/mean", key))]
+    for name in functions if len(functions) > 1 else ():
+        key = f"reward/{name}/mean"
+        drawn += figures.lines(f"Reward function {name}", {key: run.curve(key)})
     scores = {key.removeprefix("val/"): run.curve(key) for key in keys if key.startswith("val/")}
     drawn += figures.lines("Held-out accuracy", scores)
     for title, named in CURVES.items():
@@ -192,40 +178,37 @@ def _curves(run: RunFiles) -> list[figures.Spec]:
 
 
 def _time(run: RunFiles) -> Page:
-    seconds, shares = run.summary.seconds, run.summary.shares()
-    steps = [(record["step"], parts) for record in run.records if (parts := time_by_part(record))]
-    largest = sorted(shares, key=lambda part: -shares[part])
-    rows = [[part, duration(seconds[part]), f"{shares[part]:.1%}"] for part in largest]
+    seconds = run.summary.seconds
+    share_of = jsonl.shares([seconds])
+    steps = [(record["step"], parts) for record in run.records if (parts := jsonl.time_by_part(record))]
+    largest = sorted(share_of, key=lambda part: -share_of[part])
+    rows = [[part, duration(seconds[part]), f"{share_of[part]:.1%}"] for part in largest]
     return {
-        "bar": [(part, share, PART_COLORS[part]) for part, share in shares.items()],
-        "figures": [figures.stacked("Seconds a step", steps, PART_COLORS)] if steps else [],
+        "bar": [(part, share, jsonl.PART_COLORS[part]) for part, share in share_of.items()],
+        "figures": [figures.stacked("Seconds a step", steps, jsonl.PART_COLORS)] if steps else [],
         "table": {"head": ["part", "total", "share"], "rows": rows, "text_columns": 1} if rows else None,
     }
 
 
 def _facts(run: RunFiles) -> list[str]:
     """Two lines below the title: what was trained, and with which software."""
-    model, data, seed = run.setting("model", "path"), run.setting("data", "path"), run.setting("seed")
-    what = [
-        run.setting("algorithm", "class"),
-        model,
-        data if data != model else "",
-        f"seed {seed}" * bool(seed),
-    ]
-    revision = run.setting("git", "revision")[:10]
-    changed = " + local changes" if run.setting("git", "dirty") == "True" else ""
-    versions = run.config.get("versions")
-    built = [f"{name} {version}" for name, version in versions.items()] if isinstance(versions, dict) else []
-    built += [f"git {revision}{changed}"] if revision else []
+    settings = run.settings
+    model, data = settings.get("model.path", ""), settings.get("data.path", "")
+    seed = f"seed {settings['seed']}" if "seed" in settings else ""
+    what = [settings.get("algorithm.class", ""), model, data if data != model else "", seed]
+    versions = [(key, value) for key, value in settings.items() if key.startswith("versions.")]
+    built = [f"{key.removeprefix('versions.')} {value}" for key, value in versions]
+    if revision := settings.get("git.revision"):
+        built.append(f"git {revision[:10]}" + " + local changes" * (settings.get("git.dirty") == "True"))
     return [" \u00b7 ".join(filter(None, line)) for line in (what, built) if any(line)]
 
 
 def _notes(run: RunFiles) -> Iterator[str]:
-    """What a reader has to know first: an early end, missing numbers, restarted engines, thinned curves."""
+    """What a reader should know first."""
     if not run.records:
         yield "No step has been recorded yet: the run is starting, or died."
     elif run.steps_missing:
-        yield f"Ended at step {run.summary.last_step} of {run.setting('num_steps')}, or is still running."
+        yield f"Ended at step {run.summary.last_step} of {run.settings['num_steps']}, or is still running."
     for key, step in run.non_finite.items():
         yield f"{key} was not finite, first at step {step}."
     if restarts := sum(value for _, value in run.curve("switch/restarts")):
@@ -237,19 +220,17 @@ def _notes(run: RunFiles) -> Iterator[str]:
 def _cards(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     """(label, value, remark) of the numbers at the top."""
     summary, first, last = run.summary, run.summary.first, run.summary.last
-    target = run.setting("num_steps")
+    target = run.settings.get("num_steps")
     yield "Steps", str(summary.last_step), f"of {target}" if run.steps_missing else "all done" * bool(target)
     if "reward/mean" in last:
         yield "Reward", f"{last['reward/mean']:.3f}", f"from {first['reward/mean']:.3f}"
-    for key in last:
-        if key.endswith("/acc"):
-            dataset = key.removeprefix("val/").removesuffix("/acc")
-            yield "Accuracy", f"{last[key]:.3f}", f"from {first[key]:.3f} on {dataset}"
+    for name, value in jsonl.accuracies(last):
+        yield "Accuracy", f"{value:.3f}", f"from {first[f'{name}/acc']:.3f} on {name.removeprefix('val/')}"
     if wall := summary.wall_seconds:
         yield "Time in steps", duration(wall), f"{wall / max(summary.last_step, 1):.2f} s a step"
         yield "Switching", f"{summary.seconds.get('switch', 0.0) / wall:.1%}", "of that time"
-    if summary.pushes:
-        yield "Pushes proven", str(summary.proven), f"of {summary.pushes}"
+    if pushes := summary.pushes:
+        yield "Pushes proven", f"{sum(pushes.values())}", f"of {len(pushes)}"
 
 
 def _smoothed(points: Sequence[figures.Point]) -> list[figures.Point]:

