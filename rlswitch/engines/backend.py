@@ -1,10 +1,8 @@
 """What a backend has to implement: one method per verb, in no particular order."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,10 @@ class Completion:
     logprobs: list[float]
     """Of each token, after temperature."""
     finish_reason: str
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of each prompt token after the first, where requested."""
+    cached_tokens: int = 0
+    """How many of the prompt's came from the prefix cache."""
 
 
 class Backend(ABC):

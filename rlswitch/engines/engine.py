@@ -6,8 +6,6 @@
 Backends know how to do each verb; the order is enforced here, once for all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum

@@ -1,7 +1,5 @@
 """Restarting a lost engine: a new backend, the current version again, only the unfinished requests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

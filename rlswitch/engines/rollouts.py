@@ -1,7 +1,5 @@
 """From prompts to requests, and from completions to rollouts. Pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """What is wrong with an engine's settings, without loading anything: one line per mistake."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from rlswitch.config.sections import EngineConfig, ServerEngineConfig

@@ -1,7 +1,5 @@
 """What describes an engine, and what starts it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The one door to an engine, for the policy, a judge, models that take turns, and benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

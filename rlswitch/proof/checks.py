@@ -5,8 +5,6 @@ tensor, however small the update was. Prefix cache: keys and values of older wei
 wrong place, a stale packed copy, a wrong configuration.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

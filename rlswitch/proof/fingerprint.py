@@ -6,8 +6,6 @@ vocabulary makes no difference. One changed bit anywhere changes the sum. It mis
 of the same shape: the canary catches those.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator

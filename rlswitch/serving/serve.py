@@ -7,8 +7,6 @@
 docs/switching.md has the whole program.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -112,7 +110,7 @@ def frozen_spec(
         raise ConfigError(*found)
     if is_address:
         with closing(Client(parse_url(model), at_work(engine))) as client:
-            config.path = client.get("/v1/models")["data"][0]["root"]
+            config.path = client.model()
     path = resolve_model(config, print)
     limit = context_of(read_config(config, path)) or MAX_MODEL_LEN
     spec = engine_spec(

@@ -3,12 +3,11 @@
 Without a GPU the "device" is host memory, so the code above works unchanged.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import psutil
 import torch
@@ -20,7 +19,7 @@ class Device:
     """`cuda` or `cpu`."""
 
     @classmethod
-    def detect(cls) -> Device:
+    def detect(cls) -> Self:
         return cls("cuda" if torch.cuda.is_available() else "cpu")
 
     @property

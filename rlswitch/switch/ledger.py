@@ -4,8 +4,6 @@ trace.json opens in chrome://tracing or Perfetto. The format does not need the c
 run leaves a readable trace.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import defaultdict

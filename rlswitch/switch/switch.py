@@ -1,7 +1,5 @@
 """Who holds the accelerator. A tenant has the whole device or none of it."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from rlswitch.errors import SwitchError

@@ -1,11 +1,9 @@
 """Addresses of servers: on this machine only, unless the user allows others."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from rlswitch.errors import ConfigError
@@ -50,6 +48,11 @@ class Address:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}:{self.port}"
 
+    @property
+    def flags(self) -> list[str]:
+        """What makes `vllm serve` listen here."""
+        return [f"--uds={self.socket}"] if self.socket else [f"--host={self.host}", f"--port={self.port}"]
+
     def __str__(self) -> str:
         return f"unix:{self.socket}" if self.socket else self.base_url
 
@@ -75,10 +78,19 @@ def parse_listen(text: str) -> Address | None:
     return Address(host=parts.hostname, port=parts.port)
 
 
-def free_port(listen: str) -> int | None:
-    """The port to listen on, any free one for port 0; None for `socket`. Raises ConfigError."""
+def choose_address(listen: str, directory: str) -> Address:
+    """Where to launch a server: a socket in `directory`, or `listen` with a free port for 0.
+
+    Raises ConfigError if nothing can listen there.
+    """
     if (address := parse_listen(listen)) is None:
-        return None
+        path = f"{directory}/vllm.sock"
+        if len(path.encode()) > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"engine.listen = socket: {path} is too long for a Unix socket; set the environment"
+                " variable TMPDIR to a shorter directory, or engine.listen=127.0.0.1:0"
+            )
+        return Address(socket=path)
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
         try:
             probe.bind((address.host, address.port))
@@ -87,4 +99,4 @@ def free_port(listen: str) -> int | None:
                 f"engine.listen = {listen}: cannot listen there: {error.strerror}; set another port, or 0 for"
                 " any free one"
             ) from error
-        return int(probe.getsockname()[1])
+        return replace(address, port=probe.getsockname()[1])

@@ -1,15 +1,14 @@
 """What all ways of driving vLLM share: which of its calls make up each verb."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlswitch.engines.backend import Backend, warm_up
+from rlswitch.engines.backend import Backend, Completion, Request, warm_up
 from rlswitch.engines.spec import Launch
 from rlswitch.errors import EngineError
 from rlswitch.proof.fingerprint import checkpoint_elements
@@ -38,20 +37,18 @@ class VLLMBackend(Backend):
         """Calls a method of every worker by name; one result per worker."""
 
     @abstractmethod
-    def _sleep(self, level: int) -> None:
-        """vLLM's level 0 (pause), 1 or 2."""
-
-    @abstractmethod
-    def _release_kv_cache(self) -> None:
-        """Frees the KV cache of a paused engine."""
-
-    @abstractmethod
-    def _wake_up(self, tag: str) -> None:
-        """One of vLLM's tags: weights, kv_cache or scheduling."""
+    def call(self, verb: str, **arguments: Any) -> Any:
+        """Calls the method of vllm.LLM, or the endpoint, named `verb`; returns its success, if it reports that."""
 
     @abstractmethod
     def _is_sleeping(self) -> bool:
         """Whether anything is asleep, or the scheduler is paused."""
+
+    @abstractmethod
+    def _run(
+        self, prompts: Sequence[list[int]], parameters: Sequence[dict[str, Any]], into: dict[int, Completion]
+    ) -> None:
+        """As `generate`, with SamplingParams' arguments for each prompt."""
 
     @property
     def pids(self) -> list[int]:
@@ -74,13 +71,13 @@ class VLLMBackend(Backend):
 
     def sleep(self, level: str) -> None:
         if level in ("0", "kv"):
-            self._sleep(0)
+            self.call("sleep", level=0)
             self.paused = True
             if level == "kv":
-                self._release_kv_cache()
+                self.call("release_kv_cache_memory")
                 self.asleep = {"kv_cache"}
             return
-        self._sleep(int(level))
+        self.call("sleep", level=int(level))
         self.asleep = {"weights", "kv_cache"}
 
     def wake(self, tag: str) -> None:
@@ -88,10 +85,10 @@ class VLLMBackend(Backend):
             # One tag per call, and only one that sleeps: vLLM 0.20-0.27 would map it twice.
             if self.device.kind == "cuda":
                 self.device.reclaim()  # mapping cannot use memory that torch's allocator caches
-            self._wake_up(tag)
+            self.call("wake_up", tags=[tag])
             self.asleep.discard(tag)
         if tag == "kv_cache" and self.paused:
-            self._wake_up("scheduling")
+            self.call("wake_up", tags=["scheduling"])
             self.paused = False
         if tag == "kv_cache" and self._is_sleeping():
             raise EngineError("vLLM reports that it is asleep after every tag was woken: generate would hang")
@@ -101,6 +98,33 @@ class VLLMBackend(Backend):
 
     def fingerprint(self) -> list[dict[str, Any]]:
         return self.collective_rpc("fingerprint")
+
+    def reset_prefix_cache(self) -> bool:
+        return bool(self.call("reset_prefix_cache"))
+
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
+        parameters = [
+            {
+                "temperature": request.temperature,
+                "seed": request.seed,
+                "max_tokens": request.max_new_tokens,
+                "stop_token_ids": self.stop_token_ids,
+            }
+            for request in requests
+        ]
+        self._run([request.token_ids for request in requests], parameters, into)
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        return [it.prompt_logprobs for it in self._probe(sequences, prompt_logprobs=0)]
+
+    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
+        return sum(it.cached_tokens for it in self._probe(sequences))
+
+    def _probe(self, sequences: Sequence[list[int]], **more: int) -> list[Completion]:
+        """Runs the sequences as prompts that generate one token each."""
+        completions: dict[int, Completion] = {}
+        self._run(sequences, [{"temperature": 0.0, "max_tokens": 1, **more}] * len(sequences), completions)
+        return [completions[index] for index in range(len(sequences))]
 
 
 def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

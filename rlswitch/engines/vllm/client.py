@@ -1,7 +1,5 @@
 """A synchronous client of one vLLM server: JSON over HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable, Sequence
@@ -45,32 +43,35 @@ class Client:
         except (EngineError, TimeoutError):
             return None
 
-    def get(self, path: str) -> Any:
-        return self.runner.run(self._ask("GET", path))
-
     def post(self, path: str, body: Any = None, **query: str | int) -> Any:
         return self.runner.run(self._ask("POST", path, body, query))
 
-    def post_all(self, path: str, bodies: Sequence[Any], take: Callable[[int, Any], None]) -> list[Any]:
-        """The replies in the order of `bodies`, at most MAX_IN_FLIGHT at a time.
+    def rpc(self, method: str, **kwargs: Any) -> list[Any]:
+        """Calls a method of every worker by name; one result per worker."""
+        return self.post("/collective_rpc", {"method": method, "kwargs": kwargs})["results"]
 
-        `take` gets each one with its index when it arrives, even if others fail.
-        """
+    def is_sleeping(self) -> bool:
+        return self.runner.run(self._ask("GET", "/is_sleeping"))["is_sleeping"]
 
-        async def ask(index: int, body: Any) -> Any:
-            answer = await self._ask("POST", path, body)
-            take(index, answer)
-            return answer
+    def model(self) -> str:
+        """The model that it serves, as it was named at its start."""
+        return self.runner.run(self._ask("GET", "/v1/models"))["data"][0]["root"]
 
-        async def gather() -> list[Any]:
+    def post_all(self, path: str, bodies: Sequence[Any], take: Callable[[int, Any], None]) -> None:
+        """At most MAX_IN_FLIGHT at a time; `take` gets each reply and its index, even if others fail."""
+
+        async def ask(index: int, body: Any) -> None:
+            take(index, await self._ask("POST", path, body))
+
+        async def gather() -> None:
             tasks = [asyncio.create_task(ask(index, body)) for index, body in enumerate(bodies)]
             try:
-                return await asyncio.gather(*tasks)
+                await asyncio.gather(*tasks)
             finally:
                 for task in tasks:  # the rest, if one has failed
                     task.cancel()
 
-        return self.runner.run(gather())
+        self.runner.run(gather())
 
     async def _open(self) -> aiohttp.ClientSession:
         limits: dict[str, Any] = {"limit": MAX_IN_FLIGHT, "keepalive_timeout": KEEP_ALIVE_SECONDS}
@@ -86,9 +87,7 @@ class Client:
 
     async def _send(self, method: str, path: str, body: Any = None, query: Any = None) -> tuple[int, str]:
         # Limits silence, not the total: a request may wait in vLLM's queue while others are served.
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=self.deadline.seconds
-        )
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=self.deadline.seconds)
         try:
             async with self.session.request(
                 method, path, json=body, params=query, allow_redirects=False, timeout=timeout

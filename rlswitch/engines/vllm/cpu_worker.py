@@ -5,8 +5,6 @@ machine. A worker that frees memory makes the loop testable without a GPU: level
 weights are in host memory already), level 2 the weights as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NoReturn
 

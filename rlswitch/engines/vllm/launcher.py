@@ -1,7 +1,5 @@
 """A vLLM server for one run: launched for it, or attached to by URL."""
 
-from __future__ import annotations
-
 import hashlib
 import shlex
 import socket
@@ -10,14 +8,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from rlswitch.config.sections import ServerEngineConfig
 from rlswitch.engines.serve import serve
 from rlswitch.engines.spec import EngineSpec, Launch
-from rlswitch.engines.vllm.address import MAX_SOCKET_PATH, Address, free_port, parse_listen, parse_url
+from rlswitch.engines.vllm.address import Address, choose_address, parse_url
 from rlswitch.engines.vllm.arguments import environment, server_flags, starts_warm
 from rlswitch.engines.vllm.client import Client
 from rlswitch.engines.vllm.watch import at_start, at_work
@@ -39,9 +36,9 @@ def launched(launch: Launch) -> Iterator[tuple[Client, ProcessGroup]]:
     settings, device, log_path = server_settings(launch.spec), launch.device, launch.log_path
     # mkdtemp makes the directory 0700: nobody else reaches a socket in it.
     with tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True) as directory:
-        address = choose_address(settings, directory)
+        address = choose_address(settings.listen, directory)
         variables = environment(settings, device, launch.scratch, directory)
-        flags = [*server_flags(launch.spec, device), *address_flags(address)]
+        flags = [*server_flags(launch.spec, device), *address.flags]
         with open(log_path, "ab") as log:
             process = start_process(
                 serve,
@@ -55,7 +52,7 @@ def launched(launch: Launch) -> Iterator[tuple[Client, ProcessGroup]]:
         family = ProcessGroup([process.pid])
         try:
             wait_until_ready(process, client, settings.start_timeout_s, log_path)
-            pids, files = kin_of(client.post("/collective_rpc", {"method": "memory"})["results"])
+            pids, files = kin_of(client.rpc("memory"))
             family = ProcessGroup([process.pid, *pids], files)
             yield client, family
         finally:
@@ -74,8 +71,7 @@ def attached(settings: ServerEngineConfig, model_path: str) -> Iterator[Client]:
             time.sleep(0.2)  # it was there when the run began: somebody may be restarting it
         # The previous run may have left it asleep, half awake, without weights or with its own.
         wake_all(client)
-        reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
-        client.post("/collective_rpc", reload)
+        client.rpc("reload_weights", weights_path=model_path)
         client.post("/reset_prefix_cache")
         yield client
 
@@ -83,9 +79,9 @@ def attached(settings: ServerEngineConfig, model_path: str) -> Iterator[Client]:
 def wake_all(client: Client) -> None:
     """Wakes one tag per call: without a tag older vLLM maps memory twice that is already awake."""
     for tags in ("weights", "kv_cache", ""):  # the last for an engine that only pauses
-        if client.get("/is_sleeping")["is_sleeping"]:
+        if client.is_sleeping():
             client.post("/wake_up", **({"tags": tags} if tags else {}))
-    if client.get("/is_sleeping")["is_sleeping"]:
+    if client.is_sleeping():
         raise EngineError(f"vLLM's server at {client.address} does not wake up: restart it")
 
 
@@ -102,26 +98,6 @@ def claimed(address: Address) -> Iterator[None]:
                 " the other's weights; start one server per run"
             ) from None
         yield
-
-
-def address_flags(address: Address) -> list[str]:
-    if address.socket:
-        return [f"--uds={address.socket}"]
-    return [f"--host={address.host}", f"--port={address.port}"]
-
-
-def choose_address(settings: ServerEngineConfig, directory: str) -> Address:
-    """Where to launch: a socket in `directory`, or engine.listen with a free port. Raises ConfigError."""
-    listen, port = parse_listen(settings.listen), free_port(settings.listen)
-    if listen is None or port is None:
-        path = str(Path(directory) / "vllm.sock")
-        if len(path.encode()) > MAX_SOCKET_PATH:
-            raise ConfigError(
-                f"engine.listen = socket: {path} is too long for a Unix socket; set the environment"
-                " variable TMPDIR to a shorter directory, or engine.listen=127.0.0.1:0"
-            )
-        return Address(socket=path)
-    return replace(listen, port=port)
 
 
 def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log_path: Path) -> None:
@@ -151,7 +127,7 @@ def check_server(spec: EngineSpec, model: str) -> None:
     with closing(Client(address, at_work(settings))) as client:
         wrong = "; ".join(server_problems(client, spec, model, device))
     if wrong:
-        flags = [*server_flags(spec, device), *address_flags(address)]
+        flags = [*server_flags(spec, device), *address.flags]
         command = shlex.join([sys.executable, "-m", "rlswitch.engines.serve", *flags])
         raise ConfigError(
             f"engine.url = {settings.url}: {wrong}; start it with: VLLM_SERVER_DEV_MODE=1 {command}"
@@ -166,15 +142,15 @@ def server_problems(client: Client, spec: EngineSpec, model: str, device: Device
     if client.status("/sleep") != 405:  # a POST endpoint, where it exists
         yield "its control endpoints are off"
         return
-    root = client.get("/v1/models")["data"][0]["root"]
+    root = client.model()
     if root not in (model, spec.model_path):
         yield f"it serves {root}, this run needs {spec.model_path}"
     try:
-        facts = client.post("/collective_rpc", {"method": "facts"})["results"][0]
+        facts = client.rpc("facts")[0]
     except EngineError:
         yield "its workers cannot prove a push: --worker-cls is not rlswitch's"
         return
-    if "token" not in client.post("/collective_rpc", {"method": "memory"})["results"][0]:
+    if "token" not in client.rpc("memory")[0]:
         yield "its workers are from another version of rlswitch"
     needed = {
         "dtype": spec.dtype,

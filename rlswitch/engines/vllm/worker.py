@@ -3,8 +3,6 @@
 vLLM calls the workers' methods by name, through `collective_rpc`.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterable, Iterator
