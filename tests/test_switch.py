@@ -17,7 +17,7 @@ from samples import make_spec
 from rlswitch.config.sections import EngineConfig, ModelConfig, SwitchConfig
 from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.engine import Engine, State
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import Launch, engine_spec
 from rlswitch.engines.start import BACKENDS, start_engine
 from rlswitch.errors import EngineError, EngineLost, ProofError, SwitchError
@@ -440,8 +440,7 @@ def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], li
 
         engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.base_weights)
         engine.backend.dies_in = dies[0]
-        policy = RestartPolicy(start=start, limit=limit, log=said.append)
-        return RestartingEngine(engine, policy), backends, said
+        return RestartingEngine(engine, start, limit, said.append), backends, said
 
     return make
 

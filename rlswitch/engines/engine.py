@@ -51,10 +51,8 @@ class Engine:
         base_weights: PolicyWeights | None = None,
     ):
         self.name, self.level, self.verify = spec.name, spec.level, spec.verify
-        self.backend = backend
-        self.tokenizer = tokenizer
-        self.ledger = ledger
-        self.tolerance = tolerance
+        self.backend, self.tokenizer = backend, tokenizer
+        self.ledger, self.tolerance = ledger, tolerance
         self.state = State.READY
         self.base_weights = base_weights
         """A frozen engine's own checkpoint, which it reloads by itself; None: it serves pushed versions."""
@@ -83,9 +81,20 @@ class Engine:
 
     def release(self) -> None:
         """ASLEEP at the configured level; level 2 discards the weights."""
-        if self.state is not State.ASLEEP:
-            self._expect(State.READY, "sleep")
-            self._sleep()
+        if self.state is State.ASLEEP:
+            return
+        self._expect(State.READY, "sleep")
+        device, pids = self.ledger.device, self.backend.pids
+        with self._verb("sleep") as phase:
+            before = device.used_bytes(pids)
+            self.backend.sleep(self.level)
+            phase.bytes = max(before - device.used_bytes(pids), 0)
+        due = self.backend.sleeping_bytes(self.level)
+        freed = f"sleep level {self.level} freed {phase.bytes / 2**20:.0f} of {due / 2**20:.0f} MiB"
+        self._unreleased = freed if phase.bytes < 0.9 * due else None
+        self.state = State.ASLEEP
+        if self.level == "2":
+            self.weights = None
 
     def unreleased(self) -> str | None:
         return self._unreleased
@@ -208,21 +217,6 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         return {"switch/verified": float(self.proven), "switch/canary_gap": self.canary_gap}
 
-    def _sleep(self) -> None:
-        device, pids = self.ledger.device, self.backend.pids
-        with self._verb("sleep") as phase:
-            before = device.used_bytes(pids)
-            self.backend.sleep(self.level)
-            phase.bytes = max(before - device.used_bytes(pids), 0)
-        due = self.backend.sleeping_bytes(self.level)
-        self._unreleased = None
-        if phase.bytes < 0.9 * due:
-            freed = f"{phase.bytes / 2**20:.0f} of {due / 2**20:.0f} MiB"
-            self._unreleased = f"sleep level {self.level} freed {freed}"
-        self.state = State.ASLEEP
-        if self.level == "2":
-            self.weights = None
-
     def _check_canary(self, weights: PolicyWeights) -> None:
         sequences = weights.canary.sequences
         asked_before = [*sequences, self._newest] if self._newest else sequences
@@ -239,10 +233,7 @@ class Engine:
 
     def _expect(self, state: State, verb: str) -> None:
         if self.state is not state:
-            raise SwitchError(
-                f"{self.name} is {self.state}: cannot {verb}, which needs it {state}; Switch.give_to keeps"
-                " the order"
-            )
+            raise SwitchError(f"{self.name} is {self.state}: cannot {verb}; use Switch.give_to")
 
     @contextmanager
     def _verb(self, name: str) -> Iterator[Phase]:

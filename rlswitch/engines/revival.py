@@ -1,7 +1,6 @@
 """Restarting a lost engine: a new backend, the current version again, only the unfinished requests."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from rlswitch.engines.backend import Backend, Completion
 from rlswitch.engines.engine import Engine
@@ -11,15 +10,6 @@ from rlswitch.text import first_line
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RestartPolicy:
-    start: Callable[[], Backend]
-    """Starts another backend on a device that the other tenants have left."""
-    limit: int
-    """How many may be lost in a row, without a generation in between."""
-    log: Callable[[str], None]
-
-
 class RestartingEngine:
     """A tenant that outlives its backends: what everybody but the state machine holds.
 
@@ -27,8 +17,14 @@ class RestartingEngine:
     the same seeds. A failed proof is final: that backend is alive, and its contents are unknown.
     """
 
-    def __init__(self, engine: Engine, policy: RestartPolicy):
-        self.engine, self.policy = engine, policy
+    def __init__(
+        self, engine: Engine, start: Callable[[], Backend], limit: int, log: Callable[[str], None] = print
+    ):
+        """`start` starts another backend once the other tenants have left the device.
+
+        `limit`: how many backends may be lost in a row, without a generation in between.
+        """
+        self.engine, self.start, self.limit, self.log = engine, start, limit, log
         self.name, self.tokenizer = engine.name, engine.tokenizer
         self.restarts = 0
         self._is_lost = False
@@ -36,7 +32,6 @@ class RestartingEngine:
 
     @property
     def backend(self) -> Backend:
-        """The current one."""
         return self.engine.backend
 
     @property
@@ -101,20 +96,20 @@ class RestartingEngine:
     def _serve(self, weights: PolicyWeights) -> None:
         if self._is_lost:
             with self.engine.ledger.phase("restart"):
-                backend = self.policy.start()
+                backend = self.start()
             self.engine.adopt(backend)
             self.restarts += 1
             self._is_lost = False
         self.engine.serve(weights)
 
     def _give_up(self, error: EngineError) -> None:
-        """Ends the lost backend. Raises EngineError if `policy.limit` is exceeded."""
+        """Ends the lost backend. Raises EngineError if `limit` is exceeded."""
         self.engine.abandon()
         self._is_lost = True
         self._lost_in_a_row += 1
-        if self._lost_in_a_row > self.policy.limit:
+        if self._lost_in_a_row > self.limit:
             raise EngineError(
                 f"{self.name} was lost {self._lost_in_a_row} times in a row, engine.max_restarts ="
-                f" {self.policy.limit}; the last time: {error}"
+                f" {self.limit}; the last time: {error}"
             ) from error
-        self.policy.log(f"{self.name} is lost and will be restarted: {first_line(error)}")
+        self.log(f"{self.name} is lost and will be restarted: {first_line(error)}")

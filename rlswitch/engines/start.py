@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from rlswitch.config.sections import EngineConfig, ServerEngineConfig
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import EngineSpec, Launch
 from rlswitch.engines.vllm.launcher import check_server
 from rlswitch.engines.vllm.local import LocalBackend, check_features
@@ -67,8 +67,7 @@ def start_engine(
     except BaseException:
         backend.close()
         raise
-    policy = RestartPolicy(start=start, limit=spec.settings.max_restarts, log=log)
-    return RestartingEngine(engine, policy)
+    return RestartingEngine(engine, start, spec.settings.max_restarts, log)
 
 
 def start_backend(launch: Launch) -> Backend:

@@ -15,8 +15,7 @@ from rlswitch.proof.fingerprint import checkpoint_tensors, named_fingerprints, t
 from rlswitch.text import first_line
 from rlswitch.types import PolicyWeights
 
-LEARNED_FLOOR = 0.02
-LEARNED_CEILING = 0.5
+LEARNED_FLOOR, LEARNED_CEILING = 0.02, 0.5
 
 
 @dataclass(slots=True)
@@ -56,11 +55,11 @@ def check_fingerprint(weights: PolicyWeights, reports: Sequence[dict[str, Any]])
 
 
 def check_prefix_cache(weights: PolicyWeights, cached_tokens: int) -> None:
-    """Raises ProofError if the cache holds a token of prompts that older versions were given."""
+    """Raises ProofError if the cache still holds tokens of the prompts of older versions."""
     if cached_tokens:
         raise ProofError(
             f"{_push(weights)}: prefix cache: {cached_tokens} tokens would be served from keys and values"
-            " of older weights; the prefix cache was not reset: reset it after every push"
+            " of older weights: reset the prefix cache after every push"
         )
 
 

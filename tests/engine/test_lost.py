@@ -14,7 +14,7 @@ from worker import HUNG
 
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.engine import Engine, State
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.errors import EngineError
 from rlswitch.processes.group import ProcessGroup
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
@@ -35,7 +35,7 @@ class Mortal:
         self.engine = self.restarting(bench.engine(), self.start)
 
     def restarting(self, engine: Engine, start: Callable[[], Backend]) -> RestartingEngine:
-        return RestartingEngine(engine, RestartPolicy(start=start, limit=2, log=self.said.append))
+        return RestartingEngine(engine, start, limit=2, log=self.said.append)
 
     def start(self) -> Backend:
         backend = self.bench.start()

@@ -38,7 +38,7 @@ class VLLMBackend(Backend):
 
     @abstractmethod
     def call(self, verb: str, **arguments: Any) -> Any:
-        """Calls the method of vllm.LLM, or the endpoint, named `verb`; returns its success, if it reports that."""
+        """Calls the method of vllm.LLM or the endpoint `verb`; returns its success, if it reports that."""
 
     @abstractmethod
     def _is_sleeping(self) -> bool:

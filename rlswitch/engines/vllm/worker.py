@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from rlswitch.processes.group import own_family, watch_owner
@@ -42,7 +41,16 @@ class ProvenWorker(Worker):
         return {"received": self.received, "live": live}
 
     def facts(self) -> dict[str, Any]:
-        return engine_facts(self.vllm_config)
+        """The settings a run depends on, as vLLM resolved them; plain values that travel as JSON."""
+        model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
+        return {
+            "block_size": cache.block_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "enable_prefix_caching": cache.enable_prefix_caching,
+            "enable_sleep_mode": model.enable_sleep_mode,
+            "logprobs_mode": model.logprobs_mode,
+            "max_model_len": model.max_model_len,
+        }
 
     def memory(self) -> dict[str, Any]:
         storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
@@ -62,18 +70,6 @@ def identify(distributed_init_method: str) -> dict[str, Any]:
     files = [path] if os.path.basename(path).startswith("vllm_dist_") else []
     watch_owner(files)
     return {"pid": os.getpid(), "token": secrets.token_hex(8), "family": own_family(), "files": files}
-
-
-def engine_facts(config: VllmConfig) -> dict[str, Any]:
-    """The settings a run depends on, as vLLM resolved them; plain values that travel as JSON."""
-    return {
-        "block_size": config.cache_config.block_size,
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        "enable_prefix_caching": config.cache_config.enable_prefix_caching,
-        "enable_sleep_mode": config.model_config.enable_sleep_mode,
-        "logprobs_mode": config.model_config.logprobs_mode,
-        "max_model_len": config.model_config.max_model_len,
-    }
 
 
 @contextmanager
