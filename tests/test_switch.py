@@ -474,7 +474,7 @@ def test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven(mortal, verb: st
     engine.acquire(WEIGHTS[1])
     assert first.log[-2:] == [verb, "abandon"]
     assert engine.backend.log == ["start", "sleep 2", *PUSH]
-    assert (engine.version, engine.proven, engine.restarts) == (1, True, 1)
+    assert (engine.version, engine.engine.proven, engine.restarts) == (1, True, 1)
     assert said == [f"rollout engine is lost and will be restarted: vLLM has died ({verb})"]
 
 
@@ -482,9 +482,9 @@ def test_an_engine_that_was_started_again_proves_its_first_push_again(mortal):
     engine, _, _ = mortal(["generate"], verify="first")
     for version in (1, 2):
         engine.acquire(WEIGHTS[version])
-    assert not engine.proven
+    assert not engine.engine.proven
     engine.generate(PROMPTS, SAMPLING)
-    assert (engine.restarts, engine.version, engine.proven) == (1, 2, True)
+    assert (engine.restarts, engine.version, engine.engine.proven) == (1, 2, True)
     assert engine.backend.log == ["start", "sleep 2", *PUSH, "generate"]
 
 
@@ -517,7 +517,7 @@ def test_a_frozen_engine_that_is_lost_proves_its_checkpoint_again(mortal):
     engine.acquire(None)
     engine.generate(PROMPTS, SAMPLING)
     assert backends[1].log == ["start", "sleep 1", *PUSH, "generate"]
-    assert engine.proven and engine.version == 0
+    assert engine.engine.proven and engine.version == 0
 
 
 @pytest.mark.parametrize("verb", ["start", "wake weights", "generate"])

@@ -9,11 +9,10 @@ Backends know how to do each verb; the order is enforced here, once for all of t
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.engines.backend import Backend, Completion, Request
+from rlswitch.engines.backend import Backend, Completion
 from rlswitch.engines.rollouts import groups_from, requests_for
 from rlswitch.engines.spec import EngineSpec
 from rlswitch.errors import EngineError, EngineLost, SwitchError
@@ -105,7 +104,10 @@ class Engine:
             raise SwitchError(
                 f"{self.name} is frozen at {self.base_weights.path}: call give_to without weights"
             )
-        return weights or self.weights or self.base_weights or self._nothing_to_serve()
+        found = weights or self.weights or self.base_weights
+        if found is None:
+            raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
+        return found
 
     def serve(self, weights: PolicyWeights) -> None:
         """ASLEEP or READY -> READY with `weights`, reloaded if they are another version."""
@@ -168,26 +170,34 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.num_samples` rollouts of every prompt, each with its own seed."""
         completions: dict[int, Completion] = {}
-        self.complete(requests_for(prompts, sampling), completions)
-        return self.groups(prompts, completions, sampling)
+        self.complete(prompts, sampling, completions)
+        return self.groups(prompts, sampling, completions)
 
     def serving(self) -> PolicyWeights:
         """The weights it is READY with. Raises SwitchError."""
         self._expect(State.READY, "generate")
-        return self.weights or self._nothing_to_serve()
+        return self.weights_to_serve(None)
 
-    def complete(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
-        """Puts each completion `into` its request's index as it finishes, even if others fail."""
+    def complete(
+        self, prompts: Sequence[Prompt], sampling: Sampling, completions: dict[int, Completion]
+    ) -> None:
+        """Adds the missing `completions`, by request index, as they finish, even if others fail."""
         self.serving()
+        requests = requests_for(prompts, sampling)
+        missing = [index for index in range(len(requests)) if index not in completions]
+        finished: dict[int, Completion] = {}
         try:
-            self.backend.generate(requests, into)
+            self.backend.generate([requests[index] for index in missing], finished)
         except BaseException:
             self.state = State.FAILED  # requests may still be running in it
             raise
-        self._newest = max((it.token_ids for it in requests[-NEWEST:]), key=len, default=[])
+        finally:
+            completions |= {missing[index]: it for index, it in finished.items()}
+        newest = (requests[index].token_ids for index in missing[-NEWEST:])
+        self._newest = max(newest, key=len, default=[])
 
     def groups(
-        self, prompts: Sequence[Prompt], completions: Mapping[int, Completion], sampling: Sampling
+        self, prompts: Sequence[Prompt], sampling: Sampling, completions: Mapping[int, Completion]
     ) -> list[Group]:
         """What it has completed, decoded and grouped by prompt."""
         version = self.serving().version
@@ -227,9 +237,6 @@ class Engine:
 
     def _must_prove(self) -> bool:
         return self.verify == "every" or (self.verify == "first" and self._pushes <= 1)
-
-    def _nothing_to_serve(self) -> NoReturn:
-        raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
 
     def _expect(self, state: State, verb: str) -> None:
         if self.state is not state:

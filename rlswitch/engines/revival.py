@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 from rlswitch.engines.backend import Backend, Completion
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.rollouts import requests_for
 from rlswitch.errors import EngineError
 from rlswitch.text import first_line
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
@@ -38,10 +37,6 @@ class RestartingEngine:
     def version(self) -> int | None:
         return self.engine.version
 
-    @property
-    def proven(self) -> bool:
-        return self.engine.proven
-
     def acquire(self, weights: PolicyWeights | None) -> None:
         """As Engine.acquire. Raises EngineError only after one loss too many."""
         weights = self.engine.weights_to_serve(weights)
@@ -65,23 +60,18 @@ class RestartingEngine:
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """As Engine.generate; after a loss only unfinished requests are sent again."""
-        weights, requests = self.engine.serving(), requests_for(prompts, sampling)
-        completions: dict[int, Completion] = {}
+        weights, completions = self.engine.serving(), dict[int, Completion]()
         while True:
-            missing = [index for index in range(len(requests)) if index not in completions]
-            finished: dict[int, Completion] = {}
             try:
                 if self._is_lost:
                     with self.engine.ledger.between("", self.name):
                         self._serve(weights)
-                self.engine.complete([requests[index] for index in missing], finished)
+                self.engine.complete(prompts, sampling, completions)
                 break
             except EngineError as error:
                 self._give_up(error)
-            finally:
-                completions |= {missing[index]: it for index, it in finished.items()}
         self._lost_in_a_row = 0
-        return self.engine.groups(prompts, completions, sampling)
+        return self.engine.groups(prompts, sampling, completions)
 
     def forget_prefixes(self) -> None:
         self.engine.forget_prefixes()

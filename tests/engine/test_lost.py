@@ -70,7 +70,7 @@ def told(groups: list[Group]) -> list[tuple]:
 def turn(engine: RestartingEngine, weights: PolicyWeights) -> list[tuple]:
     """One turn on the device: woken, pushed, proven, asked, and asleep again."""
     engine.acquire(weights)
-    assert engine.proven and engine.version == weights.version
+    assert engine.engine.proven and engine.version == weights.version
     groups = engine.generate(PROMPTS, SAMPLING)
     engine.release()
     return told(groups)

@@ -59,26 +59,21 @@ class VLLMBackend(Backend):
         return self.facts["block_size"]
 
     def sleeping_bytes(self, level: str) -> int:
-        if self.elsewhere:
+        if self.elsewhere or level == "0":
             return 0
         if self.device.kind == "cuda":  # device memory is that of the first GPU
             worker = self.workers[0]
-            freed = {"0": 0, "kv": worker["kv_bytes"]}
-            return freed.get(level, worker["kv_bytes"] + worker["weight_bytes"])
-        kv = sum(worker["kv_bytes"] for worker in self.workers)
+            return worker["kv_bytes"] + (0 if level == "kv" else worker["weight_bytes"])
         # On a CPU level 1 frees no weights: they are in host memory already.
-        return {"0": 0}.get(level, kv) + (self.weight_bytes if level == "2" else 0)
+        kv_bytes = sum(worker["kv_bytes"] for worker in self.workers)
+        return kv_bytes + (self.weight_bytes if level == "2" else 0)
 
     def sleep(self, level: str) -> None:
-        if level in ("0", "kv"):
-            self.call("sleep", level=0)
-            self.paused = True
-            if level == "kv":
-                self.call("release_kv_cache_memory")
-                self.asleep = {"kv_cache"}
-            return
-        self.call("sleep", level=int(level))
-        self.asleep = {"weights", "kv_cache"}
+        self.paused = level in ("0", "kv")
+        self.call("sleep", level=0 if self.paused else int(level))
+        if level == "kv":
+            self.call("release_kv_cache_memory")
+        self.asleep = {"0": set(), "kv": {"kv_cache"}}.get(level, {"weights", "kv_cache"})
 
     def wake(self, tag: str) -> None:
         if tag in self.asleep:
@@ -87,10 +82,12 @@ class VLLMBackend(Backend):
                 self.device.reclaim()  # mapping cannot use memory that torch's allocator caches
             self.call("wake_up", tags=[tag])
             self.asleep.discard(tag)
-        if tag == "kv_cache" and self.paused:
+        if tag != "kv_cache":
+            return
+        if self.paused:
             self.call("wake_up", tags=["scheduling"])
             self.paused = False
-        if tag == "kv_cache" and self._is_sleeping():
+        if self._is_sleeping():
             raise EngineError("vLLM reports that it is asleep after every tag was woken: generate would hang")
 
     def reload(self, path: Path) -> None:
