@@ -151,7 +151,7 @@ def test_a_redirect_leads_nowhere(fake) -> None:
 def test_an_unfit_server_is_refused_with_the_command_that_starts_a_fit_one(
     make_run, fake, statuses: dict[str, int], reason: str
 ) -> None:
-    from rlswitch.engines.vllm.launcher import check_server
+    from rlswitch.engines.vllm.server import check_server
     from rlswitch.planning.policy import policy_spec
     from rlswitch.switch.device import Device
 
@@ -175,7 +175,7 @@ def test_a_taken_port_is_refused_before_anything_starts(fake) -> None:
 
 
 def test_one_run_at_a_time_is_attached_to_a_server(tmp_path) -> None:
-    from rlswitch.engines.vllm.launcher import claimed
+    from rlswitch.engines.vllm.server import claimed
 
     address = Address(socket=str(tmp_path / "socket"))
     with claimed(address), pytest.raises(ConfigError, match="another run is attached"), claimed(address):

@@ -12,9 +12,8 @@ from rlswitch.engines.backend import Backend
 from rlswitch.engines.engine import Engine
 from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import EngineSpec, Launch
-from rlswitch.engines.vllm.launcher import check_server
 from rlswitch.engines.vllm.local import LocalBackend, check_features
-from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.engines.vllm.server import ServerBackend, check_server
 from rlswitch.proof.canary import canary_length, canary_sequences
 from rlswitch.proof.checks import LEARNED_FLOOR, Tolerance
 from rlswitch.proof.fingerprint import (

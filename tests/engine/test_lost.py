@@ -142,7 +142,7 @@ def test_a_step_may_have_more_tokens_than_vllm_takes_at_once(mortal: Mortal) -> 
 def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch, engine: str) -> None:
     note = tmp_path / "pids"
     monkeypatch.setenv(HUNG, str(note))
-    monkeypatch.setattr("rlswitch.engines.vllm.launcher.SHUTDOWN_SECONDS", 1.0)  # it does not hear SIGTERM
+    monkeypatch.setattr("rlswitch.engines.vllm.server.SHUTDOWN_SECONDS", 1.0)  # it does not hear SIGTERM
     for seconds in (12, 60, 300):
         with (
             pytest.raises(EngineError, match=rf"did not start: .*engine.start_timeout_s = {seconds}"),

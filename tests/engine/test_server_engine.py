@@ -10,8 +10,7 @@ from bench import Bench, open_bench
 
 from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import EngineSpec, Launch
-from rlswitch.engines.vllm.launcher import check_server
-from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.engines.vllm.server import ServerBackend, check_server
 from rlswitch.errors import ConfigError, EngineError, EngineLost
 from rlswitch.types import Prompt, Sampling
 
