@@ -12,13 +12,13 @@ from enum import StrEnum
 
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.engines.backend import Backend, Completion
-from rlswitch.engines.rollouts import groups_from, requests_for
+from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.spec import EngineSpec
 from rlswitch.errors import EngineError, EngineLost, SwitchError
 from rlswitch.proof import checks as proof
+from rlswitch.seeds import request_seed
 from rlswitch.switch.ledger import Ledger, Phase
-from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
+from rlswitch.types import Group, PolicyWeights, Prompt, Rollout, Sampling
 
 NEWEST = 16
 
@@ -73,8 +73,7 @@ class Engine:
     def acquire(self, weights: PolicyWeights | None) -> None:
         """READY with `weights`, or with those it holds or is frozen at; a no-op if it already is.
 
-        Raises ProofError if the push cannot be proven, SwitchError if there is nothing to serve, EngineError
-        if the backend fails.
+        Raises ProofError if they cannot be proven, SwitchError if there are none, EngineError.
         """
         self.serve(self.weights_to_serve(weights))
 
@@ -199,9 +198,31 @@ class Engine:
     def groups(
         self, prompts: Sequence[Prompt], sampling: Sampling, completions: Mapping[int, Completion]
     ) -> list[Group]:
-        """What it has completed, decoded and grouped by prompt."""
-        version = self.serving().version
-        return groups_from(self.name, version, prompts, completions, sampling, self.tokenizer)
+        """The `completions` of all requests, decoded and grouped by prompt.
+
+        Raises EngineError if one is missing or not a rollout.
+        """
+        version, size = self.serving().version, sampling.num_samples
+        if len(completions) != len(prompts) * size:
+            raise EngineError(
+                f"{self.name}: {len(completions)} completions for {len(prompts) * size} requests"
+            )
+        ordered = [completions[index] for index in range(len(completions))]
+        texts = self.tokenizer.batch_decode([it.token_ids for it in ordered], skip_special_tokens=True)
+        groups = [Group(prompt=prompt, rollouts=[]) for prompt in prompts]
+        for index, (completion, text) in enumerate(zip(ordered, texts, strict=True)):
+            rollout = Rollout(
+                prompt=prompts[index // size],
+                sample=index % size,
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                text=text,
+                finish_reason=completion.finish_reason,
+                policy_version=version,
+            )
+            _check_rollout(self.name, rollout)
+            groups[index // size].rollouts.append(rollout)
+        return groups
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache, so that later output does not depend on earlier prompts."""
@@ -250,3 +271,31 @@ class Engine:
         except BaseException:
             self.state = State.FAILED  # half done: its contents are unknown
             raise
+
+
+def requests_for(prompts: Sequence[Prompt], sampling: Sampling) -> list[Request]:
+    """`sampling.num_samples` requests per prompt, each with its own seed."""
+    size = sampling.num_samples
+    return [
+        Request(
+            token_ids=prompt.token_ids,
+            seed=request_seed(sampling.seed, sampling.step, prompt.index, sample),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+        )
+        for prompt in prompts
+        # In its next epoch a prompt continues the numbering, so it gets new samples.
+        for sample in range(prompt.epoch * size, (prompt.epoch + 1) * size)
+    ]
+
+
+def _check_rollout(engine: str, rollout: Rollout) -> None:
+    tokens, logprobs = len(rollout.token_ids), len(rollout.logprobs)
+    where = f"{engine}: prompt {rollout.prompt.index} sample {rollout.sample}"
+    if not tokens or tokens != logprobs:
+        raise EngineError(f"{where} came back with {tokens} tokens and {logprobs} log-probabilities")
+    if rollout.finish_reason not in ("stop", "length"):
+        raise EngineError(
+            f"{where} ended with '{rollout.finish_reason}' after {tokens} tokens: another client controls"
+            " this engine too; start one for this run alone"
+        )

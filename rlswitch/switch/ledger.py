@@ -26,10 +26,9 @@ WORK_PHASES = tuple("rollout reward prepare update evaluation checkpoint".split(
 
 @dataclass(slots=True)
 class Phase:
-    """A running phase."""
+    """A running phase, and how many bytes it moved: set inside the `with` block."""
 
     bytes: int = 0
-    """How many it moved; set inside the `with` block."""
 
 
 class Ledger:

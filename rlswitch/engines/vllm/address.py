@@ -3,6 +3,7 @@
 import ipaddress
 import os
 import socket
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
@@ -27,26 +28,20 @@ class Address:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it. Of host names only localhost counts."""
-        if self.socket or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        with suppress(ValueError):
+            return bool(self.socket) or ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
     @property
     def identity(self) -> str:
         """Equal for every spelling of the same place."""
-        if self.socket:
-            return f"unix:{os.path.realpath(self.socket)}"
-        return f"{'loopback' if self.is_local else self.host.lower()}:{self.port}"
+        host = "loopback" if self.is_local else self.host.lower()
+        return f"unix:{os.path.realpath(self.socket)}" if self.socket else f"{host}:{self.port}"
 
     @property
     def base_url(self) -> str:
-        if self.socket:
-            return "http://localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return "http://localhost" if self.socket else f"{self.scheme}://{host}:{self.port}"
 
     @property
     def flags(self) -> list[str]:

@@ -13,12 +13,10 @@ from rlswitch.engines.vllm.address import Address
 from rlswitch.engines.vllm.watch import Deadline
 from rlswitch.errors import EngineError, EngineLost
 from rlswitch.processes.output import tail
+from rlswitch.text import first_line
 
-MAX_IN_FLIGHT = 256
-"""Requests in flight: about as many as vLLM runs at once, without too many connections."""
-
-CONNECT_SECONDS = 10.0
-PROBE_SECONDS = 10.0
+MAX_IN_FLIGHT = 256  # about as many as vLLM runs at once, without too many connections
+CONNECT_SECONDS = PROBE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0  # vLLM closes a connection after 5 idle seconds; a request must not hit that
 
 
@@ -26,9 +24,7 @@ class Client:
     """Every call ends: with a reply, EngineError for an error status, or EngineLost if no reply comes."""
 
     def __init__(self, address: Address, deadline: Deadline, log_path: Path | None = None):
-        self.address = address
-        self.deadline = deadline
-        self.log_path = log_path
+        self.address, self.deadline, self.log_path = address, deadline, log_path
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.session = self.runner.run(self._open())
 
@@ -96,7 +92,7 @@ class Client:
         except aiohttp.SocketTimeoutError as error:
             raise EngineLost(self._failure(path, f"was silent for {self.deadline}")) from error
         except (aiohttp.ClientError, OSError) as error:  # includes a connection that timed out
-            what = f"cannot be reached: {error or type(error).__name__}"
+            what = f"cannot be reached: {first_line(error)}"
             raise EngineLost(self._failure(path, what)) from error
 
     def _failure(self, path: str, what: str) -> str:

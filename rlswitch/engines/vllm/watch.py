@@ -33,7 +33,6 @@ class Deadline(NamedTuple):
 
 
 def at_start(settings: EngineConfig) -> Deadline:
-    """The start has its own limit: its first forward passes compile and allocate."""
     return Deadline("engine.start_timeout_s", settings.start_timeout_s)
 
 
