@@ -1,4 +1,4 @@
-"""What all ways of driving vLLM share: which of its calls make up each verb."""
+"""What both ways of driving vLLM share: the calls behind each verb."""
 
 from abc import abstractmethod
 from collections.abc import Sequence

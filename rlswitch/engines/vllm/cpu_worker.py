@@ -32,7 +32,11 @@ class SleepingCPUWorker(ProvenWorker, CPUWorker):
 
     def discard(self, tags: tuple[str, ...]) -> None:
         if "kv_cache" in tags:
-            self._drop_kv_cache()
+            for tensor in self.model_runner.kv_caches:
+                storage = tensor.untyped_storage()
+                if size := storage.nbytes():  # 0: shared with a layer before, or asleep already
+                    self.kv_sizes.append((storage, size))
+                    storage.resize_(0)  # the layers keep their views, which wake_up fills again
         if "weights" in tags:
             self._drop_weights()
         trim_heap()
@@ -41,7 +45,11 @@ class SleepingCPUWorker(ProvenWorker, CPUWorker):
         if tags is None or "weights" in tags:
             self._restore_weights()
         if tags is None or "kv_cache" in tags:
-            self._restore_kv_cache()
+            for storage, size in self.kv_sizes:
+                storage.resize_(size)
+                # Touches every page, so that the memory is held as on a GPU.
+                torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
+            self.kv_sizes.clear()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
         super().reload_weights(*args, **kwargs)
@@ -51,20 +59,6 @@ class SleepingCPUWorker(ProvenWorker, CPUWorker):
         if any(layer.weight.numel() == 0 for layer in self._packed_linears()):
             return {"received": self.received, "live": None}
         return super().fingerprint()
-
-    def _drop_kv_cache(self) -> None:
-        for tensor in self.model_runner.kv_caches:
-            storage = tensor.untyped_storage()
-            if size := storage.nbytes():  # 0: shared with a layer before, or asleep already
-                self.kv_sizes.append((storage, size))
-                storage.resize_(0)  # the layers keep their views, which _restore_kv_cache fills again
-
-    def _restore_kv_cache(self) -> None:
-        for storage, size in self.kv_sizes:
-            storage.resize_(size)
-            # Touches every page, so that the memory is held as on a GPU.
-            torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
-        self.kv_sizes.clear()
 
     def _drop_weights(self) -> None:
         for name, parameter in self.get_model().named_parameters():

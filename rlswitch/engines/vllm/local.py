@@ -67,7 +67,8 @@ class LocalBackend(VLLMBackend):
                 del os.environ[RPC_PATH]  # the next engine has its own directory
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
-        return self.call("collective_rpc", method=method, kwargs=kwargs)
+        with self._guarded(method):
+            return self.llm.collective_rpc(method, kwargs=kwargs)
 
     def call(self, verb: str, **arguments: Any) -> Any:
         with self._guarded(verb):

@@ -141,12 +141,16 @@ def launched(launch: Launch) -> Iterator[tuple[Client, ProcessGroup]]:
             family.end(ask=lambda: end_politely(process))
 
 
+def connected(settings: ServerEngineConfig) -> closing[Client]:
+    """A client of the server at engine.url."""
+    assert settings.url is not None
+    return closing(Client(parse_url(settings.url), at_work(settings)))
+
+
 @contextmanager
 def attached(settings: ServerEngineConfig, model_path: str) -> Iterator[Client]:
     """A running server, claimed for this process; closing the context leaves it asleep or awake as it is."""
-    assert settings.url is not None
-    address = parse_url(settings.url)
-    with claimed(address), closing(Client(address, at_work(settings))) as client:
+    with connected(settings) as client, claimed(client.address):
         deadline = time.monotonic() + settings.start_timeout_s
         while client.status("/health") != 200 and time.monotonic() < deadline:
             time.sleep(0.2)  # it was there when the run began: somebody may be restarting it
@@ -203,12 +207,10 @@ def end_politely(process: BaseProcess) -> None:
 def check_server(spec: EngineSpec, model: str) -> None:
     """Raises ConfigError, with the right command, if the server at engine.url cannot do what `spec` asks."""
     settings, device = server_settings(spec), Device.detect()
-    assert settings.url is not None
-    address = parse_url(settings.url)
-    with closing(Client(address, at_work(settings))) as client:
+    with connected(settings) as client:
         wrong = "; ".join(server_problems(client, spec, model, device))
     if wrong:
-        flags = [*server_flags(spec, device), *address.flags]
+        flags = [*server_flags(spec, device), *client.address.flags]
         command = shlex.join([sys.executable, "-m", "rlswitch.engines.serve", *flags])
         raise ConfigError(
             f"engine.url = {settings.url}: {wrong}; start it with: VLLM_SERVER_DEV_MODE=1 {command}"

@@ -61,10 +61,10 @@ class ProvenWorker(Worker):
 
 
 def identify(distributed_init_method: str) -> dict[str, Any]:
-    """Who a worker is, told with its `memory`; from now on it ends with its run and its engine core.
+    """A worker's identity, part of its `memory`; from now on it ends with its run and its engine core.
 
-    `token` differs in every process, also when a pid is reused. `files` is the file in /tmp through which
-    torch's processes meet, and which vLLM does not remove.
+    `token` differs in every process, even if a pid is reused. `files` holds the file in /tmp through which
+    torch's processes meet, which vLLM does not remove.
     """
     path = distributed_init_method.removeprefix("file://")
     files = [path] if os.path.basename(path).startswith("vllm_dist_") else []
