@@ -34,20 +34,14 @@ class Backend(ABC):
 
     family: ProcessGroup
     """The processes that end with it; empty for a server that was already running."""
-
-    @property
-    @abstractmethod
-    def pids(self) -> list[int]:
-        """Processes whose memory is the engine's."""
+    pids: list[int]
+    """Processes whose memory is the engine's."""
+    block_size: int
+    """Tokens in one block of the prefix cache."""
 
     @abstractmethod
     def sleeping_bytes(self, level: str) -> int:
         """Bytes that `sleep(level)` has to free on this device."""
-
-    @property
-    @abstractmethod
-    def block_size(self) -> int:
-        """Tokens in one block of the prefix cache."""
 
     @abstractmethod
     def sleep(self, level: str) -> None:

@@ -19,7 +19,7 @@ from rlswitch.proof.checks import LEARNED_FLOOR, Tolerance
 from rlswitch.proof.fingerprint import (
     checkpoint_files,
     checkpoint_tensors,
-    named_fingerprints,
+    tensor_fingerprint,
     total_fingerprint,
 )
 from rlswitch.switch.device import Device
@@ -98,9 +98,10 @@ def read_base_weights(
     engine does not use, such as a separate copy of a tied head.
     """
     path, dtype = Path(spec.model_path), getattr(torch, spec.dtype)
-    tensors: dict[str, int] = {}
-    for name, tensor in checkpoint_tensors(path) if sequences else ():
-        tensors |= named_fingerprints([(name, tensor.to(device.torch))], dtype)
+    tensors = {
+        name: tensor_fingerprint(tensor.to(device.torch), dtype)
+        for name, tensor in (checkpoint_tensors(path) if sequences else ())
+    }
     return PolicyWeights(
         version=0,
         path=path,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlswitch.errors import ProofError
-from rlswitch.proof.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
+from rlswitch.proof.fingerprint import checkpoint_tensors, tensor_fingerprint, total_fingerprint
 from rlswitch.text import first_line
 from rlswitch.types import PolicyWeights
 
@@ -115,13 +115,11 @@ def _culprits(weights: PolicyWeights, received: dict[str, int]) -> str:
 def _files(weights: PolicyWeights) -> str:
     if weights.initial_fingerprints is not None:
         return f"{weights.path} may have changed since the engine started: restart it"
-    found: dict[str, int] = {}
     try:
-        for name, tensor in checkpoint_tensors(weights.path):
-            found |= named_fingerprints([(name, tensor)])
+        found = total_fingerprint(tensor_fingerprint(it) for _, it in checkpoint_tensors(weights.path))
     except Exception as error:
         return f"the files in {weights.path} cannot be read ({error}): try switch.transport=disk"
-    if total_fingerprint(found.values()) == weights.fingerprint:
+    if found == weights.fingerprint:
         return (
             f"the files in {weights.path} are as published, so the engine loaded something else:"
             " pass weights_path with every reload"

@@ -23,7 +23,9 @@ class VLLMBackend(Backend):
         self.elsewhere = elsewhere
         self.stop_token_ids = stop_tokens(launch.spec.model_path, launch.tokenizer)
         self.workers = self.collective_rpc("memory")
+        self.pids = [] if elsewhere else [worker["pid"] for worker in self.workers]
         self.facts = self.collective_rpc("facts")[0]
+        self.block_size = self.facts["block_size"]
         itemsize = getattr(torch, self.facts["dtype"]).itemsize
         elements = 0 if elsewhere else checkpoint_elements(Path(launch.spec.model_path))
         self.weight_bytes = itemsize * elements
@@ -49,14 +51,6 @@ class VLLMBackend(Backend):
         self, prompts: Sequence[list[int]], parameters: Sequence[dict[str, Any]], into: dict[int, Completion]
     ) -> None:
         """As `generate`, with SamplingParams' arguments for each prompt."""
-
-    @property
-    def pids(self) -> list[int]:
-        return [] if self.elsewhere else [worker["pid"] for worker in self.workers]
-
-    @property
-    def block_size(self) -> int:
-        return self.facts["block_size"]
 
     def sleeping_bytes(self, level: str) -> int:
         if self.elsewhere or level == "0":

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vllm.v1.worker.gpu_worker import Worker
 
 from rlswitch.processes.group import own_family, watch_owner
-from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.proof.fingerprint import named_fingerprints, tensor_fingerprint, total_fingerprint
 from rlswitch.switch.device import Device
 
 
@@ -80,7 +80,7 @@ def recording(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[
 
     def recorded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            received.update(named_fingerprints([(name, tensor.to(device))], dtype))
+            received[name] = tensor_fingerprint(tensor.to(device), dtype)
             yield name, tensor
 
     model.load_weights = lambda weights, **kwargs: load(recorded(weights), **kwargs)
