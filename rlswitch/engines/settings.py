@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rlswitch.config.sections import EngineConfig, ServerEngineConfig
-from rlswitch.engines.vllm.address import UNPROTECTED, parse_listen, parse_url
+from rlswitch.engines.vllm.address import parse_listen, parse_url
 
 _OWNED = {
     "model": "model.path",
@@ -27,14 +27,10 @@ FIXED = {
 
 
 def engine_problems(settings: EngineConfig) -> Iterator[str]:
-    """Arguments of vLLM that are not the user's to set, and bad addresses."""
+    """Arguments of vLLM that are not the user's to set; addresses that are wrong or that others reach."""
     yield from (f"engine.vllm.{key}: {FIXED[key]}" for key in settings.vllm if key in FIXED)
-    if isinstance(settings, ServerEngineConfig):
-        yield from address_problems(settings)
-
-
-def address_problems(settings: ServerEngineConfig) -> Iterator[str]:
-    """Addresses that cannot be parsed, and those that others could reach."""
+    if not isinstance(settings, ServerEngineConfig):
+        return
     for key in ("host", "port", "uds"):
         if key in settings.vllm:
             yield f"engine.vllm.{key}: has a setting of its own; set engine.listen"
@@ -46,6 +42,8 @@ def address_problems(settings: ServerEngineConfig) -> Iterator[str]:
         return
     if address is not None and not address.is_local and not settings.allow_remote:
         yield (
-            f"engine.{key} = {text}: is not on this machine's loopback; {UNPROTECTED}; use 127.0.0.1 or a"
-            " Unix socket, or set engine.allow_remote=true on a network that you trust"
+            f"engine.{key} = {text}: is not on this machine's loopback; vLLM's control endpoints have no"
+            " authentication (--api-key does not cover them): whoever reaches them can replace the weights,"
+            " read the prompts and run methods of the workers; use 127.0.0.1 or a Unix socket, or set"
+            " engine.allow_remote=true on a network that you trust"
         )

@@ -105,10 +105,9 @@ def _culprits(weights: PolicyWeights, received: dict[str, int]) -> str:
         return "nothing was loaded: reload_weights received no tensors"
     missing = sorted(weights.tensors.keys() - received.keys())
     wrong = sorted(name for name, value in received.items() if weights.tensors.get(name, value) != value)
-    if missing:
-        return f"tensors missing: {', '.join(missing[:3])} ({len(missing)} in all); {_files(weights)}"
-    if wrong:
-        return f"tensors differ: {', '.join(wrong[:3])} ({len(wrong)} in all); {_files(weights)}"
+    for what, names in (("missing", missing), ("differ", wrong)):
+        if names:
+            return f"tensors {what}: {', '.join(names[:3])} ({len(names)} in all); {_files(weights)}"
     return f"extra tensors: {', '.join(sorted(received.keys() - weights.tensors.keys())[:3])}"
 
 

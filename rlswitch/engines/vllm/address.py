@@ -10,10 +10,6 @@ from urllib.parse import urlsplit
 from rlswitch.errors import ConfigError
 
 MAX_SOCKET_PATH = 107  # bytes, of the kernel's sockaddr_un
-UNPROTECTED = (
-    "vLLM's control endpoints have no authentication (--api-key does not cover them): whoever reaches"
-    " them can replace the weights, read the prompts and run methods of the workers"
-)
 
 
 @dataclass(frozen=True, slots=True)
