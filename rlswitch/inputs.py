@@ -22,7 +22,7 @@ from rlswitch.data.hub import (
 )
 from rlswitch.data.prompts import Prompts, load_prompts, read_table, read_tables, sources_of
 from rlswitch.data.rows import Source, Table, check_source, gather
-from rlswitch.engines.vllm.address import free_port
+from rlswitch.engines.vllm.address import choose_address
 from rlswitch.errors import ConfigError
 from rlswitch.processes.fork_server import prepare
 from rlswitch.records.trackers import tracker_problems
@@ -57,7 +57,7 @@ def check_inputs(run: Run) -> None:
     checks += [partial(check_exists, entry) for entry in run.reward.functions]
     checks.append(partial(_check_trackers, run.logger))
     if isinstance(run.engine, ServerEngineConfig) and run.engine.is_started_here:
-        checks.append(partial(free_port, run.engine.listen))
+        checks.append(partial(choose_address, run.engine.listen, ""))
     gather(checks)
 
 

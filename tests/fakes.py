@@ -12,7 +12,7 @@ from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.data.prompts import load_prompts, read_tables
 from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.planning.policy import policy_spec
 from rlswitch.processes.signals import StopSignals
 from rlswitch.proof.checks import Tolerance
@@ -180,8 +180,8 @@ def build_session(
     spec = policy_spec(run, run.model.path, ledger.device)
     output_dir = Path(run.output_dir or "")
     monitor = stack.enter_context(Monitor(run, output_dir))
-    never = RestartPolicy(start=lambda: backend, limit=0, log=monitor.log_line)
-    engine = RestartingEngine(Engine(spec, backend, tokenizer, ledger, Tolerance(spec.tolerance)), never)
+    engine = Engine(spec, backend, tokenizer, ledger, Tolerance(spec.tolerance))
+    engine = RestartingEngine(engine, lambda: backend, limit=0)
     engine.release()
     scorer = Scorer(run.reward, log=monitor.log_line)
     stack.callback(scorer.close)

@@ -1,10 +1,8 @@
 """What a backend has to implement: one method per verb, in no particular order."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,10 @@ class Completion:
     logprobs: list[float]
     """Of each token, after temperature."""
     finish_reason: str
+    prompt_logprobs: list[float] = field(default_factory=list)
+    """Of each prompt token after the first, where requested."""
+    cached_tokens: int = 0
+    """How many of the prompt's came from the prefix cache."""
 
 
 class Backend(ABC):
@@ -32,20 +34,14 @@ class Backend(ABC):
 
     family: ProcessGroup
     """The processes that end with it; empty for a server that was already running."""
-
-    @property
-    @abstractmethod
-    def pids(self) -> list[int]:
-        """Processes whose memory is the engine's."""
+    pids: list[int]
+    """Processes whose memory is the engine's."""
+    block_size: int
+    """Tokens in one block of the prefix cache."""
 
     @abstractmethod
     def sleeping_bytes(self, level: str) -> int:
         """Bytes that `sleep(level)` has to free on this device."""
-
-    @property
-    @abstractmethod
-    def block_size(self) -> int:
-        """Tokens in one block of the prefix cache."""
 
     @abstractmethod
     def sleep(self, level: str) -> None:

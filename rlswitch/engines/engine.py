@@ -6,22 +6,19 @@
 Backends know how to do each verb; the order is enforced here, once for all of them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from typing import NoReturn
 
 from transformers import PreTrainedTokenizerBase
 
 from rlswitch.engines.backend import Backend, Completion, Request
-from rlswitch.engines.rollouts import groups_from, requests_for
 from rlswitch.engines.spec import EngineSpec
 from rlswitch.errors import EngineError, EngineLost, SwitchError
 from rlswitch.proof import checks as proof
+from rlswitch.seeds import request_seed
 from rlswitch.switch.ledger import Ledger, Phase
-from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
+from rlswitch.types import Group, PolicyWeights, Prompt, Rollout, Sampling
 
 NEWEST = 16
 
@@ -53,10 +50,8 @@ class Engine:
         base_weights: PolicyWeights | None = None,
     ):
         self.name, self.level, self.verify = spec.name, spec.level, spec.verify
-        self.backend = backend
-        self.tokenizer = tokenizer
-        self.ledger = ledger
-        self.tolerance = tolerance
+        self.backend, self.tokenizer = backend, tokenizer
+        self.ledger, self.tolerance = ledger, tolerance
         self.state = State.READY
         self.base_weights = base_weights
         """A frozen engine's own checkpoint, which it reloads by itself; None: it serves pushed versions."""
@@ -78,16 +73,26 @@ class Engine:
     def acquire(self, weights: PolicyWeights | None) -> None:
         """READY with `weights`, or with those it holds or is frozen at; a no-op if it already is.
 
-        Raises ProofError if the push cannot be proven, SwitchError if there is nothing to serve, EngineError
-        if the backend fails.
+        Raises ProofError if they cannot be proven, SwitchError if there are none, EngineError.
         """
         self.serve(self.weights_to_serve(weights))
 
     def release(self) -> None:
         """ASLEEP at the configured level; level 2 discards the weights."""
-        if self.state is not State.ASLEEP:
-            self._expect(State.READY, "sleep")
-            self._sleep()
+        if self.state is State.ASLEEP:
+            return
+        self._expect(State.READY, "sleep")
+        device, pids = self.ledger.device, self.backend.pids
+        with self._verb("sleep") as phase:
+            before = device.used_bytes(pids)
+            self.backend.sleep(self.level)
+            phase.bytes = max(before - device.used_bytes(pids), 0)
+        due = self.backend.sleeping_bytes(self.level)
+        freed = f"sleep level {self.level} freed {phase.bytes / 2**20:.0f} of {due / 2**20:.0f} MiB"
+        self._unreleased = freed if phase.bytes < 0.9 * due else None
+        self.state = State.ASLEEP
+        if self.level == "2":
+            self.weights = None
 
     def unreleased(self) -> str | None:
         return self._unreleased
@@ -98,7 +103,10 @@ class Engine:
             raise SwitchError(
                 f"{self.name} is frozen at {self.base_weights.path}: call give_to without weights"
             )
-        return weights or self.weights or self.base_weights or self._nothing_to_serve()
+        found = weights or self.weights or self.base_weights
+        if found is None:
+            raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
+        return found
 
     def serve(self, weights: PolicyWeights) -> None:
         """ASLEEP or READY -> READY with `weights`, reloaded if they are another version."""
@@ -161,30 +169,60 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """`sampling.num_samples` rollouts of every prompt, each with its own seed."""
         completions: dict[int, Completion] = {}
-        self.complete(requests_for(prompts, sampling), completions)
-        return self.groups(prompts, completions, sampling)
+        self.complete(prompts, sampling, completions)
+        return self.groups(prompts, sampling, completions)
 
     def serving(self) -> PolicyWeights:
         """The weights it is READY with. Raises SwitchError."""
         self._expect(State.READY, "generate")
-        return self.weights or self._nothing_to_serve()
+        return self.weights_to_serve(None)
 
-    def complete(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
-        """Puts each completion `into` its request's index as it finishes, even if others fail."""
+    def complete(
+        self, prompts: Sequence[Prompt], sampling: Sampling, completions: dict[int, Completion]
+    ) -> None:
+        """Adds the missing `completions`, by request index, as they finish, even if others fail."""
         self.serving()
+        requests = requests_for(prompts, sampling)
+        missing = [index for index in range(len(requests)) if index not in completions]
+        finished: dict[int, Completion] = {}
         try:
-            self.backend.generate(requests, into)
+            self.backend.generate([requests[index] for index in missing], finished)
         except BaseException:
             self.state = State.FAILED  # requests may still be running in it
             raise
-        self._newest = max((it.token_ids for it in requests[-NEWEST:]), key=len, default=[])
+        finally:
+            completions |= {missing[index]: it for index, it in finished.items()}
+        newest = (requests[index].token_ids for index in missing[-NEWEST:])
+        self._newest = max(newest, key=len, default=[])
 
     def groups(
-        self, prompts: Sequence[Prompt], completions: Mapping[int, Completion], sampling: Sampling
+        self, prompts: Sequence[Prompt], sampling: Sampling, completions: Mapping[int, Completion]
     ) -> list[Group]:
-        """What it has completed, decoded and grouped by prompt."""
-        version = self.serving().version
-        return groups_from(self.name, version, prompts, completions, sampling, self.tokenizer)
+        """The `completions` of all requests, decoded and grouped by prompt.
+
+        Raises EngineError if one is missing or not a rollout.
+        """
+        version, size = self.serving().version, sampling.num_samples
+        if len(completions) != len(prompts) * size:
+            raise EngineError(
+                f"{self.name}: {len(completions)} completions for {len(prompts) * size} requests"
+            )
+        ordered = [completions[index] for index in range(len(completions))]
+        texts = self.tokenizer.batch_decode([it.token_ids for it in ordered], skip_special_tokens=True)
+        groups = [Group(prompt=prompt, rollouts=[]) for prompt in prompts]
+        for index, (completion, text) in enumerate(zip(ordered, texts, strict=True)):
+            rollout = Rollout(
+                prompt=prompts[index // size],
+                sample=index % size,
+                token_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                text=text,
+                finish_reason=completion.finish_reason,
+                policy_version=version,
+            )
+            _check_rollout(self.name, rollout)
+            groups[index // size].rollouts.append(rollout)
+        return groups
 
     def forget_prefixes(self) -> None:
         """Empties the prefix cache, so that later output does not depend on earlier prompts."""
@@ -210,21 +248,6 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         return {"switch/verified": float(self.proven), "switch/canary_gap": self.canary_gap}
 
-    def _sleep(self) -> None:
-        device, pids = self.ledger.device, self.backend.pids
-        with self._verb("sleep") as phase:
-            before = device.used_bytes(pids)
-            self.backend.sleep(self.level)
-            phase.bytes = max(before - device.used_bytes(pids), 0)
-        due = self.backend.sleeping_bytes(self.level)
-        self._unreleased = None
-        if phase.bytes < 0.9 * due:
-            freed = f"{phase.bytes / 2**20:.0f} of {due / 2**20:.0f} MiB"
-            self._unreleased = f"sleep level {self.level} freed {freed}"
-        self.state = State.ASLEEP
-        if self.level == "2":
-            self.weights = None
-
     def _check_canary(self, weights: PolicyWeights) -> None:
         sequences = weights.canary.sequences
         asked_before = [*sequences, self._newest] if self._newest else sequences
@@ -236,15 +259,9 @@ class Engine:
     def _must_prove(self) -> bool:
         return self.verify == "every" or (self.verify == "first" and self._pushes <= 1)
 
-    def _nothing_to_serve(self) -> NoReturn:
-        raise SwitchError(f"{self.name} holds no published weights: call give_to with weights")
-
     def _expect(self, state: State, verb: str) -> None:
         if self.state is not state:
-            raise SwitchError(
-                f"{self.name} is {self.state}: cannot {verb}, which needs it {state}; Switch.give_to keeps"
-                " the order"
-            )
+            raise SwitchError(f"{self.name} is {self.state}: cannot {verb}; use Switch.give_to")
 
     @contextmanager
     def _verb(self, name: str) -> Iterator[Phase]:
@@ -254,3 +271,31 @@ class Engine:
         except BaseException:
             self.state = State.FAILED  # half done: its contents are unknown
             raise
+
+
+def requests_for(prompts: Sequence[Prompt], sampling: Sampling) -> list[Request]:
+    """`sampling.num_samples` requests per prompt, each with its own seed."""
+    size = sampling.num_samples
+    return [
+        Request(
+            token_ids=prompt.token_ids,
+            seed=request_seed(sampling.seed, sampling.step, prompt.index, sample),
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+        )
+        for prompt in prompts
+        # In its next epoch a prompt continues the numbering, so it gets new samples.
+        for sample in range(prompt.epoch * size, (prompt.epoch + 1) * size)
+    ]
+
+
+def _check_rollout(engine: str, rollout: Rollout) -> None:
+    tokens, logprobs = len(rollout.token_ids), len(rollout.logprobs)
+    where = f"{engine}: prompt {rollout.prompt.index} sample {rollout.sample}"
+    if not tokens or tokens != logprobs:
+        raise EngineError(f"{where} came back with {tokens} tokens and {logprobs} log-probabilities")
+    if rollout.finish_reason not in ("stop", "length"):
+        raise EngineError(
+            f"{where} ended with '{rollout.finish_reason}' after {tokens} tokens: another client controls"
+            " this engine too; start one for this run alone"
+        )

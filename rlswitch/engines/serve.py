@@ -4,8 +4,6 @@ Takes the flags of `vllm serve`. Run as a module because the `vllm` command of v
 reads the metadata of a package called vllm.
 """
 
-from __future__ import annotations
-
 import os
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """What describes an engine, and what starts it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,9 +62,7 @@ def engine_spec(
 
 def engine_dtype(dtype: str, device: Device) -> str:
     """Resolves `model.dtype`: auto is bfloat16 on CUDA and float32 on a CPU."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.kind == "cuda" else "float32"
+    return {"cpu": "float32", "cuda": "bfloat16"}[device.kind] if dtype == "auto" else dtype
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

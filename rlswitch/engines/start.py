@@ -1,7 +1,5 @@
 """The one door to an engine, for the policy, a judge, models that take turns, and benchmarks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,17 +10,16 @@ from transformers import PreTrainedTokenizerBase
 from rlswitch.config.sections import EngineConfig, ServerEngineConfig
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import EngineSpec, Launch
-from rlswitch.engines.vllm.launcher import check_server
 from rlswitch.engines.vllm.local import LocalBackend, check_features
-from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.engines.vllm.server import ServerBackend, check_server
 from rlswitch.proof.canary import canary_length, canary_sequences
 from rlswitch.proof.checks import LEARNED_FLOOR, Tolerance
 from rlswitch.proof.fingerprint import (
     checkpoint_files,
     checkpoint_tensors,
-    named_fingerprints,
+    tensor_fingerprint,
     total_fingerprint,
 )
 from rlswitch.switch.device import Device
@@ -69,8 +66,7 @@ def start_engine(
     except BaseException:
         backend.close()
         raise
-    policy = RestartPolicy(start=start, limit=spec.settings.max_restarts, log=log)
-    return RestartingEngine(engine, policy)
+    return RestartingEngine(engine, start, spec.settings.max_restarts, log)
 
 
 def start_backend(launch: Launch) -> Backend:
@@ -102,9 +98,10 @@ def read_base_weights(
     engine does not use, such as a separate copy of a tied head.
     """
     path, dtype = Path(spec.model_path), getattr(torch, spec.dtype)
-    tensors: dict[str, int] = {}
-    for name, tensor in checkpoint_tensors(path) if sequences else ():
-        tensors |= named_fingerprints([(name, tensor.to(device.torch))], dtype)
+    tensors = {
+        name: tensor_fingerprint(tensor.to(device.torch), dtype)
+        for name, tensor in (checkpoint_tensors(path) if sequences else ())
+    }
     return PolicyWeights(
         version=0,
         path=path,

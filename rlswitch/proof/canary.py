@@ -1,7 +1,5 @@
 """The canary: token sequences that the trainer and the engine both score after a push."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

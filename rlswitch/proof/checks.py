@@ -5,20 +5,17 @@ tensor, however small the update was. Prefix cache: keys and values of older wei
 wrong place, a stale packed copy, a wrong configuration.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from rlswitch.errors import ProofError
-from rlswitch.proof.fingerprint import checkpoint_tensors, named_fingerprints, total_fingerprint
+from rlswitch.proof.fingerprint import checkpoint_tensors, tensor_fingerprint, total_fingerprint
 from rlswitch.text import first_line
 from rlswitch.types import PolicyWeights
 
-LEARNED_FLOOR = 0.02
-LEARNED_CEILING = 0.5
+LEARNED_FLOOR, LEARNED_CEILING = 0.02, 0.5
 
 
 @dataclass(slots=True)
@@ -58,11 +55,11 @@ def check_fingerprint(weights: PolicyWeights, reports: Sequence[dict[str, Any]])
 
 
 def check_prefix_cache(weights: PolicyWeights, cached_tokens: int) -> None:
-    """Raises ProofError if the cache holds a token of prompts that older versions were given."""
+    """Raises ProofError if the cache still holds tokens of the prompts of older versions."""
     if cached_tokens:
         raise ProofError(
             f"{_push(weights)}: prefix cache: {cached_tokens} tokens would be served from keys and values"
-            " of older weights; the prefix cache was not reset: reset it after every push"
+            " of older weights: reset the prefix cache after every push"
         )
 
 
@@ -108,23 +105,20 @@ def _culprits(weights: PolicyWeights, received: dict[str, int]) -> str:
         return "nothing was loaded: reload_weights received no tensors"
     missing = sorted(weights.tensors.keys() - received.keys())
     wrong = sorted(name for name, value in received.items() if weights.tensors.get(name, value) != value)
-    if missing:
-        return f"tensors missing: {', '.join(missing[:3])} ({len(missing)} in all); {_files(weights)}"
-    if wrong:
-        return f"tensors differ: {', '.join(wrong[:3])} ({len(wrong)} in all); {_files(weights)}"
+    for what, names in (("missing", missing), ("differ", wrong)):
+        if names:
+            return f"tensors {what}: {', '.join(names[:3])} ({len(names)} in all); {_files(weights)}"
     return f"extra tensors: {', '.join(sorted(received.keys() - weights.tensors.keys())[:3])}"
 
 
 def _files(weights: PolicyWeights) -> str:
     if weights.initial_fingerprints is not None:
         return f"{weights.path} may have changed since the engine started: restart it"
-    found: dict[str, int] = {}
     try:
-        for name, tensor in checkpoint_tensors(weights.path):
-            found |= named_fingerprints([(name, tensor)])
+        found = total_fingerprint(tensor_fingerprint(it) for _, it in checkpoint_tensors(weights.path))
     except Exception as error:
         return f"the files in {weights.path} cannot be read ({error}): try switch.transport=disk"
-    if total_fingerprint(found.values()) == weights.fingerprint:
+    if found == weights.fingerprint:
         return (
             f"the files in {weights.path} are as published, so the engine loaded something else:"
             " pass weights_path with every reload"

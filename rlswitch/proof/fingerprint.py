@@ -6,8 +6,6 @@ vocabulary makes no difference. One changed bit anywhere changes the sum. It mis
 of the same shape: the canary catches those.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -23,12 +21,13 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FACTORS = (-7046029254386353131, -4658895280553007687)  # odd 64-bit constants of splitmix64
 
 
-def tensor_fingerprint(tensor: Tensor) -> int:
-    """Hash of a tensor's elements, any shape and dtype; 0 <= result < 2^64.
+def tensor_fingerprint(tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Hash of a tensor's elements, cast to `dtype` if they are floating; any shape; 0 <= result < 2^64.
 
     Example: tensor_fingerprint(torch.zeros(3)) == 0
     """
-    flat = tensor.detach().contiguous().view(-1)
+    cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+    flat = cast.detach().contiguous().view(-1)
     bits = flat.view(_BITS[flat.element_size()])
     total = 0
     for start in range(0, bits.numel(), _CHUNK):
@@ -51,8 +50,7 @@ def named_fingerprints(
         if tensor.numel() and storage in seen:
             continue
         seen[storage] = tensor
-        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        result[name] = tensor_fingerprint(cast)
+        result[name] = tensor_fingerprint(tensor, dtype)
     return result
 
 

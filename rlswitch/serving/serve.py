@@ -7,11 +7,9 @@
 docs/switching.md has the whole program.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +22,7 @@ from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.settings import engine_problems
 from rlswitch.engines.spec import EngineSpec, engine_spec
 from rlswitch.engines.start import check_engine, start_engine
-from rlswitch.engines.vllm.address import parse_url
-from rlswitch.engines.vllm.client import Client
-from rlswitch.engines.vllm.watch import at_work
+from rlswitch.engines.vllm.server import connected
 from rlswitch.errors import ConfigError
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -110,9 +106,9 @@ def frozen_spec(
         found.append("level = auto: is for training, where weights change; set 1 (in RAM) or 2 (on disk)")
     if found:
         raise ConfigError(*found)
-    if is_address:
-        with closing(Client(parse_url(model), at_work(engine))) as client:
-            config.path = client.get("/v1/models")["data"][0]["root"]
+    if isinstance(engine, ServerEngineConfig) and engine.url:
+        with connected(engine) as client:
+            config.path = client.model()
     path = resolve_model(config, print)
     limit = context_of(read_config(config, path)) or MAX_MODEL_LEN
     spec = engine_spec(

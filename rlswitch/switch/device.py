@@ -3,12 +3,11 @@
 Without a GPU the "device" is host memory, so the code above works unchanged.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Self
 
 import psutil
 import torch
@@ -20,7 +19,7 @@ class Device:
     """`cuda` or `cpu`."""
 
     @classmethod
-    def detect(cls) -> Device:
+    def detect(cls) -> Self:
         return cls("cuda" if torch.cuda.is_available() else "cpu")
 
     @property
@@ -71,17 +70,12 @@ def resident_bytes(pids: list[int]) -> int:
     """Total resident memory of these processes; one that has ended counts as 0."""
     total = 0
     for pid in pids:
-        try:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        except (OSError, IndexError):
-            continue
-        total += pages * 4096
+        with suppress(psutil.NoSuchProcess):
+            total += psutil.Process(pid).memory_info().rss
     return total
 
 
 def trim_heap() -> None:
     """Returns memory that glibc has freed but kept to the kernel; does nothing with other C libraries."""
-    try:
+    with suppress(OSError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except OSError:
-        return

@@ -4,8 +4,6 @@ trace.json opens in chrome://tracing or Perfetto. The format does not need the c
 run leaves a readable trace.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections import defaultdict
@@ -13,33 +11,24 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlswitch.records.jsonl import LineFile, replacing, trim
 from rlswitch.switch.device import Device, resident_bytes
 
 SWITCH = "switch.jsonl"
 
-SWITCH_PHASES = (
-    "restart",
-    "offload",
-    "publish",
-    "wake_weights",
-    "reload",
-    "verify",
-    "wake_kv_cache",
-    "reset_prefix_cache",
-    "sleep",
-    "onload",
+SWITCH_PHASES = tuple(
+    "restart offload publish wake_weights reload verify wake_kv_cache reset_prefix_cache sleep onload".split()
 )
-WORK_PHASES = ("rollout", "reward", "prepare", "update", "evaluation", "checkpoint")
+WORK_PHASES = tuple("rollout reward prepare update evaluation checkpoint".split())
 
 
 @dataclass(slots=True)
 class Phase:
-    """A running phase."""
+    """A running phase, and how many bytes it moved: set inside the `with` block."""
 
     bytes: int = 0
-    """How many it moved; set inside the `with` block."""
 
 
 class Ledger:
@@ -56,11 +45,11 @@ class Ledger:
         self.on_phase: Callable[[str], None] = lambda name: None
         trim(output_dir / SWITCH, kept if kept > 0 else -1)
         self._switch_log = LineFile(output_dir / SWITCH)
-        self._trace = Trace(output_dir / "trace.json", fresh=kept == 0)
+        self._trace = _open_trace(output_dir / "trace.json", fresh=kept == 0)
         self._seconds: dict[str, float] = defaultdict(float)
-        self._bytes = 0
         self._working = ""
-        self._step_began = self._origin = time.monotonic()
+        self._origin = time.monotonic()
+        self.restart()
 
     def restart(self) -> None:
         """Discards what was counted since the last record."""
@@ -131,8 +120,7 @@ class Ledger:
 
         A checkpoint is saved after its step's record, so its seconds appear in the next one.
         """
-        step = time.monotonic() - self._step_began
-        switch = self._switch_seconds()
+        step, switch = time.monotonic() - self._step_began, self._switch_seconds()
         metrics = {f"switch/{name}_s": self._seconds[name] for name in SWITCH_PHASES}
         metrics |= {"switch/total_s": switch, "switch/bytes": self._bytes}
         metrics |= {"switch/share": switch / step if step > 0 else 0.0}
@@ -144,28 +132,16 @@ class Ledger:
         return sum(self._seconds[name] for name in SWITCH_PHASES)
 
     def _trace_event(self, name: str, lane: str, began: float, seconds: float, arguments: dict) -> None:
-        event = {
-            "name": name,
-            "cat": lane,
-            "ph": "X",
-            "ts": round((began - self._origin) * 1e6),
-            "dur": round(seconds * 1e6),
-            "pid": os.getpid(),
-            "tid": lane,
-            "args": arguments,
-        }
-        self._trace.append(event)
+        event: dict[str, Any] = {"name": name, "cat": lane, "ph": "X"}
+        event |= {"ts": round((began - self._origin) * 1e6), "dur": round(seconds * 1e6)}
+        event |= {"pid": os.getpid(), "tid": lane, "args": arguments}
+        self._trace.append([event])
 
 
-class Trace:
-    """Appends events to a Chrome trace, a JSON array without its closing bracket."""
-
-    def __init__(self, path: Path, fresh: bool):
-        old = path.read_bytes().splitlines() if path.exists() and not fresh else []
-        whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may cut the last line short
-        with replacing(path) as file:
-            file.write(b"\n".join([b"[", *whole]) + b"\n")
-        self._events = LineFile(path, end=",\n")
-
-    def append(self, event: dict) -> None:
-        self._events.append([event])
+def _open_trace(path: Path, fresh: bool) -> LineFile:
+    """A Chrome trace to append to: a JSON array without its closing bracket."""
+    old = path.read_bytes().splitlines() if path.exists() and not fresh else []
+    whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may cut the last line short
+    with replacing(path) as file:
+        file.write(b"\n".join([b"[", *whole]) + b"\n")
+    return LineFile(path, end=",\n")

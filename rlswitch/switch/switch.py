@@ -1,7 +1,5 @@
 """Who holds the accelerator. A tenant has the whole device or none of it."""
 
-from __future__ import annotations
-
 from typing import Protocol
 
 from rlswitch.errors import SwitchError
@@ -36,8 +34,7 @@ class Switch:
 
         Raises SwitchError if the holder keeps memory, which the next tenant would run out of mid-work.
         """
-        source = self.holder.name if self.holder else ""
-        with self.ledger.between(source, tenant.name):
+        with self.ledger.between(self.holder.name if self.holder else "", tenant.name):
             if self.holder is not tenant:
                 self._empty(tenant.name)
             self.holder = tenant
@@ -49,12 +46,10 @@ class Switch:
             self._empty("the next tenant")
 
     def _empty(self, successor: str) -> None:
-        holder = self.holder
-        if holder is None:
+        if (holder := self.holder) is None:
             return
         holder.release()
-        held = holder.unreleased()
-        if held:  # it stays the holder, so a retry cannot skip it
+        if held := holder.unreleased():  # it stays the holder, so a retry cannot skip it
             raise SwitchError(
                 f"{holder.name} did not give the device back: {held}; {successor} was not started."
                 f" Holders now: {self.ledger.device.describe_holders()}"

@@ -9,7 +9,7 @@ from runs import finish, program
 from samples import greedy
 
 from rlswitch.engines.spec import Launch
-from rlswitch.engines.vllm.launcher import launched
+from rlswitch.engines.vllm.server import launched
 from rlswitch.serving.serve import frozen_spec
 from rlswitch.switch.device import Device
 

@@ -14,7 +14,7 @@ from worker import HUNG
 
 from rlswitch.engines.backend import Backend
 from rlswitch.engines.engine import Engine, State
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.errors import EngineError
 from rlswitch.processes.group import ProcessGroup
 from rlswitch.types import Group, PolicyWeights, Prompt, Sampling
@@ -35,7 +35,7 @@ class Mortal:
         self.engine = self.restarting(bench.engine(), self.start)
 
     def restarting(self, engine: Engine, start: Callable[[], Backend]) -> RestartingEngine:
-        return RestartingEngine(engine, RestartPolicy(start=start, limit=2, log=self.said.append))
+        return RestartingEngine(engine, start, limit=2, log=self.said.append)
 
     def start(self) -> Backend:
         backend = self.bench.start()
@@ -70,7 +70,7 @@ def told(groups: list[Group]) -> list[tuple]:
 def turn(engine: RestartingEngine, weights: PolicyWeights) -> list[tuple]:
     """One turn on the device: woken, pushed, proven, asked, and asleep again."""
     engine.acquire(weights)
-    assert engine.proven and engine.version == weights.version
+    assert engine.engine.proven and engine.version == weights.version
     groups = engine.generate(PROMPTS, SAMPLING)
     engine.release()
     return told(groups)
@@ -142,7 +142,7 @@ def test_a_step_may_have_more_tokens_than_vllm_takes_at_once(mortal: Mortal) -> 
 def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch, engine: str) -> None:
     note = tmp_path / "pids"
     monkeypatch.setenv(HUNG, str(note))
-    monkeypatch.setattr("rlswitch.engines.vllm.launcher.SHUTDOWN_SECONDS", 1.0)  # it does not hear SIGTERM
+    monkeypatch.setattr("rlswitch.engines.vllm.server.SHUTDOWN_SECONDS", 1.0)  # it does not hear SIGTERM
     for seconds in (12, 60, 300):
         with (
             pytest.raises(EngineError, match=rf"did not start: .*engine.start_timeout_s = {seconds}"),

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from bench import Bench, open_bench
 
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import EngineSpec, Launch
-from rlswitch.engines.vllm.launcher import check_server
-from rlswitch.engines.vllm.server import ServerBackend
+from rlswitch.engines.vllm.server import ServerBackend, check_server
 from rlswitch.errors import ConfigError, EngineError, EngineLost
 from rlswitch.types import Prompt, Sampling
 
@@ -72,8 +71,9 @@ def test_what_a_server_says_that_was_started_again_meanwhile_is_not_taken(bench:
         engine.generate(PROMPTS, SAMPLING)
     engine.close()
     said: list[str] = []
-    policy = RestartPolicy(start=lambda: attach(bench, tmp_path).backend, limit=1, log=said.append)
-    engine = RestartingEngine(attach(bench, tmp_path).engine(), policy)
+    engine = RestartingEngine(
+        attach(bench, tmp_path).engine(), lambda: attach(bench, tmp_path).backend, limit=1, log=said.append
+    )
     engine.backend.sleep("2")
     engine.acquire(attached.publish(noise=0.0))
     engine.backend.collective_rpc("restart")

@@ -17,7 +17,7 @@ from samples import make_spec
 from rlswitch.config.sections import EngineConfig, ModelConfig, SwitchConfig
 from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.engine import Engine, State
-from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import Launch, engine_spec
 from rlswitch.engines.start import BACKENDS, start_engine
 from rlswitch.errors import EngineError, EngineLost, ProofError, SwitchError
@@ -440,8 +440,7 @@ def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], li
 
         engine.backend = backends[0] = MortalBackend(shelf=engine.backend.shelf, loaded=engine.base_weights)
         engine.backend.dies_in = dies[0]
-        policy = RestartPolicy(start=start, limit=limit, log=said.append)
-        return RestartingEngine(engine, policy), backends, said
+        return RestartingEngine(engine, start, limit, said.append), backends, said
 
     return make
 
@@ -475,7 +474,7 @@ def test_an_engine_lost_in_a_push_is_pushed_to_again_and_proven(mortal, verb: st
     engine.acquire(WEIGHTS[1])
     assert first.log[-2:] == [verb, "abandon"]
     assert engine.backend.log == ["start", "sleep 2", *PUSH]
-    assert (engine.version, engine.proven, engine.restarts) == (1, True, 1)
+    assert (engine.version, engine.engine.proven, engine.restarts) == (1, True, 1)
     assert said == [f"rollout engine is lost and will be restarted: vLLM has died ({verb})"]
 
 
@@ -483,9 +482,9 @@ def test_an_engine_that_was_started_again_proves_its_first_push_again(mortal):
     engine, _, _ = mortal(["generate"], verify="first")
     for version in (1, 2):
         engine.acquire(WEIGHTS[version])
-    assert not engine.proven
+    assert not engine.engine.proven
     engine.generate(PROMPTS, SAMPLING)
-    assert (engine.restarts, engine.version, engine.proven) == (1, 2, True)
+    assert (engine.restarts, engine.version, engine.engine.proven) == (1, 2, True)
     assert engine.backend.log == ["start", "sleep 2", *PUSH, "generate"]
 
 
@@ -518,7 +517,7 @@ def test_a_frozen_engine_that_is_lost_proves_its_checkpoint_again(mortal):
     engine.acquire(None)
     engine.generate(PROMPTS, SAMPLING)
     assert backends[1].log == ["start", "sleep 1", *PUSH, "generate"]
-    assert engine.proven and engine.version == 0
+    assert engine.engine.proven and engine.version == 0
 
 
 @pytest.mark.parametrize("verb", ["start", "wake weights", "generate"])

@@ -1,20 +1,15 @@
 """Addresses of servers: on this machine only, unless the user allows others."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import socket
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 from rlswitch.errors import ConfigError
 
 MAX_SOCKET_PATH = 107  # bytes, of the kernel's sockaddr_un
-UNPROTECTED = (
-    "vLLM's control endpoints have no authentication (--api-key does not cover them): whoever reaches"
-    " them can replace the weights, read the prompts and run methods of the workers"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,26 +24,25 @@ class Address:
     @property
     def is_local(self) -> bool:
         """Whether only this machine can reach it. Of host names only localhost counts."""
-        if self.socket or self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        with suppress(ValueError):
+            return bool(self.socket) or ipaddress.ip_address(self.host).is_loopback
+        return self.host == "localhost"
 
     @property
     def identity(self) -> str:
         """Equal for every spelling of the same place."""
-        if self.socket:
-            return f"unix:{os.path.realpath(self.socket)}"
-        return f"{'loopback' if self.is_local else self.host.lower()}:{self.port}"
+        host = "loopback" if self.is_local else self.host.lower()
+        return f"unix:{os.path.realpath(self.socket)}" if self.socket else f"{host}:{self.port}"
 
     @property
     def base_url(self) -> str:
-        if self.socket:
-            return "http://localhost"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return "http://localhost" if self.socket else f"{self.scheme}://{host}:{self.port}"
+
+    @property
+    def flags(self) -> list[str]:
+        """What makes `vllm serve` listen here."""
+        return [f"--uds={self.socket}"] if self.socket else [f"--host={self.host}", f"--port={self.port}"]
 
     def __str__(self) -> str:
         return f"unix:{self.socket}" if self.socket else self.base_url
@@ -75,10 +69,19 @@ def parse_listen(text: str) -> Address | None:
     return Address(host=parts.hostname, port=parts.port)
 
 
-def free_port(listen: str) -> int | None:
-    """The port to listen on, any free one for port 0; None for `socket`. Raises ConfigError."""
+def choose_address(listen: str, directory: str) -> Address:
+    """Where to launch a server: a socket in `directory`, or `listen` with a free port for 0.
+
+    Raises ConfigError if nothing can listen there.
+    """
     if (address := parse_listen(listen)) is None:
-        return None
+        path = f"{directory}/vllm.sock"
+        if len(path.encode()) > MAX_SOCKET_PATH:
+            raise ConfigError(
+                f"engine.listen = socket: {path} is too long for a Unix socket; set the environment"
+                " variable TMPDIR to a shorter directory, or engine.listen=127.0.0.1:0"
+            )
+        return Address(socket=path)
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:
         try:
             probe.bind((address.host, address.port))
@@ -87,4 +90,4 @@ def free_port(listen: str) -> int | None:
                 f"engine.listen = {listen}: cannot listen there: {error.strerror}; set another port, or 0 for"
                 " any free one"
             ) from error
-        return int(probe.getsockname()[1])
+        return replace(address, port=probe.getsockname()[1])

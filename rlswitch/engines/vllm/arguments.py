@@ -1,7 +1,5 @@
 """What vLLM is started with, in process or as a server: arguments, flags, environment."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,15 +1,14 @@
-"""What all ways of driving vLLM share: which of its calls make up each verb."""
-
-from __future__ import annotations
+"""What both ways of driving vLLM share: the calls behind each verb."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from rlswitch.engines.backend import Backend, warm_up
+from rlswitch.engines.backend import Backend, Completion, Request, warm_up
 from rlswitch.engines.spec import Launch
 from rlswitch.errors import EngineError
 from rlswitch.proof.fingerprint import checkpoint_elements
@@ -24,7 +23,9 @@ class VLLMBackend(Backend):
         self.elsewhere = elsewhere
         self.stop_token_ids = stop_tokens(launch.spec.model_path, launch.tokenizer)
         self.workers = self.collective_rpc("memory")
+        self.pids = [] if elsewhere else [worker["pid"] for worker in self.workers]
         self.facts = self.collective_rpc("facts")[0]
+        self.block_size = self.facts["block_size"]
         itemsize = getattr(torch, self.facts["dtype"]).itemsize
         elements = 0 if elsewhere else checkpoint_elements(Path(launch.spec.model_path))
         self.weight_bytes = itemsize * elements
@@ -38,62 +39,49 @@ class VLLMBackend(Backend):
         """Calls a method of every worker by name; one result per worker."""
 
     @abstractmethod
-    def _sleep(self, level: int) -> None:
-        """vLLM's level 0 (pause), 1 or 2."""
-
-    @abstractmethod
-    def _release_kv_cache(self) -> None:
-        """Frees the KV cache of a paused engine."""
-
-    @abstractmethod
-    def _wake_up(self, tag: str) -> None:
-        """One of vLLM's tags: weights, kv_cache or scheduling."""
+    def call(self, verb: str, **arguments: Any) -> Any:
+        """Calls the method of vllm.LLM or the endpoint `verb`; returns its success, if it reports that."""
 
     @abstractmethod
     def _is_sleeping(self) -> bool:
         """Whether anything is asleep, or the scheduler is paused."""
 
-    @property
-    def pids(self) -> list[int]:
-        return [] if self.elsewhere else [worker["pid"] for worker in self.workers]
-
-    @property
-    def block_size(self) -> int:
-        return self.facts["block_size"]
+    @abstractmethod
+    def _run(
+        self, prompts: Sequence[list[int]], parameters: Sequence[dict[str, Any]], into: dict[int, Completion]
+    ) -> None:
+        """As `generate`, with SamplingParams' arguments for each prompt."""
 
     def sleeping_bytes(self, level: str) -> int:
-        if self.elsewhere:
+        if self.elsewhere or level == "0":
             return 0
         if self.device.kind == "cuda":  # device memory is that of the first GPU
             worker = self.workers[0]
-            freed = {"0": 0, "kv": worker["kv_bytes"]}
-            return freed.get(level, worker["kv_bytes"] + worker["weight_bytes"])
-        kv = sum(worker["kv_bytes"] for worker in self.workers)
+            return worker["kv_bytes"] + (0 if level == "kv" else worker["weight_bytes"])
         # On a CPU level 1 frees no weights: they are in host memory already.
-        return {"0": 0}.get(level, kv) + (self.weight_bytes if level == "2" else 0)
+        kv_bytes = sum(worker["kv_bytes"] for worker in self.workers)
+        return kv_bytes + (self.weight_bytes if level == "2" else 0)
 
     def sleep(self, level: str) -> None:
-        if level in ("0", "kv"):
-            self._sleep(0)
-            self.paused = True
-            if level == "kv":
-                self._release_kv_cache()
-                self.asleep = {"kv_cache"}
-            return
-        self._sleep(int(level))
-        self.asleep = {"weights", "kv_cache"}
+        self.paused = level in ("0", "kv")
+        self.call("sleep", level=0 if self.paused else int(level))
+        if level == "kv":
+            self.call("release_kv_cache_memory")
+        self.asleep = {"0": set(), "kv": {"kv_cache"}}.get(level, {"weights", "kv_cache"})
 
     def wake(self, tag: str) -> None:
         if tag in self.asleep:
             # One tag per call, and only one that sleeps: vLLM 0.20-0.27 would map it twice.
             if self.device.kind == "cuda":
                 self.device.reclaim()  # mapping cannot use memory that torch's allocator caches
-            self._wake_up(tag)
+            self.call("wake_up", tags=[tag])
             self.asleep.discard(tag)
-        if tag == "kv_cache" and self.paused:
-            self._wake_up("scheduling")
+        if tag != "kv_cache":
+            return
+        if self.paused:
+            self.call("wake_up", tags=["scheduling"])
             self.paused = False
-        if tag == "kv_cache" and self._is_sleeping():
+        if self._is_sleeping():
             raise EngineError("vLLM reports that it is asleep after every tag was woken: generate would hang")
 
     def reload(self, path: Path) -> None:
@@ -101,6 +89,33 @@ class VLLMBackend(Backend):
 
     def fingerprint(self) -> list[dict[str, Any]]:
         return self.collective_rpc("fingerprint")
+
+    def reset_prefix_cache(self) -> bool:
+        return bool(self.call("reset_prefix_cache"))
+
+    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
+        parameters = [
+            {
+                "temperature": request.temperature,
+                "seed": request.seed,
+                "max_tokens": request.max_new_tokens,
+                "stop_token_ids": self.stop_token_ids,
+            }
+            for request in requests
+        ]
+        self._run([request.token_ids for request in requests], parameters, into)
+
+    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
+        return [it.prompt_logprobs for it in self._probe(sequences, prompt_logprobs=0)]
+
+    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
+        return sum(it.cached_tokens for it in self._probe(sequences))
+
+    def _probe(self, sequences: Sequence[list[int]], **more: int) -> list[Completion]:
+        """Runs the sequences as prompts that generate one token each."""
+        completions: dict[int, Completion] = {}
+        self._run(sequences, [{"temperature": 0.0, "max_tokens": 1, **more}] * len(sequences), completions)
+        return [completions[index] for index in range(len(sequences))]
 
 
 def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

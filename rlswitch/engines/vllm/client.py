@@ -1,7 +1,5 @@
 """A synchronous client of one vLLM server: JSON over HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import Callable, Sequence
@@ -15,12 +13,10 @@ from rlswitch.engines.vllm.address import Address
 from rlswitch.engines.vllm.watch import Deadline
 from rlswitch.errors import EngineError, EngineLost
 from rlswitch.processes.output import tail
+from rlswitch.text import first_line
 
-MAX_IN_FLIGHT = 256
-"""Requests in flight: about as many as vLLM runs at once, without too many connections."""
-
-CONNECT_SECONDS = 10.0
-PROBE_SECONDS = 10.0
+MAX_IN_FLIGHT = 256  # about as many as vLLM runs at once, without too many connections
+CONNECT_SECONDS = PROBE_SECONDS = 10.0
 KEEP_ALIVE_SECONDS = 2.0  # vLLM closes a connection after 5 idle seconds; a request must not hit that
 
 
@@ -28,9 +24,7 @@ class Client:
     """Every call ends: with a reply, EngineError for an error status, or EngineLost if no reply comes."""
 
     def __init__(self, address: Address, deadline: Deadline, log_path: Path | None = None):
-        self.address = address
-        self.deadline = deadline
-        self.log_path = log_path
+        self.address, self.deadline, self.log_path = address, deadline, log_path
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.session = self.runner.run(self._open())
 
@@ -45,32 +39,35 @@ class Client:
         except (EngineError, TimeoutError):
             return None
 
-    def get(self, path: str) -> Any:
-        return self.runner.run(self._ask("GET", path))
-
     def post(self, path: str, body: Any = None, **query: str | int) -> Any:
         return self.runner.run(self._ask("POST", path, body, query))
 
-    def post_all(self, path: str, bodies: Sequence[Any], take: Callable[[int, Any], None]) -> list[Any]:
-        """The replies in the order of `bodies`, at most MAX_IN_FLIGHT at a time.
+    def rpc(self, method: str, **kwargs: Any) -> list[Any]:
+        """Calls a method of every worker by name; one result per worker."""
+        return self.post("/collective_rpc", {"method": method, "kwargs": kwargs})["results"]
 
-        `take` gets each one with its index when it arrives, even if others fail.
-        """
+    def is_sleeping(self) -> bool:
+        return self.runner.run(self._ask("GET", "/is_sleeping"))["is_sleeping"]
 
-        async def ask(index: int, body: Any) -> Any:
-            answer = await self._ask("POST", path, body)
-            take(index, answer)
-            return answer
+    def model(self) -> str:
+        """The model that it serves, as it was named at its start."""
+        return self.runner.run(self._ask("GET", "/v1/models"))["data"][0]["root"]
 
-        async def gather() -> list[Any]:
+    def post_all(self, path: str, bodies: Sequence[Any], take: Callable[[int, Any], None]) -> None:
+        """At most MAX_IN_FLIGHT at a time; `take` gets each reply and its index, even if others fail."""
+
+        async def ask(index: int, body: Any) -> None:
+            take(index, await self._ask("POST", path, body))
+
+        async def gather() -> None:
             tasks = [asyncio.create_task(ask(index, body)) for index, body in enumerate(bodies)]
             try:
-                return await asyncio.gather(*tasks)
+                await asyncio.gather(*tasks)
             finally:
                 for task in tasks:  # the rest, if one has failed
                     task.cancel()
 
-        return self.runner.run(gather())
+        self.runner.run(gather())
 
     async def _open(self) -> aiohttp.ClientSession:
         limits: dict[str, Any] = {"limit": MAX_IN_FLIGHT, "keepalive_timeout": KEEP_ALIVE_SECONDS}
@@ -86,9 +83,7 @@ class Client:
 
     async def _send(self, method: str, path: str, body: Any = None, query: Any = None) -> tuple[int, str]:
         # Limits silence, not the total: a request may wait in vLLM's queue while others are served.
-        timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=self.deadline.seconds
-        )
+        timeout = aiohttp.ClientTimeout(sock_connect=CONNECT_SECONDS, sock_read=self.deadline.seconds)
         try:
             async with self.session.request(
                 method, path, json=body, params=query, allow_redirects=False, timeout=timeout
@@ -97,7 +92,7 @@ class Client:
         except aiohttp.SocketTimeoutError as error:
             raise EngineLost(self._failure(path, f"was silent for {self.deadline}")) from error
         except (aiohttp.ClientError, OSError) as error:  # includes a connection that timed out
-            what = f"cannot be reached: {error or type(error).__name__}"
+            what = f"cannot be reached: {first_line(error)}"
             raise EngineLost(self._failure(path, what)) from error
 
     def _failure(self, path: str, what: str) -> str:

@@ -5,8 +5,6 @@ machine. A worker that frees memory makes the loop testable without a GPU: level
 weights are in host memory already), level 2 the weights as well.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -15,20 +13,18 @@ from torch import Tensor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from rlswitch.engines.vllm.worker import engine_facts, identify, live_fingerprint, recording
+from rlswitch.engines.vllm.worker import ProvenWorker
 from rlswitch.switch.device import trim_heap
 
 EMPTY = torch.empty(0)
 
 
-class SleepingCPUWorker(CPUWorker):
-    """CPUWorker with sleep, wake_up and discard that move memory, and the proof's methods."""
+class SleepingCPUWorker(ProvenWorker, CPUWorker):
+    """A ProvenWorker on a CPU with sleep, wake_up and discard that move memory."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.identity = identify(self.distributed_init_method)
-        self.received: dict[str, int] = {}
-        self.kv_sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        self.kv_sizes: list[tuple[torch.UntypedStorage, int]] = []
         self.parameter_forms: dict[str, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
 
     def sleep(self, level: int = 1) -> None:
@@ -36,7 +32,11 @@ class SleepingCPUWorker(CPUWorker):
 
     def discard(self, tags: tuple[str, ...]) -> None:
         if "kv_cache" in tags:
-            self._drop_kv_cache()
+            for tensor in self.model_runner.kv_caches:
+                storage = tensor.untyped_storage()
+                if size := storage.nbytes():  # 0: shared with a layer before, or asleep already
+                    self.kv_sizes.append((storage, size))
+                    storage.resize_(0)  # the layers keep their views, which wake_up fills again
         if "weights" in tags:
             self._drop_weights()
         trim_heap()
@@ -45,38 +45,20 @@ class SleepingCPUWorker(CPUWorker):
         if tags is None or "weights" in tags:
             self._restore_weights()
         if tags is None or "kv_cache" in tags:
-            self._restore_kv_cache()
+            for storage, size in self.kv_sizes:
+                storage.resize_(size)
+                # Touches every page, so that the memory is held as on a GPU.
+                torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
+            self.kv_sizes.clear()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
-            super().reload_weights(*args, **kwargs)
+        super().reload_weights(*args, **kwargs)
         self._repack_shared_weights()
 
     def fingerprint(self) -> dict[str, Any]:
-        packed = any(layer.weight.numel() == 0 for layer in self._packed_linears())
-        live = None if packed else live_fingerprint(self.get_model(), self.model_config.dtype)
-        return {"received": self.received, "live": live}
-
-    def facts(self) -> dict[str, Any]:
-        return engine_facts(self.vllm_config)
-
-    def memory(self) -> dict[str, Any]:
-        return self.identity | {"kv_bytes": sum(it.nbytes() for it in self._kv_storages().values())}
-
-    def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
-        return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}
-
-    def _drop_kv_cache(self) -> None:
-        for key, storage in self._kv_storages().items():
-            self.kv_sizes[key] = (storage, storage.nbytes())
-            storage.resize_(0)  # the layers keep their views, which _restore_kv_cache fills again
-
-    def _restore_kv_cache(self) -> None:
-        for storage, size in self.kv_sizes.values():
-            storage.resize_(size)
-            # Touches every page, so that the memory is held as on a GPU.
-            torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
-        self.kv_sizes.clear()
+        if any(layer.weight.numel() == 0 for layer in self._packed_linears()):
+            return {"received": self.received, "live": None}
+        return super().fingerprint()
 
     def _drop_weights(self) -> None:
         for name, parameter in self.get_model().named_parameters():

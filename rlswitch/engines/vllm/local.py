@@ -1,7 +1,5 @@
 """vllm.LLM, its engine core in a process of its own."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import tempfile
@@ -11,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlswitch.engines.backend import Completion, Request
+from rlswitch.engines.backend import Completion
 from rlswitch.engines.spec import EngineSpec, Launch
 from rlswitch.engines.vllm.arguments import RPC_PATH, environment, llm_arguments, starts_warm
 from rlswitch.engines.vllm.backend import VLLMBackend
@@ -69,95 +67,43 @@ class LocalBackend(VLLMBackend):
                 del os.environ[RPC_PATH]  # the next engine has its own directory
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
-        with self._call(method):
+        with self._guarded(method):
             return self.llm.collective_rpc(method, kwargs=kwargs)
 
-    def reset_prefix_cache(self) -> bool:
-        with self._call("reset_prefix_cache"):
-            return bool(self.llm.reset_prefix_cache())
-
-    def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
-        parameters = [
-            _parameters(
-                temperature=request.temperature,
-                seed=request.seed,
-                max_tokens=request.max_new_tokens,
-                logprobs=0,
-                stop_token_ids=self.stop_token_ids,
-            )
-            for request in requests
-        ]
-
-        def take(index: int, output: Any) -> None:
-            completion = output.outputs[0]
-            tokens = list(completion.token_ids)
-            into[index] = Completion(
-                token_ids=tokens,
-                logprobs=_logprobs_of(tokens, completion.logprobs or []),
-                finish_reason=completion.finish_reason or "unfinished",
-            )
-
-        self._run([request.token_ids for request in requests], parameters, take)
-
-    def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        outputs = self._run(sequences, _parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0))
-        return [
-            _logprobs_of(sequence[1:], output.prompt_logprobs[1:])
-            for output, sequence in zip(outputs, sequences, strict=True)
-        ]
-
-    def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
-        outputs = self._run(sequences, _parameters(temperature=0.0, max_tokens=1))
-        return sum(output.num_cached_tokens or 0 for output in outputs)
+    def call(self, verb: str, **arguments: Any) -> Any:
+        with self._guarded(verb):
+            return getattr(self.llm, verb)(**arguments)
 
     def close(self) -> None:
         # timeout=0: otherwise vLLM's processes take seconds to shut down.
         self.family.end(ask=lambda: self.llm.llm_engine.engine_core.shutdown(timeout=0))
         self.sockets.cleanup()
 
-    def _sleep(self, level: int) -> None:
-        with self._call("sleep"):
-            self.llm.sleep(level=level)
-
-    def _release_kv_cache(self) -> None:
-        with self._call("release_kv_cache_memory"):
-            self.llm.release_kv_cache_memory()
-
-    def _wake_up(self, tag: str) -> None:
-        with self._call("wake_up"):
-            self.llm.wake_up(tags=[tag])
-
     def _is_sleeping(self) -> bool:
-        with self._call("is_sleeping"):
+        with self._guarded("is_sleeping"):
             return self.llm.llm_engine.is_sleeping()
 
     def _run(
-        self,
-        prompts: Sequence[list[int]],
-        parameters: Any,
-        take: Callable[[int, Any], None] = lambda index, output: None,
-    ) -> list[Any]:
-        """The outputs in the order of `prompts`; `take` gets each one with its index when it finishes.
+        self, prompts: Sequence[list[int]], parameters: Sequence[dict[str, Any]], into: dict[int, Completion]
+    ) -> None:
+        # LLM.generate does the same, but returns nothing before the last request has finished.
+        from vllm import SamplingParams
 
-        LLM.generate does the same, but returns nothing before the last one has finished.
-        """
-        outputs: dict[int, Any] = {}
-        with self._call("generate") as hear:
+        with self._guarded("generate") as hear:
             names = self.llm.enqueue(
-                [{"prompt_token_ids": tokens} for tokens in prompts], parameters, use_tqdm=False
+                [{"prompt_token_ids": tokens} for tokens in prompts],
+                [SamplingParams(detokenize=False, logprobs=0, **it) for it in parameters],
+                use_tqdm=False,
             )
             order = {_number(name): index for index, name in enumerate(names)}
             while self.llm.llm_engine.has_unfinished_requests():
                 for output in self.llm.llm_engine.step():
                     if output.finished:
-                        index = order[_number(output.request_id)]
-                        outputs[index] = output
-                        take(index, output)
+                        into[order[_number(output.request_id)]] = _completion(output)
                 hear()
-        return [outputs[index] for index in range(len(prompts))]
 
     @contextmanager
-    def _call(self, what: str) -> Iterator[Callable[[], None]]:
+    def _guarded(self, what: str) -> Iterator[Callable[[], None]]:
         """Raises EngineLost if vLLM dies or falls silent inside, EngineError if it reports a failure."""
         try:
             with guard(self.family.vital, self.deadline) as hear:
@@ -201,15 +147,20 @@ def check_features(spec: EngineSpec) -> None:
         )
 
 
-def _parameters(**settings: Any) -> Any:
-    from vllm import SamplingParams
+def _completion(output: Any) -> Completion:
+    completion = output.outputs[0]
+    return Completion(
+        token_ids=list(completion.token_ids),
+        logprobs=_logprobs(completion.token_ids, completion.logprobs or []),
+        finish_reason=completion.finish_reason or "unfinished",
+        prompt_logprobs=_logprobs(output.prompt_token_ids[1:], (output.prompt_logprobs or [])[1:]),
+        cached_tokens=output.num_cached_tokens or 0,
+    )
 
-    return SamplingParams(detokenize=False, **settings)
 
-
-def _logprobs_of(tokens: Sequence[int], positions: Sequence[Any]) -> list[float]:
+def _logprobs(tokens: Sequence[int], positions: Sequence[Any]) -> list[float]:
     """The log-probability of each token, from vLLM's candidates at its position."""
-    return [position[token].logprob for position, token in zip(positions, tokens, strict=True)]
+    return [position[token].logprob for position, token in zip(positions, tokens, strict=False)]
 
 
 def _number(request_id: str) -> int:

@@ -4,8 +4,6 @@ vLLM's synchronous client waits for an answer without a limit, even after its en
 its monitor thread closes the sockets and does not wake the caller. A signal does.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 import time
@@ -35,7 +33,6 @@ class Deadline(NamedTuple):
 
 
 def at_start(settings: EngineConfig) -> Deadline:
-    """The start has its own limit: its first forward passes compile and allocate."""
     return Deadline("engine.start_timeout_s", settings.start_timeout_s)
 
 
@@ -47,8 +44,54 @@ class _Interrupted(BaseException):
     """Raised by the signal; not an Exception, so that no library on the way handles it."""
 
 
+def has_ended(processes: Sequence[psutil.Process]) -> bool:
+    """Whether one of them is gone or a zombie."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                continue
+        return True
+    return False
+
+
+class Guard(threading.Thread):
+    """Watches processes while the thread that made it waits for them."""
+
+    def __init__(self, processes: Sequence[psutil.Process], deadline: Deadline):
+        super().__init__(name="rlswitch-guard", daemon=True)
+        self.reason = ""
+        self._processes, self._deadline = processes, deadline
+        self._heard = time.monotonic()
+        self._caller = threading.get_ident()
+        self._over = threading.Event()
+
+    def hear(self) -> None:
+        self._heard = time.monotonic()
+
+    def stop(self) -> None:
+        self._over.set()
+        if self.ident is not None:  # it has been started
+            self.join()
+
+    def run(self) -> None:
+        while not self._over.is_set():
+            if has_ended(self._processes):
+                self.reason = "has died"
+            elif time.monotonic() - self._heard > self._deadline.seconds:
+                self.reason = f"was silent for {self._deadline}"
+            if self.reason:
+                signal.pthread_kill(self._caller, INTERRUPT)
+                return
+            self._over.wait(LOOK_SECONDS)
+
+
 _guarded: Guard | None = None
 """The call that the main thread is in."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    if _guarded is not None and _guarded.reason:
+        raise _Interrupted
 
 
 @contextmanager
@@ -62,8 +105,7 @@ def guard(processes: Sequence[psutil.Process], deadline: Deadline) -> Iterator[C
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    if signal.getsignal(INTERRUPT) is not _interrupt:
-        signal.signal(INTERRUPT, _interrupt)
+    signal.signal(INTERRUPT, _interrupt)
     call = Guard(processes, deadline)
     try:
         try:
@@ -80,52 +122,3 @@ def guard(processes: Sequence[psutil.Process], deadline: Deadline) -> Iterator[C
         raise
     finally:
         call.stop()
-
-
-def has_ended(processes: Sequence[psutil.Process]) -> bool:
-    """Whether one of them is gone or a zombie."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-                continue
-        return True
-    return False
-
-
-class Guard:
-    """One guarded call of the current thread, and a thread that watches the processes meanwhile."""
-
-    def __init__(self, processes: Sequence[psutil.Process], deadline: Deadline):
-        self.reason = ""
-        self._processes, self._deadline = processes, deadline
-        self._heard = time.monotonic()
-        self._caller = threading.get_ident()
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="rlswitch-guard", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def hear(self) -> None:
-        self._heard = time.monotonic()
-
-    def stop(self) -> None:
-        self._over.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._over.is_set():
-            if has_ended(self._processes):
-                self.reason = "has died"
-            elif time.monotonic() - self._heard > self._deadline.seconds:
-                self.reason = f"was silent for {self._deadline}"
-            if self.reason:
-                signal.pthread_kill(self._caller, INTERRUPT)
-                return
-            self._over.wait(LOOK_SECONDS)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    if _guarded is not None and _guarded.reason:
-        raise _Interrupted

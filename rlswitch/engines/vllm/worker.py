@@ -3,8 +3,6 @@
 vLLM calls the workers' methods by name, through `collective_rpc`.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -13,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
 from vllm.v1.worker.gpu_worker import Worker
 
 from rlswitch.processes.group import own_family, watch_owner
-from rlswitch.proof.fingerprint import named_fingerprints, total_fingerprint
+from rlswitch.proof.fingerprint import named_fingerprints, tensor_fingerprint, total_fingerprint
 from rlswitch.switch.device import Device
 
 
@@ -44,7 +41,16 @@ class ProvenWorker(Worker):
         return {"received": self.received, "live": live}
 
     def facts(self) -> dict[str, Any]:
-        return engine_facts(self.vllm_config)
+        """The settings a run depends on, as vLLM resolved them; plain values that travel as JSON."""
+        model, cache = self.vllm_config.model_config, self.vllm_config.cache_config
+        return {
+            "block_size": cache.block_size,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "enable_prefix_caching": cache.enable_prefix_caching,
+            "enable_sleep_mode": model.enable_sleep_mode,
+            "logprobs_mode": model.logprobs_mode,
+            "max_model_len": model.max_model_len,
+        }
 
     def memory(self) -> dict[str, Any]:
         storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
@@ -55,27 +61,15 @@ class ProvenWorker(Worker):
 
 
 def identify(distributed_init_method: str) -> dict[str, Any]:
-    """Who a worker is, told with its `memory`; from now on it ends with its run and its engine core.
+    """A worker's identity, part of its `memory`; from now on it ends with its run and its engine core.
 
-    `token` differs in every process, also when a pid is reused. `files` is the file in /tmp through which
-    torch's processes meet, and which vLLM does not remove.
+    `token` differs in every process, even if a pid is reused. `files` holds the file in /tmp through which
+    torch's processes meet, which vLLM does not remove.
     """
     path = distributed_init_method.removeprefix("file://")
     files = [path] if os.path.basename(path).startswith("vllm_dist_") else []
     watch_owner(files)
     return {"pid": os.getpid(), "token": secrets.token_hex(8), "family": own_family(), "files": files}
-
-
-def engine_facts(config: VllmConfig) -> dict[str, Any]:
-    """The settings a run depends on, as vLLM resolved them; plain values that travel as JSON."""
-    return {
-        "block_size": config.cache_config.block_size,
-        "dtype": str(config.model_config.dtype).removeprefix("torch."),
-        "enable_prefix_caching": config.cache_config.enable_prefix_caching,
-        "enable_sleep_mode": config.model_config.enable_sleep_mode,
-        "logprobs_mode": config.model_config.logprobs_mode,
-        "max_model_len": config.model_config.max_model_len,
-    }
 
 
 @contextmanager
@@ -86,7 +80,7 @@ def recording(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[
 
     def recorded(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
-            received.update(named_fingerprints([(name, tensor.to(device))], dtype))
+            received[name] = tensor_fingerprint(tensor.to(device), dtype)
             yield name, tensor
 
     model.load_weights = lambda weights, **kwargs: load(recorded(weights), **kwargs)
