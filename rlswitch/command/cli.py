@@ -16,7 +16,6 @@ from pathlib import Path
 from rlswitch.checkpoint.resume import finished
 from rlswitch.command.arguments import Arguments, check_environment, parse, run_hydra
 from rlswitch.command.compose import compose_run, hydra_words
-from rlswitch.command.sweep import sweep
 from rlswitch.data.rows import reason
 from rlswitch.errors import ConfigError, Preempted, ProofError, RLSwitchError
 from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
@@ -40,6 +39,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def dispatch(words: Sequence[str]) -> int:
     arguments = parse(words)
     if arguments.multirun:
+        from rlswitch.command.sweep import sweep  # imports pandas
+
         return sweep(arguments, run_job)
     return ask_hydra(arguments) if arguments.is_question else train_once(arguments)
 
@@ -143,7 +144,3 @@ def _report(lines: Iterable[str], code: int) -> int:
 def _print(line: str) -> None:
     with suppress(OSError):  # the terminal is gone: the exit code still tells
         print(line, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    leave(main())
