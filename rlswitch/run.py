@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
@@ -106,11 +106,11 @@ def register(recipe: str | None = None) -> None:
             store.store(name, node, group=group)
 
 
-def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
+def settings_of(configs: Collection[str] | None = None) -> dict[str, Leaf]:
     """Every dotted key for these choices ("algorithm/ppo"); None: for all choices together."""
     found = leaves_of(Run)
     for group, options in OPTIONS.items():
-        names = options if configs is None else [it.removeprefix(f"{group}/") for it in configs]
-        for name in names:
-            found |= leaves_of(options[name], f"{group}.") if name in options else {}
+        for name, option in options.items():
+            if configs is None or f"{group}/{name}" in configs:
+                found |= leaves_of(option, f"{group}.")
     return found

@@ -117,7 +117,7 @@ COMMAND_LINE = [
     bad(
         "several values where a list is meant",
         "logger=a,b",
-        "logger = a,b: several values; write logger=[a,b] for a list, or add -m to try each",
+        "logger = a,b: several values; write logger=[a,b], or add -m to try each",
     ),
     bad("an unknown flag", "--lr 1", "unrecognized arguments: --lr 1"),
     bad(
@@ -278,7 +278,7 @@ SETTINGS = [
         "a pattern that is not a regular expression",
         "reward.format_pattern='('",
         "reward.format_pattern = (: not a regular expression (missing ), unterminated subpattern at position"
-        " 0); set one that a whole completion has to match",
+        " 0); correct it",
     ),
     bad(
         "judge and reward model without a path, and one named twice",
@@ -324,13 +324,14 @@ SETTINGS = [
     bad(
         "micro-batches smaller than a rollout",
         "trainer.micro_batch_tokens=20",
-        "trainer.micro_batch_tokens = 20: a rollout can have 24 tokens and would not fit; set at least 24",
+        "trainer.micro_batch_tokens = 20: data.max_prompt_tokens + rollout.max_new_tokens is 24 tokens; set"
+        " at least 24, or lower one of them",
     ),
     bad(
         "an engine too short for a rollout",
         "engine.max_model_len=20",
-        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 tokens do not"
-        " fit; set engine.max_model_len=24, or lower one of them",
+        "engine.max_model_len = 20: data.max_prompt_tokens + rollout.max_new_tokens is 24 tokens; set at"
+        " least 24, or lower one of them",
     ),
     bad(
         "an overlong buffer longer than a completion",
@@ -376,8 +377,7 @@ SETTINGS = [
     bad(
         "a merged checkpoint without adapters",
         "checkpoint.merged=true",
-        "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
-        " model.lora_rank above 0, or checkpoint.merged=false",
+        "checkpoint.merged = true: without LoRA checkpoints hold the whole model; set it to false",
     ),
     bad(
         "vLLM arguments that are rlswitch settings, or fixed",
@@ -713,13 +713,12 @@ REWARDS = [
     bad(
         "more weights than functions",
         "reward.weights=[1,2]",
-        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one for each, or [] for all 1",
+        "reward.weights = [1.0, 2.0]: set one for each of reward.functions, or [] for all 1",
     ),
     bad(
         "a format reward without a pattern",
         "reward.functions=format",
-        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a whole"
-        " completion has to match",
+        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression",
     ),
     bad(
         "a misspelt function",
@@ -1072,7 +1071,7 @@ MODEL = [
     bad(
         "a schedule without a required argument",
         "trainer.lr_schedule=cosine_with_min_lr",
-        "trainer.lr_schedule = cosine_with_min_lr: ...; set what it needs in"
+        "trainer.lr_schedule = cosine_with_min_lr: ...; set its arguments in"
         " trainer.lr_schedule_kwargs (...)",
         needs_torch=True,
     ),

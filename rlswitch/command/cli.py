@@ -20,7 +20,7 @@ from rlswitch.data.rows import reason
 from rlswitch.errors import ConfigError, Preempted, ProofError, RLSwitchError
 from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.processes.signals import preemptible
-from rlswitch.run import Run, register
+from rlswitch.run import register
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 DISK_FULL_ADVICE = "free some space and run the same command again (resume=auto once a checkpoint is saved)"
@@ -59,7 +59,11 @@ def train_once(arguments: Arguments) -> int:
         check_inputs(run)
         if run.mode == "train" and (message := finished(run)):
             print(message)
-            write_missing_report(run)
+            from rlswitch.report.page import write_report
+
+            assert run.output_dir is not None
+            if not Path(run.output_dir, "report.html").exists():  # killed after its last checkpoint
+                write_report(Path(run.output_dir))
             return DONE
         with open_inputs(run, print) as inputs:
             if run.mode == "rewards":
@@ -73,15 +77,6 @@ def train_once(arguments: Arguments) -> int:
     return DONE
 
 
-def write_missing_report(run: Run) -> None:
-    """A run that was killed after its last checkpoint has none yet."""
-    from rlswitch.report.page import write_report
-
-    assert run.output_dir is not None
-    if not Path(run.output_dir, "report.html").exists():
-        write_report(Path(run.output_dir))
-
-
 def run_job(words: list[str]) -> None:
     """One job of a sweep, in its own process."""
     sys.argv[1:] = words  # the run records its command line
@@ -89,11 +84,11 @@ def run_job(words: list[str]) -> None:
 
 
 def ask_hydra(arguments: Arguments) -> int:
-    words = arguments.overrides
     if arguments.about_hydra:
+        words = arguments.overrides
         register()
     else:
-        words = hydra_words(words, arguments.source)
+        words = hydra_words(arguments.overrides, arguments.source)
     try:
         return WRONG_CONFIG if run_hydra(lambda _config: None, words, arguments) else DONE
     except BrokenPipeError:  # train.py --help | head

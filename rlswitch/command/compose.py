@@ -19,15 +19,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    InterpolationValidationError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from yaml import YAMLError
 
 from rlswitch.command.checks import problems
@@ -53,7 +49,7 @@ class Source:
 
     conf: Path
     extra: Path | None = None
-    """--config-dir: the user's own recipes and algorithm variants."""
+    """--config-dir: the user's recipes and algorithm variants."""
     name: str = "train"
 
     @classmethod
@@ -172,7 +168,8 @@ def examined(
     wrong += [_not_a_sweep(item) for item in settings if item.is_sweep]
     choices = [item for item in settings if item.is_choice and not item.is_sweep]
     others = [item for item in settings if not item.is_choice and not item.is_sweep]
-    with source.loader(_recipe(settings)) as loader:
+    recipe = next((str(item.parsed.value()) for item in reversed(settings) if item.key == "recipe"), None)
+    with source.loader(recipe) as loader:
         leaves = settings_of()
         unknown = [line for item in choices if (line := _choice_problem(item, source, loader))]
         if not unknown:
@@ -236,20 +233,12 @@ def _setting(parsed: Override, text: str, leaves: dict[str, Leaf]) -> Setting:
 
 def _as_list(parsed: Override, text: str) -> str:
     """`wandb` -> `[wandb]`, and so each value of a sweep; lists, null and ${...} stay as they are."""
-    if parsed.is_sweep_override():
-        if not parsed.is_choice_sweep():
-            return text
-        return ",".join(
-            item if item.startswith("[") else f"[{item}]" for item in parsed.sweep_string_iterator()
-        )
+    if parsed.is_choice_sweep():
+        values = parsed.sweep_string_iterator()
+        return ",".join(item if item.startswith("[") else f"[{item}]" for item in values)
     value = parsed.value()
-    is_scalar = value is not None and not isinstance(value, list | dict) and "${" not in str(value)
-    return f"[{text}]" if is_scalar and text else text
-
-
-def _recipe(settings: Iterable[Setting]) -> str | None:
-    values = [item.parsed.value() for item in settings if item.key == "recipe"]
-    return values[-1] if values and isinstance(values[-1], str) else None
+    stays = not text or value is None or isinstance(value, list | dict | Sweep) or "${" in str(value)
+    return text if stays else f"[{text}]"
 
 
 def _read_files(
@@ -319,14 +308,12 @@ def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
         return None if item.is_free else item.line(_unknown(item.key, leaves, added="+" in item.sign))
     if item.sign == "+" and not item.is_free:
         return item.line(f"is a setting already; write {item.key}={item.text}")
-    problem = leaf.problem(item.value)
-    return item.line(problem) if problem else None
+    return item.line(problem) if (problem := leaf.problem(item.value)) else None
 
 
 def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
-    section = [known for known in leaves if known.startswith(f"{key}.")]
-    if section:
-        return f"a section, not a setting; set its keys one by one, such as {section[0]}"
+    if inner := next((known for known in leaves if known.startswith(f"{key}.")), None):
+        return f"a section, not a setting; set its keys one by one, such as {inner}"
     owners = [
         f"{group}={name}"
         for group, options in OPTIONS.items()
@@ -335,34 +322,30 @@ def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
     ]
     if owners:
         return f"a setting of {', '.join(owners)} only"
-    extra = f" ('+' adds keys only under {' and '.join(FREE_KEYS)})" if added else ""
-    return f"unknown setting{extra}{nearest_key(key, [*leaves, *GROUPS])}"
+    plus = f" ('+' adds keys only under {' and '.join(FREE_KEYS)})" if added else ""
+    return f"unknown setting{plus}{nearest_key(key, [*leaves, *GROUPS])}"
 
 
 def _not_a_sweep(item: Setting) -> str:
     if item.text.startswith("["):
-        bare = item.text.replace("[", "").replace("]", "")
-        advice = f"write {item.key}=[{bare}] for a list, or add -m to try each"
-        return f"{item.key} = {bare}: several values; {advice}"
+        bare = re.sub(r"[][]", "", item.text)
+        return f"{item.key} = {bare}: several values; write {item.key}=[{bare}], or add -m to try each"
     return item.line("several values; add -m to try each, or quote the value if it is one")
 
 
 def _unresolved_problems(config: DictConfig, leaves: dict[str, Leaf]) -> Iterator[str]:
     """A line for each value that is missing or cannot be resolved."""
     for key, leaf in leaves.items():
-        section = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
         try:
-            value = section[leaf.name]
+            value = OmegaConf.select(config, key)  # None if it is missing
             if OmegaConf.is_config(value):
                 OmegaConf.to_container(value, resolve=True)
-        except MissingMandatoryValue:
-            value = None
         except OmegaConfBaseException as error:
-            raw: Any = OmegaConf.to_container(section)
+            raw: Any = OmegaConf.to_container(OmegaConf.select(config, key.rpartition(".")[0]))
             yield f"{key} = {raw[leaf.name]}: {_why_unresolved(error, leaf)}"
-            continue
-        if key in MANDATORY and not value:
-            yield f"{key}: not set; set {key}=<{MANDATORY[key]}>"
+        else:
+            if key in MANDATORY and not value:
+                yield f"{key}: not set; set {key}=<{MANDATORY[key]}>"
 
 
 def _why_unresolved(error: OmegaConfBaseException, leaf: Leaf) -> str:
