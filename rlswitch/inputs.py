@@ -1,7 +1,4 @@
-"""Reads and checks what a run is given before anything is started: files, rewards, prompts.
-
-What needs the model itself is left to session.py.
-"""
+"""Reads and checks files, rewards and prompts before anything starts; session.py checks the model itself."""
 
 from __future__ import annotations
 
@@ -56,7 +53,7 @@ def check_inputs(run: Run) -> None:
     checks += [partial(_check_rows, source, run.data.prompt_key) for source in sources_of(run)]
     checks += [partial(refuse_missing, entry) for entry in run.reward.functions]
     checks.append(partial(_check_trackers, run.logger))
-    if isinstance(run.engine, ServerEngineConfig) and run.engine.is_started_here:
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.url is None:
         checks.append(partial(free_port, run.engine.listen))
     gather(checks)
 
@@ -73,7 +70,7 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     try:
         for table in tables if run.evaluation.every else tables[:1]:
             scorer.check([_untokenized(table, run.data.prompt_key)])
-        if run.engine.fork_server and run.engine.is_started_here:
+        if run.engine.fork_server and not (isinstance(run.engine, ServerEngineConfig) and run.engine.url):
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
         first = prompts.take(NUM_FIRST)

@@ -14,21 +14,8 @@ from rlswitch.algorithms.ppo import PPO
 from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
+from rlswitch.config import sections
 from rlswitch.config.fields import Leaf, choice, leaves_of, number
-from rlswitch.config.sections import (
-    CheckpointConfig,
-    DataConfig,
-    EngineConfig,
-    EvaluationConfig,
-    JudgeConfig,
-    ModelConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RolloutConfig,
-    ServerEngineConfig,
-    SwitchConfig,
-    TrainerConfig,
-)
 from rlswitch.types import Sampling
 
 
@@ -50,18 +37,18 @@ class Run:
     """accelerate's trackers by name: wandb (offline without a key), tensorboard, ...; [] for none."""
     project: str = "rlswitch"
     """Project name for the trackers."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
+    data: sections.DataConfig = field(default_factory=sections.DataConfig)
+    reward: sections.RewardConfig = field(default_factory=sections.RewardConfig)
+    judge: sections.JudgeConfig = field(default_factory=sections.JudgeConfig)
+    reward_model: sections.RewardModelConfig = field(default_factory=sections.RewardModelConfig)
+    rollout: sections.RolloutConfig = field(default_factory=sections.RolloutConfig)
     algorithm: Algorithm
-    engine: EngineConfig
-    switch: SwitchConfig = field(default_factory=SwitchConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: sections.EngineConfig
+    switch: sections.SwitchConfig = field(default_factory=sections.SwitchConfig)
+    trainer: sections.TrainerConfig = field(default_factory=sections.TrainerConfig)
+    checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
+    evaluation: sections.EvaluationConfig = field(default_factory=sections.EvaluationConfig)
 
     @property
     def max_model_len(self) -> int:
@@ -86,7 +73,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "reinforce_pp": ReinforcePP,
         "reinforce": Reinforce,
     },
-    "engine": {"local": EngineConfig, "server": ServerEngineConfig},
+    "engine": {"local": sections.EngineConfig, "server": sections.ServerEngineConfig},
 }
 """What can be chosen by name. A new algorithm or engine needs one line here."""
 

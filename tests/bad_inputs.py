@@ -562,7 +562,7 @@ DATA = [
         "as many held-out rows as there are",
         "data.eval_rows=20",
         "data.eval_rows = 20: rows.jsonl has 20 prompts, so none would be left to train on; set"
-        " data.eval_rows=2, or name held-out rows with data.eval_path or data.eval_split",
+        " data.eval_rows=2, or set data.eval_path or data.eval_split",
         needs_torch=True,
     ),
     bad(

@@ -16,6 +16,11 @@ from hydra._internal.utils import get_args_parser
 from rlswitch.command.compose import Source
 from rlswitch.errors import ConfigError
 
+INSTALL = (
+    "run `make train`, which creates its own environment, or `pip install --no-deps -r requirements/cpu.txt`"
+    " (on a CUDA device cuda.txt)"
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
@@ -70,19 +75,13 @@ def run_hydra(task: Callable[[Any], Any], words: list[str], arguments: Arguments
 
 def check_environment() -> None:
     """Raises ConfigError without vLLM, and in one of several processes of a launcher."""
-    problems = []
     if find_spec("vllm") is None:
-        problems.append(
-            "vLLM is not installed: nothing could generate; run `make train`, which creates its own"
-            " environment, or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
-        )
+        raise ConfigError(f"vLLM is not installed: nothing could generate; {INSTALL}")
     if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":  # accelerate launch, torchrun
-        problems.append(
+        raise ConfigError(
             f"WORLD_SIZE = {processes}: a run trains in one process, {processes} would overwrite each other's"
             " files; start it with `python train.py`, and unset WORLD_SIZE"
         )
-    if problems:
-        raise ConfigError(*problems)
 
 
 def _reject(message: str) -> NoReturn:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlswitch.checkpoint.resume import finished
-from rlswitch.command.arguments import Arguments, check_environment, parse, run_hydra
+from rlswitch.command.arguments import INSTALL, Arguments, check_environment, parse, run_hydra
 from rlswitch.command.compose import compose_run, hydra_words
 from rlswitch.data.rows import reason
 from rlswitch.errors import ConfigError, Preempted, ProofError, RLSwitchError
@@ -25,10 +25,6 @@ from rlswitch.run import register
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 DISK_FULL_ADVICE = "free some space and run the same command again (resume=auto once a checkpoint is saved)"
 PACKAGE = str(Path(__file__).resolve().parents[1])
-REINSTALL = (
-    "torch, transformers and vLLM do not fit together; run `make train`, which creates its own environment,"
-    " or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
-)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -109,7 +105,8 @@ def guarded(command: Callable[[], int]) -> int:
         return INTERRUPTED
     except Exception as error:
         if failed_import(error):
-            return _report([f"{reason(error)}: {REINSTALL}"], WRONG_CONFIG)
+            problem = f"{reason(error)}: torch, transformers and vLLM do not fit together; {INSTALL}"
+            return _report([problem], WRONG_CONFIG)
         if isinstance(error, RLSwitchError):
             return _report(str(error).splitlines(), NOT_PROVEN if isinstance(error, ProofError) else FAILED)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
