@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from rlswitch.config.sections import TENANTS, ServerEngineConfig
-from rlswitch.data.builtin import task_of
 from rlswitch.data.hub import (
     check_fits_context,
     check_is_causal_lm,
@@ -18,7 +17,7 @@ from rlswitch.data.hub import (
     resolve_model,
 )
 from rlswitch.data.prompts import Prompts, load_prompts, read_table, read_tables, sources_of
-from rlswitch.data.rows import Source, Table, check_source, gather
+from rlswitch.data.rows import Source, Table, check_source, gather, task_of
 from rlswitch.engines.vllm.address import free_port
 from rlswitch.errors import ConfigError
 from rlswitch.processes.fork_server import prepare
@@ -69,7 +68,9 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     scorer = Scorer(run.reward, step_size=run.rollout.num_prompts * run.rollout.group_size)
     try:
         for table in tables if run.evaluation.every else tables[:1]:
-            scorer.check([_untokenized(table, run.data.prompt_key)])
+            columns = dict(table.rows[0])  # all rows have the same ones
+            messages = columns.pop(run.data.prompt_key)
+            scorer.check([Prompt(index=0, messages=messages, token_ids=[], columns=columns)])
         if run.engine.fork_server and not (isinstance(run.engine, ServerEngineConfig) and run.engine.url):
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
@@ -112,9 +113,3 @@ def _check_rows(source: Source, prompt_key: str) -> None:
 def _check_trackers(names: Sequence[str]) -> None:
     if problems := tracker_problems(names):
         raise ConfigError(*problems)
-
-
-def _untokenized(table: Table, prompt_key: str) -> Prompt:
-    """The first row: all rows have the same columns."""
-    columns = dict(table.rows[0])
-    return Prompt(index=0, messages=columns.pop(prompt_key), token_ids=[], columns=columns)

@@ -885,7 +885,7 @@ MODEL = [
         "a hub model that is not cached, offline",
         "model=no-such/model",
         "model.path = no-such/model: not a directory, and downloading it failed: ...; set a directory with"
-        " config.json and *.safetensors, or a hub id that is cached or reachable",
+        " a whole model, or a hub id that is cached or reachable",
     ),
     bad(
         "a built-in model that does not exist",
