@@ -28,7 +28,7 @@ class Arguments:
 
     overrides: list[str]
     flags: list[str]
-    """Everything else, for Hydra."""
+    """All words but the overrides, for Hydra."""
     source: Source
     multirun: bool
     is_question: bool

@@ -116,7 +116,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def failed_import(error: BaseException | None) -> bool:
-    """Whether a library could not be imported, or raised `error`, or its cause, while it was."""
+    """Whether `error` or one of its causes is a library that could not be imported."""
     while error is not None:
         modules = [it.filename for it in traceback.extract_tb(error.__traceback__) if it.name == "<module>"]
         if isinstance(error, ImportError) or (modules and not modules[-1].startswith(PACKAGE)):

@@ -14,7 +14,7 @@ from rlswitch.records.jsonl import read
 from rlswitch.report.figures import lines, svg
 
 TARGET = 0.8
-"""Accuracy whose first time is reported."""
+"""The accuracy whose first step is reported."""
 HEADINGS = ("", "runs", "start", "final", "lowest - highest", f"seconds to {TARGET:g}", "steps to it")
 
 
@@ -89,7 +89,7 @@ def mean_curve(arm: pd.DataFrame) -> list[tuple[float, float]]:
 
 
 def cells(arm: pd.DataFrame) -> list[str]:
-    """What HEADINGS announce after the name."""
+    """The cells under HEADINGS, without the arm's name."""
     runs = arm.groupby("job")["accuracy"]
     first, final = runs.first(), runs.last()
     reached = arm[arm["accuracy"] >= TARGET].groupby("job")[["seconds", "step"]].first()

@@ -35,12 +35,13 @@ from rlswitch.text import first_line
 GROUPS = ("recipe", *OPTIONS)
 SHORT_FORMS = {"model": "model.path", "data": "data.path"}
 FREE_KEYS = ("engine.vllm", "trainer.lr_schedule_kwargs")
-"""Mappings that take any key: whoever the keys are for checks them."""
+"""Mappings with free keys: vLLM and transformers check them."""
 SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
-"""What Hydra and OmegaConf raise for files and words that make no sense to them."""
+"""What Hydra and OmegaConf raise for invalid files and words."""
 NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
 DIRECTORY_NAME_LENGTH = 100
+Leaves = dict[str, Leaf]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -125,10 +126,6 @@ class Setting:
     def is_free(self) -> bool:
         return f"{self.key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
 
-    @property
-    def is_hydra(self) -> bool:
-        return self.parsed.is_hydra_override()
-
     def line(self, problem: str) -> str:
         return f"{self.sign}{self.key} = {self.text}: {problem}"
 
@@ -157,9 +154,7 @@ def hydra_words(words: Iterable[str], source: Source) -> list[str]:
 
 
 @contextmanager
-def examined(
-    words: Iterable[str], source: Source
-) -> Iterator[tuple[list[Setting], dict[str, Leaf], list[str]]]:
+def examined(words: Iterable[str], source: Source) -> Iterator[tuple[list[Setting], Leaves, list[str]]]:
     """The settings that Hydra can compose, every known key, and a line for each mistake; initialises Hydra.
 
     Raises ConfigError if a recipe, an option or a YAML file is wrong: what it would set is unknown.
@@ -206,7 +201,7 @@ def default_output_dir(run: Run, settings: Iterable[Setting]) -> str:
     """runs/<recipe> and what differs from it, so that the same command finds its checkpoints again."""
     named = {}
     for item in settings:
-        if item.key not in NOT_IN_DIRECTORY_NAME and not item.is_hydra:
+        if item.key not in NOT_IN_DIRECTORY_NAME and not item.parsed.is_hydra_override():
             value = item.text if item.is_choice or item.is_free else attrgetter(item.key)(run)
             named[item.key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     text = "-".join([run.recipe or "run", *(f"{key}={named[key]}" for key in sorted(named))])
@@ -222,7 +217,7 @@ def quoted(value: str) -> str:
     return QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
-def _setting(parsed: Override, text: str, leaves: dict[str, Leaf]) -> Setting:
+def _setting(parsed: Override, text: str, leaves: Leaves) -> Setting:
     key = parsed.key_or_group if parsed.package is None else parsed.get_key_element().lstrip("+~")
     if key in SHORT_FORMS and not isinstance(parsed.value(), dict):
         key = SHORT_FORMS[key]
@@ -241,9 +236,7 @@ def _as_list(parsed: Override, text: str) -> str:
     return text if stays else f"[{text}]"
 
 
-def _read_files(
-    choices: list[Setting], source: Source, loader: ConfigLoader
-) -> tuple[dict[str, Leaf], list[str]]:
+def _read_files(choices: list[Setting], source: Source, loader: ConfigLoader) -> tuple[Leaves, list[str]]:
     """The keys that exist with these choices, and what is wrong in the YAML files that they name."""
     words = [*source.words, *(item.word for item in choices)]
     try:
@@ -271,7 +264,7 @@ def _shown(file: Path) -> str:
     return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
-def _tree_problems(tree: dict[str, Any], prefix: str, leaves: dict[str, Leaf]) -> Iterator[str]:
+def _tree_problems(tree: dict[str, Any], prefix: str, leaves: Leaves) -> Iterator[str]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in leaves:
@@ -289,7 +282,7 @@ def _tree_problems(tree: dict[str, Any], prefix: str, leaves: dict[str, Leaf]) -
 
 def _choice_problem(item: Setting, source: Source, loader: ConfigLoader) -> str | None:
     group, value = item.key, item.parsed.value()
-    known = loader.get_group_options(group) if item.is_hydra else source.options(group)
+    known = loader.get_group_options(group) if item.parsed.is_hydra_override() else source.options(group)
     available = f"(available: {', '.join(known) or 'none'})"
     if item.sign:
         return item.line(f"write {group}=NAME {available}")
@@ -298,8 +291,8 @@ def _choice_problem(item: Setting, source: Source, loader: ConfigLoader) -> str 
     return item.line(f"there is no such {group}{did_you_mean(str(value), known)} {available}")
 
 
-def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
-    if item.is_hydra:
+def _setting_problem(item: Setting, leaves: Leaves) -> str | None:
+    if item.parsed.is_hydra_override():
         return None
     if item.sign == "~":
         return f"~{item.key}: a setting cannot be removed; give it another value"
@@ -311,7 +304,7 @@ def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
     return item.line(problem) if (problem := leaf.problem(item.value)) else None
 
 
-def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
+def _unknown(key: str, leaves: Leaves, added: bool = False) -> str:
     if inner := next((known for known in leaves if known.startswith(f"{key}.")), None):
         return f"a section, not a setting; set its keys one by one, such as {inner}"
     owners = [
@@ -333,7 +326,7 @@ def _not_a_sweep(item: Setting) -> str:
     return item.line("several values; add -m to try each, or quote the value if it is one")
 
 
-def _unresolved_problems(config: DictConfig, leaves: dict[str, Leaf]) -> Iterator[str]:
+def _unresolved_problems(config: DictConfig, leaves: Leaves) -> Iterator[str]:
     """A line for each value that is missing or cannot be resolved."""
     for key, leaf in leaves.items():
         try:

@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Source:
-    """Where a setting says that rows are."""
+    """Where rows come from, and the settings that say so."""
 
     key: str
     path: str
