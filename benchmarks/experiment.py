@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlswitch.data.hub import load_tokenizer, resolve_model
+from rlswitch.config.sections import ModelConfig
+from rlswitch.data.hub import load_tokenizer
 from rlswitch.data.prompts import encode
 from rlswitch.engines.backend import Backend, Completion, Request, warm_up
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.frozen import freeze
-from rlswitch.engines.start import start_backend
+from rlswitch.engines.spec import EngineSpec, Launch
+from rlswitch.engines.start import engine_on, start_backend
 from rlswitch.errors import RLSwitchError
 from rlswitch.proof.fingerprint import checkpoint_tensors
 from rlswitch.records import jsonl as records
-from rlswitch.run import Run
-from rlswitch.serving.serve import frozen_run
+from rlswitch.serving.serve import frozen_spec
 from rlswitch.switch.device import Device, resident_bytes
 from rlswitch.switch.ledger import SWITCH, Ledger
 from rlswitch.switch.switch import Switch
@@ -75,9 +75,9 @@ class Experiment:
         self.result = Result()
         self.directory = Path(settings.output_dir)
         self.references: dict[tuple[str, str], Completion] = {}
-        self.paths = {label: resolve_model(self._run(label).model, say) for label in models}
+        self.paths = {label: self._spec(label).model_path for label in models}
         self.tokenizers = {
-            label: load_tokenizer(self._run(label).model, path) for label, path in self.paths.items()
+            label: load_tokenizer(ModelConfig(path=models[label]), path) for label, path in self.paths.items()
         }
         self.baseline = device.free_bytes()
 
@@ -138,9 +138,9 @@ class Experiment:
         with self._clock(add, "warm_up"):
             warm_up(backend, self._tokens(label)[::-1])
         self._question(backend, label, variant, f"{transport}, {variant}, start", add)
-        run, path, tokenizer = self._run(label, variant), self.paths[label], self.tokenizers[label]
+        spec = replace(self._spec(label, variant), name=label)
         with self._clock(add, "fingerprint"):
-            engine = freeze(label, backend, run, path, tokenizer, switch.ledger)
+            engine = engine_on(backend, spec, self.tokenizers[label], switch.ledger, frozen=True)
         switch.holder = engine
         switch.vacate()
         return engine
@@ -149,7 +149,7 @@ class Experiment:
         self, transport: str, variant: str, level: str, switch: Switch, engines: dict[str, Engine]
     ) -> None:
         for label, engine in engines.items():  # once unmeasured: asleep at this level, not the last one
-            frozen_run(self.models[label], level=level, **self._engine_settings(variant))
+            frozen_spec(self.models[label], level=level, **self._engine_settings(variant))  # can it?
             switch.give_to(engine)
             engine.level = level
             switch.vacate()
@@ -202,16 +202,21 @@ class Experiment:
             add("gap", max((abs(a - b) for a, b in pairs), default=0.0))
 
     def _start(self, transport: str, variant: str, label: str, stack: ExitStack, **more: bool) -> Backend:
-        path, tokenizer = self.paths[label], self.tokenizers[label]
         settings = self._engine_settings(variant) | more
-        run = frozen_run(self.models[label], server=transport == "server", **settings)
-        log, scratch = self.directory / f"engine-{label}.log", self.directory / "scratch"
-        backend = start_backend(run, path, tokenizer, self.device, log, scratch, warm=False)
+        launch = Launch(
+            spec=frozen_spec(self.models[label], server=transport == "server", **settings),
+            tokenizer=self.tokenizers[label],
+            device=self.device,
+            log_path=self.directory / f"engine-{label}.log",
+            scratch=self.directory / "scratch",
+            warm_up=False,
+        )
+        backend = start_backend(launch)
         stack.callback(backend.close)
         return backend
 
-    def _run(self, label: str, variant: str = BASE) -> Run:
-        return frozen_run(self.models[label], **self._engine_settings(variant))
+    def _spec(self, label: str, variant: str = BASE) -> EngineSpec:
+        return frozen_spec(self.models[label], **self._engine_settings(variant))
 
     def _engine_settings(self, variant: str) -> dict[str, Any]:
         settings = self.settings

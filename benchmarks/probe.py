@@ -60,10 +60,10 @@ def probe(settings: ProbeSettings) -> int:
         cases = [*((level, "none") for level in SLEEPING), ("2", "disk"), ("2", "shm")]
         verdicts: list[Verdict] = []
         while len(verdicts) < len(cases):  # a failed engine is gone for good: the next row gets a new one
-            with rlswitch.serve(model, **options) as (switch, engine):
+            with rlswitch.serve(model, **options) as (switch, restarting):
                 for level, transport in cases[len(verdicts) :]:
                     console.print(f"level {level}, transport {transport}")
-                    verdicts.append(judge(switch, engine, level, transport, settings))
+                    verdicts.append(judge(switch, restarting.engine, level, transport, settings))
                     if not verdicts[-1].works:
                         break
         device = switch.ledger.device
@@ -86,7 +86,7 @@ def probe(settings: ProbeSettings) -> int:
 
 def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: ProbeSettings) -> Verdict:
     """Cycles of sleep and wake-up, each proven and each with the same answer as before."""
-    own = engine.own
+    own = engine.base_weights
     assert own is not None
     if level == "kv" and not can_release_kv_cache():
         return Verdict(level=level, transport=transport, works=False, why=NO_KV_LEVEL)
@@ -109,7 +109,7 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
     except RLSwitchError as error:
         return Verdict(level=level, transport=transport, works=False, why=first_line(error))
     finally:
-        engine.own, engine.level = own, "2"
+        engine.base_weights, engine.level = own, "2"
     growth = asleep[-1] - asleep[0]
     why = f"asleep it grew by {growth / 2**20:.0f} MiB" if growth > SLACK else ""
     return Verdict(
@@ -124,15 +124,15 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
 
 def push_copy(switch: Switch, engine: Engine, transport: str, version: int) -> None:
     """The engine's own checkpoint as a push of a new version, through a directory of its own."""
-    own = engine.own
+    own = engine.base_weights
     assert own is not None
     parent = choose_directory(transport, own.nbytes, Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix="rlswitch-probe-", dir=parent) as directory:
         path = Path(directory) / f"v{version}"
         shutil.copytree(own.path, path)
-        engine.own = None
+        engine.base_weights = None
         switch.give_to(engine, replace(own, version=version, path=path))
-        engine.own = own
+        engine.base_weights = own
 
 
 def answer(engine: Engine, settings: ProbeSettings) -> list[str]:

@@ -217,9 +217,9 @@ class Saboteur:
             "fork server killed": [psutil.Process(os.getppid())],
             "reward workers killed": [
                 worker
-                for keeper in process.children()
-                if any("keeper" in word for word in keeper.cmdline())
-                for worker in keeper.children()
+                for supervisor in process.children()
+                if any("supervisor" in word for word in supervisor.cmdline())
+                for worker in supervisor.children()
             ],
         }
         number = {"engine stopped": signal.SIGSTOP, "run told to stop": signal.SIGTERM}

@@ -1,24 +1,24 @@
 """Accuracy on the held-out prompts, measured while the engine is awake anyway.
 
-The first reward function says what is right. Only where there is none is a judge or a reward model asked:
-then the device changes hands here too.
+The first reward function decides what is correct. Without one the first model among the rewards does, and
+the device changes hands for it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlswitch.config.sections import EvaluationConfig
-from rlswitch.rewards.models.tenant import ask_in_turn
-from rlswitch.rewards.scorer import Pending, Scorer
+from rlswitch.types import Group
 
 if TYPE_CHECKING:
     from rlswitch.session import Session
 
 CORRECT = 1.0
-"""A completion is correct when it gets at least this much."""
+"""The least score of a correct completion."""
 
 
 def is_due(config: EvaluationConfig, step: int, num_steps: int) -> bool:
@@ -28,21 +28,20 @@ def is_due(config: EvaluationConfig, step: int, num_steps: int) -> bool:
 
 def evaluate(session: Session) -> dict[str, float]:
     """`val/<dataset>/acc`, greedy, and `val/<dataset>/pass@k` over sampled completions."""
-    run, engine, scorer = session.run, session.engine, session.scorer
+    run, engine, rewards = session.run, session.engine, session.rewards
     assert engine.version is not None
     name = dataset_name(run.data.eval_path or run.data.path)
     sampled = run.sampling(run.evaluation.num_samples, step=engine.version)
     greedy = replace(sampled, num_samples=1, temperature=0.0)
     with session.ledger.work("evaluation"):
-        pending = {f"val/{name}/acc": scorer.submit(engine.generate(session.held_out, greedy))}
-        if run.evaluation.num_samples > 1:  # while the first are being scored
+        pending = {f"val/{name}/acc": rewards.submit(engine.generate(session.held_out, greedy))}
+        if run.evaluation.num_samples > 1:  # while the greedy ones are scored
             key = f"val/{name}/pass@{run.evaluation.num_samples}"
-            pending[key] = scorer.submit(engine.generate(session.held_out, sampled))
+            pending[key] = rewards.submit(engine.generate(session.held_out, sampled))
         engine.forget_prefixes()  # a resumed run has not just evaluated
-        judges = [tenant for tenant in session.tenants if tenant.reward == scorer.judged_by]
         for scores in pending.values():
-            ask_in_turn(judges, scores, session.switch)
-        return {key: _share_solved(scores, scorer) for key, scores in pending.items()}
+            rewards.collect_correctness(scores, session.switch)
+        return {key: _share_solved(it.groups, rewards.correctness) for key, it in pending.items()}
 
 
 def dataset_name(path: str) -> str:
@@ -53,13 +52,10 @@ def dataset_name(path: str) -> str:
     return path.rstrip("/").split("/")[-1].split(":")[-1].rsplit(".", 1)[0]
 
 
-def _share_solved(pending: Pending, scorer: Scorer) -> float:
-    """Of the groups of which at least one rollout was judged; nan when none was."""
-    scorer.collect(pending)
-    judge = scorer.judged_by
-    solved = [
-        any(rollout.rewards.get(judge, 0.0) >= CORRECT for rollout in group.rollouts)
-        for group in pending.groups
-        if any(judge in rollout.rewards for rollout in group.rollouts)
+def _share_solved(groups: Sequence[Group], correctness: str) -> float:
+    """The share of groups with a correct rollout, among those with a scored one; nan if there are none."""
+    scored = [
+        [it.rewards[correctness] for it in group.rollouts if correctness in it.rewards] for group in groups
     ]
+    solved = [max(scores) >= CORRECT for scores in scored if scores]
     return sum(solved) / len(solved) if solved else math.nan

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
-from rlswitch.config.sections import TENANTS, ServerEngineConfig
+from rlswitch.config.sections import ServerEngineConfig
 from rlswitch.data.hub import (
     check_fits_context,
     check_is_causal_lm,
@@ -22,9 +22,9 @@ from rlswitch.engines.vllm.address import free_port
 from rlswitch.errors import ConfigError
 from rlswitch.processes.fork_server import prepare
 from rlswitch.records.trackers import tracker_problems
-from rlswitch.rewards.models.checks import refuse_unfit_tenants
+from rlswitch.rewards.models.tenant import check_tenants
 from rlswitch.rewards.scorer import Scorer
-from rlswitch.rewards.workers.resolve import refuse_missing
+from rlswitch.rewards.workers.resolve import check_exists
 from rlswitch.run import Run
 from rlswitch.types import Prompt
 
@@ -50,7 +50,7 @@ def check_inputs(run: Run) -> None:
     """Raises ConfigError with every mistake that files, names and addresses show; imports no torch."""
     checks: list[Callable[[], object]] = [partial(check_model_path, *model) for model in _models_of(run)]
     checks += [partial(_check_rows, source, run.data.prompt_key) for source in sources_of(run)]
-    checks += [partial(refuse_missing, entry) for entry in run.reward.functions]
+    checks += [partial(check_exists, entry) for entry in run.reward.functions]
     checks.append(partial(_check_trackers, run.logger))
     if isinstance(run.engine, ServerEngineConfig) and run.engine.url is None:
         checks.append(partial(free_port, run.engine.listen))
@@ -65,17 +65,18 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     """
     tables = read_tables(run)
     model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, log)
-    scorer = Scorer(run.reward, step_size=run.rollout.num_prompts * run.rollout.group_size)
+    step_size = run.rollout.num_prompts * run.rollout.group_size
+    scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
     try:
         for table in tables if run.evaluation.every else tables[:1]:
             columns = dict(table.rows[0])  # all rows have the same ones
             messages = columns.pop(run.data.prompt_key)
-            scorer.check([Prompt(index=0, messages=messages, token_ids=[], columns=columns)])
+            scorer.check_columns([Prompt(index=0, messages=messages, token_ids=[], columns=columns)])
         if run.engine.fork_server and not (isinstance(run.engine, ServerEngineConfig) and run.engine.url):
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
         first = prompts.take(NUM_FIRST)
-        refuse_unfit_tenants(run, [*first, *held_out])
+        check_tenants(run, [*first, *held_out])
         yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
     finally:
         scorer.close()
@@ -98,10 +99,9 @@ def tokenize(
 def _models_of(run: Run) -> Iterator[tuple[str, str]]:
     """The settings that name a model which the run needs, and their values."""
     yield "model.path", run.model.path
-    for name in TENANTS:
-        path = getattr(run, name).path
-        if name in run.reward.functions and path is not None:
-            yield f"{name}.path", path
+    for name, settings in run.tenants.items():
+        if settings.path is not None:
+            yield f"{name}.path", settings.path
 
 
 def _check_rows(source: Source, prompt_key: str) -> None:

@@ -54,6 +54,11 @@ class Run:
     def max_model_len(self) -> int:
         return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
+    @property
+    def tenants(self) -> dict[str, sections.TenantConfig]:
+        """The settings of the models among the rewards, in the order of reward.functions."""
+        return {name: getattr(self, name) for name in self.reward.functions if name in sections.TENANTS}
+
     def sampling(self, num_samples: int, step: int) -> Sampling:
         """How the rollouts of `step` are sampled, `num_samples` per prompt."""
         return Sampling(

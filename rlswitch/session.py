@@ -1,66 +1,43 @@
-"""Everything a run is made of, built in the order the device demands and taken down whatever happens."""
+"""The parts of one run, and what the loop does with all of them: log, save, stop."""
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
 
 from rlswitch.checkpoint import checkpoint, resume
-from rlswitch.checkpoint.resume import LoopState, Start
-from rlswitch.checkpoint.run_directory import check_disk_space, checkpoint_size, only_run_in, room_needed
-from rlswitch.data.hub import load_tokenizer, resolve_model
+from rlswitch.checkpoint.resume import LoopState
 from rlswitch.data.prompts import Prompts
-from rlswitch.engines.engine import Engine, Revival
-from rlswitch.engines.start import refuse_unfit_engine, start_backend
-from rlswitch.engines.vllm.arguments import engine_dtype
+from rlswitch.engines.revival import RestartingEngine
 from rlswitch.errors import Preempted, RLSwitchError
-from rlswitch.inputs import Inputs
-from rlswitch.planning.footprint import ModelShape
-from rlswitch.planning.plan import level_of
-from rlswitch.processes.signals import Abandoned, StopSignals, leave_at_second_interrupt
-from rlswitch.proof import checks as proof
-from rlswitch.proof.canary import canary_sequences
-from rlswitch.proof.fingerprint import checkpoint_elements
+from rlswitch.processes.signals import Abandoned, StopSignals
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
-from rlswitch.rewards.models.judge import find_judge
-from rlswitch.rewards.models.reward_model import find_reward_model
-from rlswitch.rewards.models.tenant import Candidate, RewardTenant
-from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.run import Run
-from rlswitch.switch.device import Device, resident_bytes
+from rlswitch.switch.device import resident_bytes
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
-from rlswitch.training.models import check_model
-from rlswitch.training.publish import Publisher, choose_directory
-from rlswitch.training.schedule import check_schedule
 from rlswitch.training.trainer import Trainer
 from rlswitch.types import Batch, Group, Prompt
 
 
 @dataclass(kw_only=True, slots=True)
 class Session:
-    """The parts of one run. The loop only reads it."""
+    """The parts of one run; build.py puts them together."""
 
     run: Run
-    device: Device
     ledger: Ledger
     monitor: Monitor
     switch: Switch
-    engine: Engine
+    engine: RestartingEngine
     trainer: Trainer
-    scorer: Scorer
-    tenants: list[RewardTenant]
-    """The models among the rewards, in the order of reward.functions."""
+    rewards: Rewards
     prompts: Prompts
     held_out: list[Prompt]
     tokenizer: PreTrainedTokenizerBase
@@ -68,8 +45,14 @@ class Session:
     stop_signals: StopSignals
     health: Health
     saved_step: int
-    """Of the newest checkpoint, or the one that the run goes on from."""
+    """Step of the newest checkpoint, or of the one that the run was resumed from."""
     has_saved: bool = False
+    """Whether this process saved a checkpoint."""
+
+    def begin_step(self) -> None:
+        """From here on times, hand-overs and rewards belong to the next step."""
+        self.ledger.step = self.trainer.version + 1
+        self.rewards.begin_step()
 
     def log(
         self,
@@ -77,7 +60,10 @@ class Session:
         groups: Sequence[Group] = (),
         batch: Batch | None = None,
     ) -> None:
-        """One record: the caller's metrics, and what switch, engine, rewards and data have to say."""
+        """Writes one record: `metrics`, and those of switch, engine, rewards and data.
+
+        Raises RLSwitchError, after a save, when the last steps had nothing to learn from.
+        """
         step = self.trainer.version
         metrics = metrics | self.engine.metrics() | self.ledger.step_metrics()
         metrics |= {
@@ -87,7 +73,7 @@ class Session:
         }
         advantages: list[float] = []
         if groups and batch is not None and batch.advantages is not None:
-            metrics |= self.scorer.metrics(groups) | self._throughput(groups, batch, metrics)
+            metrics |= self.rewards.metrics(groups) | self._throughput(groups, batch, metrics)
             advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
         if groups:
@@ -98,9 +84,9 @@ class Session:
 
     @contextmanager
     def abandonable(self) -> Iterator[None]:
-        """A stop signal breaks off what is inside, and no step is the less for it. Raises Preempted then.
+        """A stop signal interrupts the body, whose work is repeated on resume. Raises Preempted then.
 
-        Only for what leaves the trainer and its memory alone: the rollouts are made again on resume.
+        Only for work that leaves the trainer and its memory alone, such as sampling rollouts.
         """
         step, cursor = self.trainer.version, self.prompts.cursor
         try:
@@ -111,16 +97,21 @@ class Session:
             if step > self.saved_step:
                 self.save()
             raise Preempted(
-                f"stopped by {self.stop_signals.names[0]} in step {step + 1}, whose rollouts are given up;"
+                f"stopped by {self.stop_signals.names[0]} in step {step + 1}, whose rollouts are discarded;"
                 f" {f'checkpoint of step {step} saved' if step else 'nothing was learned yet'};"
-                f" {self.how_to_go_on} to go on"
+                f" {self.how_to_resume} to resume"
             ) from None
 
-    @property
-    def how_to_go_on(self) -> str:
-        """The same command begins where `resume` says again, and not at what was saved since."""
-        fine = not self.has_saved or self.run.resume in ("auto", resume.CHANGED)
-        return "run the same command again" if fine else "run the same command with resume=auto"
+    def save_or_stop(self) -> None:
+        """Saves when a checkpoint is due or a stop signal came. Raises Preempted for a signal."""
+        step, num_steps = self.trainer.version, self.run.num_steps
+        if checkpoint.is_due(self.run.checkpoint, step, num_steps) or self.stop_signals:
+            self.save()
+        if self.stop_signals and step < num_steps:
+            raise Preempted(
+                f"stopped by {self.stop_signals.names[0]} after step {step}, checkpoint saved;"
+                f" {self.how_to_resume} to resume"
+            )
 
     def save(self) -> None:
         with self.ledger.work("checkpoint"):
@@ -138,18 +129,25 @@ class Session:
                     flat_in_a_row=self.health.flat_in_a_row,
                 ),
                 self.run.checkpoint.keep,
-                self.how_to_go_on,
+                self.how_to_resume,
             )
         self.saved_step, self.has_saved = self.trainer.version, True
+
+    @property
+    def how_to_resume(self) -> str:
+        """The same command starts where its `resume` says, which may not be the newest checkpoint."""
+        same = not self.has_saved or self.run.resume in ("auto", resume.CHANGED)
+        return "run the same command again" if same else "run the same command with resume=auto"
 
     def _throughput(
         self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
     ) -> dict[str, float]:
         sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
-        pids = [os.getpid(), *self.engine.backend.pids, *(pid for it in self.tenants for pid in it.pids)]
-        if self.device.kind == "cuda":
-            device_bytes = self.device.total_bytes() - self.device.free_bytes()
+        pids = [os.getpid(), *self.engine.backend.pids, *self.rewards.pids]
+        device = self.ledger.device
+        if device.kind == "cuda":
+            device_bytes = device.total_bytes() - device.free_bytes()
         else:
             device_bytes = resident_bytes(pids)
         return {
@@ -159,195 +157,3 @@ class Session:
             "perf/max_device_gib": device_bytes / 2**30,
             "perf/host_rss_gib": resident_bytes(pids) / 2**30,
         }
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Models:
-    """What there is at the paths of models: looked at, and not loaded."""
-
-    path: str
-    """The policy's directory."""
-    tokenizer: PreTrainedTokenizerBase
-    candidates: list[Candidate]
-    """The models among the rewards."""
-
-
-@contextmanager
-def open_session(run: Run, inputs: Inputs, stop_signals: StopSignals) -> Iterator[Session]:
-    """Builds a run and closes it. A stop signal breaks off the building, and waits for the closing."""
-    disable_progress_bar()
-    with ExitStack() as stack:
-        leave_at_second_interrupt(stack)
-        with stop_signals.abandoning():
-            session = build(run, inputs, stop_signals, stack)
-        yield session
-
-
-def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack) -> Session:
-    """Each tenant is started on a device that the others have left; `stack` takes them down."""
-    assert run.output_dir is not None, "the command line names it"
-    output_dir = Path(run.output_dir)
-    models = look_at_models(run, inputs, print)
-    run.switch.level = level_of(run)
-    device = Device.detect()
-    itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
-    nbytes = itemsize * checkpoint_elements(Path(models.path))
-    by_disk = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
-    stack.enter_context(only_run_in(output_dir, print))
-    begin = choose_start(run, itemsize, output_dir, pushes=2 * nbytes if by_disk else 0)
-    state = begin.state
-    inputs.prompts.seek(state.cursor)
-    monitor = stack.enter_context(Monitor(run, output_dir, begin.kept, state.wandb_id))
-    ledger = Ledger(device, output_dir, begin.kept, state.step)
-    say = inputs.scorer.say = monitor.log_line
-    ledger.on_phase = monitor.phase
-    publisher = Publisher(run.switch.transport, nbytes, output_dir)
-    stack.callback(publisher.close)
-    monitor.phase("engine start")
-    engine = start_engine(run, models, ledger, output_dir, publisher.root, say)
-    stack.callback(engine.close)
-    taken = [device.total_bytes() - device.free_bytes()]  # CUDA graphs and workspaces too
-    switch = Switch(ledger, holder=engine)
-    tenants = []
-    for candidate in models.candidates:
-        monitor.phase(f"{candidate.name} start")
-        tenants.append(start_tenant(candidate, switch, output_dir, publisher.root, say, stack))
-        taken.append(device.total_bytes() - device.free_bytes())
-    switch.vacate()
-    monitor.phase("trainer start")
-    trainer = build_trainer(run, inputs, models, ledger, publisher, engine.backend.block_size, say)
-    trainer.parking.engine_bytes = max(taken)
-    if begin.path:
-        checkpoint.restore(begin.path, trainer)
-        say(f"resumed from {begin.path} at step {state.step}")
-    if trainer.updates_once:
-        say("one update a step: old log-probabilities are its own, exactly, and not recomputed")
-    switch.give_to(trainer)
-    freeze_garbage()
-    ledger.restart()
-    return Session(
-        run=run,
-        device=device,
-        ledger=ledger,
-        monitor=monitor,
-        switch=switch,
-        engine=engine,
-        trainer=trainer,
-        scorer=inputs.scorer,
-        tenants=tenants,
-        prompts=inputs.prompts,
-        held_out=inputs.held_out,
-        tokenizer=models.tokenizer,
-        output_dir=output_dir,
-        stop_signals=stop_signals,
-        health=Health(
-            output_dir,
-            say,
-            lambda: next(resume.valid_checkpoints(output_dir / "checkpoints"), None),
-            begin.kept,
-            state.skipped_in_a_row,
-            state.flat_in_a_row,
-        ),
-        saved_step=begin.kept,
-    )
-
-
-def freeze_garbage() -> None:
-    """A million objects of imported libraries are not worth a look at every hand-over."""
-    gc.collect()
-    gc.freeze()
-
-
-def choose_start(run: Run, itemsize: int, output_dir: Path, pushes: int) -> Start:
-    """Where the run goes on from; what it gives up for that is removed.
-
-    Raises ConfigError, also where the disk has no room for what it will save.
-
-    `itemsize`: of the engine's dtype. `pushes`: bytes that published versions take there.
-    """
-    start = resume.choose(run, output_dir, print)
-    size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
-    kept = len(resume.steps_in(output_dir / "checkpoints"))
-    check_disk_space(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
-    resume.give_up(start.given_up)
-    return start
-
-
-def look_at_models(run: Run, inputs: Inputs, say: Callable[[str], None]) -> Models:
-    """Makes built-in models. Raises ConfigError for what could not be built, or started, later."""
-    check_schedule(run)
-    path = resolve_model(replace(run.model, path=inputs.model_path), say)
-    check_model(run, path)
-    tokenizer = load_tokenizer(run.model, path)
-    candidates: list[Candidate] = []
-    for name in inputs.scorer.tenants:
-        if name == "judge":
-            candidates.append(find_judge(run, [*inputs.first, *inputs.held_out], say))
-        else:
-            candidates.append(find_reward_model(run, tokenizer, say))
-    refuse_unfit_engine(run, path)
-    return Models(path=path, tokenizer=tokenizer, candidates=candidates)
-
-
-def start_engine(
-    run: Run, models: Models, ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]
-) -> Engine:
-    """vLLM with the run's model, awake and not yet proven."""
-    device = ledger.device
-    where = (device, output_dir / "engine.log", scratch)
-    start = partial(start_backend, run, models.path, models.tokenizer, *where)
-    exact = engine_dtype(run.model.dtype, device) == "float32" and device.kind == "cpu"
-    return Engine(
-        "rollout engine",
-        start(),
-        models.tokenizer,
-        ledger,
-        level=run.switch.level,
-        verify=run.switch.verify,
-        tolerance=proof.Tolerance(run.switch.canary_tolerance if exact else None),
-        revival=Revival(start=start, limit=run.engine.max_restarts, say=say),
-    )
-
-
-def start_tenant(
-    candidate: Candidate,
-    switch: Switch,
-    output_dir: Path,
-    scratch: Path,
-    say: Callable[[str], None],
-    stack: ExitStack,
-) -> RewardTenant:
-    """Starts it on a device that nobody holds; it is the holder then, and `stack` closes it."""
-    switch.vacate()
-    tenant = candidate.start(switch.ledger, output_dir, scratch, say)
-    stack.callback(tenant.close)
-    switch.holder = tenant
-    return tenant
-
-
-def build_trainer(
-    run: Run,
-    inputs: Inputs,
-    models: Models,
-    ledger: Ledger,
-    publisher: Publisher,
-    block_size: int,
-    say: Callable[[str], None],
-) -> Trainer:
-    """The trainer on a device that the engine has left."""
-    device = ledger.device
-    canary = canary_sequences(
-        [prompt.token_ids for prompt in inputs.held_out or inputs.first],
-        vocabulary=len(models.tokenizer),
-        length=min(run.max_model_len - 1, max(block_size + 2, 32)),
-    )
-    return Trainer(
-        run,
-        models.path,
-        getattr(torch, engine_dtype(run.model.dtype, device)),
-        models.tokenizer.pad_token_id,
-        ledger,
-        publisher,
-        canary,
-        say,
-    )

@@ -112,8 +112,8 @@ class PolicyWeights:
     tensors: dict[str, int]
     """Fingerprint by checkpoint name: a failed proof names the wrong tensor."""
     canary: Canary
-    held: list[int | None] | None = None
-    """What each worker of a frozen engine held when it was started; None: `fingerprint`, as published."""
+    initial_fingerprints: list[int | None] | None = None
+    """What each worker of a frozen engine held at its start; None: `fingerprint`, as published."""
 
 
 LATER: Any = None

@@ -1,7 +1,7 @@
 """python scripts/answers.py [JSON]: measure how fast each bad input is rejected.
 
 Runs every row of tests/bad_inputs.py that needs no other machine in a process of its own, checks the exit
-code and the number of error lines (tests/test_faults.py checks their text), and writes the seconds to JSON
+code and the number of error lines (tests/command/test_faults.py checks their text), and writes the seconds
 (default: benchmarks/results/answers-cpu.json).
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "command"))
 
 from bad_inputs import BAD_INPUTS, BASE, ROWS, BadInput
 from conftest import make_tiny_model

@@ -1,7 +1,7 @@
 """Every bad input with its error message: what the user types, which files exist, what rlswitch prints.
 
-tests/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection into
-docs/faults.md. In an expected line `...` matches anything.
+tests/command/test_faults.py runs each row through the command line; scripts/fault_pages.py puts a selection
+into docs/faults.md. In an expected line `...` matches anything.
 """
 
 from __future__ import annotations
@@ -283,9 +283,9 @@ SETTINGS = [
     bad(
         "judge and reward model without a path, and one named twice",
         "reward.functions=[judge,reward_model,judge]",
-        "judge.path = null: reward.functions names 'judge', there would be nothing to ask; set"
+        "judge.path = null: reward.functions names 'judge', but no model is configured; set"
         " judge.path=<a Hugging Face directory or hub id>",
-        "reward_model.path = null: reward.functions names 'reward_model', there would be nothing to ask; set"
+        "reward_model.path = null: reward.functions names 'reward_model', but no model is configured; set"
         " reward_model.path=<a Hugging Face directory or hub id>",
         "reward.functions = ['judge', 'reward_model', 'judge']: 'judge' is there twice, it has one score;"
         " name it once",
@@ -1163,8 +1163,8 @@ MACHINE = [
     bad(
         "more GPUs than there are",
         "engine.tensor_parallel_size=4 model.dtype=float16",
-        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees, vLLM would not start;"
-        " set at most 1, or let CUDA_VISIBLE_DEVICES name more",
+        "engine.tensor_parallel_size = 4: more than the GPUs that this process sees (1), vLLM would not"
+        " start; set at most 1, or list more in CUDA_VISIBLE_DEVICES",
         machine=one_old_gpu,
         needs_torch=True,
     ),

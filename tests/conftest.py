@@ -38,7 +38,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            if not nodeid.startswith("tests/engine/"):
+            if not nodeid.startswith("tests/engines/"):
                 return nodeid
             file = Path(nodeid.split("::")[0]).stem
             return "bench" if file in SHARE_A_BENCH else file

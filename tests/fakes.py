@@ -12,18 +12,22 @@ from rlswitch.checkpoint.resume import LoopState, Start
 from rlswitch.data.prompts import load_prompts, read_tables
 from rlswitch.engines.backend import Backend, Completion, Request
 from rlswitch.engines.engine import Engine
+from rlswitch.engines.revival import RestartingEngine, RestartPolicy
+from rlswitch.planning.policy import policy_spec
 from rlswitch.processes.signals import StopSignals
 from rlswitch.proof.checks import Tolerance
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
 from rlswitch.rewards.models.tenant import RewardTenant
-from rlswitch.rewards.scorer import Mark, Scorer
+from rlswitch.rewards.rewards import Rewards
+from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.scores import Score
 from rlswitch.run import Run
 from rlswitch.session import Session
 from rlswitch.switch.switch import Switch
 from rlswitch.types import PolicyWeights, Rollout
 
-BUILD = "rlswitch.session.build"
+BUILD = "rlswitch.build.build"
 """What `build_session` replaces where a test runs the loop itself."""
 FRESH = Start(None, LoopState(), kept=0, given_up=[])
 
@@ -139,10 +143,13 @@ class FakeTenant(RewardTenant):
     def unreleased(self) -> str | None:
         return self.keeps
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         self.log.append(f"{self.name} scores {len(rollouts)}")
         found = [(it.text, self.score_of(it.text)) for it in rollouts]
-        return [Mark(score=s, error="" if s is not None else "fell silent", extra=t) for t, s in found]
+        return [
+            Score(value=s, error="" if s is not None else "fell silent", extra={self.reward: t})
+            for t, s in found
+        ]
 
     def close(self) -> None:
         self.log.append(f"{self.name} closes")
@@ -168,31 +175,22 @@ def build_session(
     trainer.publish = publish_for_backend
     ledger = trainer.ledger
     prompts, held_out = load_prompts(run, read_tables(run), tokenizer, lambda line: None)
-    tolerance = Tolerance(run.switch.canary_tolerance)
-    engine = Engine(
-        "rollout engine",
-        backend,
-        tokenizer,
-        ledger,
-        level=run.switch.level,
-        verify=run.switch.verify,
-        tolerance=tolerance,
-    )
-    engine.release()
+    spec = policy_spec(run, run.model.path, ledger.device)
     output_dir = Path(run.output_dir or "")
     monitor = stack.enter_context(Monitor(run, output_dir))
-    scorer = Scorer(run.reward, say=monitor.log_line)
+    never = RestartPolicy(start=lambda: backend, limit=0, log=monitor.log_line)
+    engine = RestartingEngine(Engine(spec, backend, tokenizer, ledger, Tolerance(spec.tolerance)), never)
+    engine.release()
+    scorer = Scorer(run.reward, log=monitor.log_line)
     stack.callback(scorer.close)
     return Session(
         run=run,
-        device=ledger.device,
         ledger=ledger,
         monitor=monitor,
         switch=Switch(ledger, holder=trainer),
         engine=engine,
         trainer=trainer,
-        scorer=scorer,
-        tenants=[],
+        rewards=Rewards(scorer, []),
         prompts=prompts,
         held_out=held_out,
         tokenizer=tokenizer,

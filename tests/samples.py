@@ -82,3 +82,23 @@ def tiny_config(**changes: Any) -> Any:
         }
         | changes
     )
+
+
+def make_spec(**changes: Any) -> Any:
+    """The spec of an engine over a fake backend; nothing starts with it."""
+    from rlswitch.config.sections import EngineConfig
+    from rlswitch.engines.spec import EngineSpec
+
+    settings = {
+        "name": "rollout engine",
+        "model_path": "/nowhere",
+        "dtype": "float32",
+        "max_model_len": 64,
+        "seed": 0,
+        "trust_remote_code": False,
+        "settings": EngineConfig(),
+        "level": "2",
+        "verify": "every",
+        "tolerance": 1e-4,
+    }
+    return EngineSpec(**settings | changes)

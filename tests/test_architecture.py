@@ -55,7 +55,8 @@ HEAVY = {"torch", "vllm", "transformers", "accelerate", "datasets", "wandb"}
 LIGHT = (
     *("run", "inputs", "types", "errors", "text", "config.fields", "config.sections", "command.cli"),
     *("command.compose", "command.arguments", "command.sweep"),
-    *("data.prompts", "data.hub", "rewards.models.checks", "rewards.scorer", "recipes.addition.task"),
+    *("data.prompts", "data.hub", "rewards.models.judge", "rewards.models.reward_model"),
+    *("rewards.models.tenant", "rewards.scorer", "recipes.addition.task"),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -249,6 +250,31 @@ def test_every_module_says_what_it_is_for():
 
 def test_source_is_ascii():
     assert not [file.name for file in FILES if not file.read_bytes().isascii()]
+
+
+def test_nobody_forges_a_run_to_get_an_engine():
+    """An EngineSpec says all that an engine needs, so neither engines nor who only wants one know a Run."""
+    files = [*(PACKAGE / "engines").rglob("*.py"), *(PACKAGE / "serving").rglob("*.py")]
+    files += (ROOT / "benchmarks").rglob("*.py")
+    importers = {
+        str(file)
+        for file in files
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ImportFrom) and node.module == "rlswitch.run"
+    }
+    assert len(files) > 20 and not importers
+
+
+def test_an_engine_is_made_behind_one_door():
+    found = {
+        name
+        for name, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("Engine", "RestartingEngine", "LocalBackend", "ServerBackend")
+    }
+    assert found == {"engines/start.py"}
 
 
 def test_the_trainer_knows_no_algorithm_by_name():

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fakes import BUILD, FRESH, FakeBackend, build_session
 
-from rlswitch import loop
+from rlswitch import loop, session
 from rlswitch.checkpoint.resume import LoopState
 from rlswitch.errors import Preempted, RLSwitchError
 from rlswitch.processes.signals import preemptible
@@ -83,7 +83,7 @@ def test_a_signal_during_rollouts_gives_them_up_and_keeps_the_step_before(train,
     backend = FakeBackend()
     backend.during["generate"] = lambda: backend.log.count("generate") == 2 and stop()
     settings = {"evaluation": {"every": 0}, "checkpoint": {"every": 0}}
-    with pytest.raises(Preempted, match="in step 2, whose rollouts are given up; checkpoint of step 1 saved"):
+    with pytest.raises(Preempted, match="in step 2, whose rollouts are discarded; checkpoint of step 1"):
         train(backend, num_steps=9, **settings)
     state = saved_state(tmp_path / "run")
     assert (state["step"], state["cursor"]) == (1, 2)  # two prompts a step
@@ -92,14 +92,14 @@ def test_a_signal_during_rollouts_gives_them_up_and_keeps_the_step_before(train,
 
 
 def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(train, tmp_path, monkeypatch):
-    whole, saved = loop.checkpoint.save, []
+    whole, saved = session.checkpoint.save, []
 
     def save(directory, trainer, *args):
         stop()
         whole(directory, trainer, *args)
         saved.append(trainer.version)
 
-    monkeypatch.setattr(loop.checkpoint, "save", save)
+    monkeypatch.setattr(session.checkpoint, "save", save)
     with pytest.raises(Preempted, match="stopped by SIGTERM after step 2, checkpoint saved"):
         train(FakeBackend(), num_steps=9, checkpoint={"every": 2}, evaluation={"every": 0})
     assert saved == [2] and saved_state(tmp_path / "run")["step"] == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlswitch.checkpoint.atomic import DRAFT, checkpoint_problems, remove, tidy
+from rlswitch.config.sections import TENANTS
 from rlswitch.errors import ConfigError
 from rlswitch.records.provenance import flattened, redacted, resolved
 from rlswitch.run import OPTIONS, Run
@@ -23,7 +24,7 @@ FREE = {
     ),
     "an evaluation has its own seeds and leaves neither weights nor prefixes behind": ("evaluation",),
     "every push delivers the same weights, and no sampled token depends on how": (
-        *("switch", "judge.level", "reward_model.level"),
+        *("switch", *(f"{name}.level" for name in TENANTS)),
     ),
     "where tensors lie while others compute": ("trainer.park",),
     "how the engine is started and reached; local and server engines sample the same tokens": (

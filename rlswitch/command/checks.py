@@ -10,32 +10,9 @@ from collections.abc import Iterator
 
 from rlswitch.config.fields import field_problems
 from rlswitch.config.sections import TENANTS, ServerEngineConfig
-from rlswitch.engines.vllm.address import UNPROTECTED, parse_listen, parse_url
-from rlswitch.rewards.models.template import pattern_problems, template_problems
+from rlswitch.engines.settings import engine_problems
+from rlswitch.rewards.models.tenant import spec_of
 from rlswitch.run import Run
-
-OWNED_BY_SETTINGS = {
-    "model": "model.path",
-    "dtype": "model.dtype",
-    "trust_remote_code": "model.trust_remote_code",
-    "seed": "seed",
-    "max_model_len": "engine.max_model_len",
-    "gpu_memory_utilization": "engine.gpu_memory_utilization",
-    "kv_cache_memory_bytes": "engine.kv_cache_gib",
-    "tensor_parallel_size": "engine.tensor_parallel_size",
-    "enforce_eager": "engine.enforce_eager",
-}
-"""Arguments of vLLM that have a setting of their own."""
-
-NEEDED_BY_PROOF = (
-    "worker_cls",
-    "logprobs_mode",
-    "enable_prefix_caching",
-    "enable_sleep_mode",
-    "skip_tokenizer_init",
-    "max_logprobs",
-)
-"""Arguments of vLLM without which a push could not be proven."""
 
 
 def problems(run: Run) -> Iterator[str]:
@@ -43,33 +20,17 @@ def problems(run: Run) -> Iterator[str]:
     yield from field_problems(run)
     yield from run.algorithm.shared_problems(run.rollout)
     yield from run.algorithm.problems(run.rollout)
-    yield from vllm_problems(run)
-    if isinstance(run.engine, ServerEngineConfig):
-        yield from address_problems(run.engine)
-        if run.engine.url and run.switch.level == "auto":
-            yield (
-                "switch.level = auto: what a running server can do and needs is not measured here; set 2, or"
-                " what docs/levels.md says"
-            )
+    yield from engine_problems(run.engine)
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.url and run.switch.level == "auto":
+        yield (
+            "switch.level = auto: what a running server can do and needs is not measured here; set 2, or"
+            " what docs/levels.md says"
+        )
     yield from size_problems(run)
     yield from reward_problems(run)
     yield from tenant_problems(run)
     if run.model.lora_rank == 0 and run.checkpoint.merged:
         yield "checkpoint.merged = true: without LoRA checkpoints hold the whole model; set it to false"
-
-
-def vllm_problems(run: Run) -> Iterator[str]:
-    """Arguments of vLLM that are not the user's to give."""
-    for key in run.engine.vllm:
-        if key in OWNED_BY_SETTINGS:
-            yield f"engine.vllm.{key}: has a setting of its own; set {OWNED_BY_SETTINGS[key]}"
-        elif key == "enable_lora":
-            yield (
-                "engine.vllm.enable_lora: a push carries the merged weights, so the engine needs no adapters,"
-                " and with them sleep level 2 loses their base; leave it out, set model.lora_rank"
-            )
-        elif key in NEEDED_BY_PROOF:
-            yield f"engine.vllm.{key}: is fixed, a push could not be proven otherwise; leave it out"
 
 
 def size_problems(run: Run) -> Iterator[str]:
@@ -109,13 +70,13 @@ def reward_problems(run: Run) -> Iterator[str]:
 
 
 def tenant_problems(run: Run) -> Iterator[str]:
-    """A judge or reward model that is asked and not there, or the other way round; how it is asked."""
+    """A model among the rewards without a path, a path without its reward, and mistakes in its settings."""
     functions = run.reward.functions
     for name in TENANTS:
         path = getattr(run, name).path
         if name in functions and not path:
             yield (
-                f"{name}.path = null: reward.functions names '{name}', there would be nothing to ask; set"
+                f"{name}.path = null: reward.functions names '{name}', but no model is configured; set"
                 f" {name}.path=<a Hugging Face directory or hub id>"
             )
         elif path and name not in functions:
@@ -125,24 +86,5 @@ def tenant_problems(run: Run) -> Iterator[str]:
             )
         if functions.count(name) > 1:
             yield f"reward.functions = {functions}: '{name}' is there twice, it has one score; name it once"
-    if "judge" in functions:
-        yield from template_problems(run.judge.prompt)
-        yield from pattern_problems(run.judge.pattern)
-
-
-def address_problems(engine: ServerEngineConfig) -> Iterator[str]:
-    """Addresses that cannot be read, and those that others could reach."""
-    for key in ("host", "port", "uds"):
-        if key in engine.vllm:
-            yield f"engine.vllm.{key}: has a setting of its own; set engine.listen"
-    try:
-        key, text = ("url", engine.url) if engine.url is not None else ("listen", engine.listen)
-        address = parse_url(text) if key == "url" else parse_listen(text)
-    except ValueError as error:
-        yield f"engine.{key} = {text}: {error}"
-        return
-    if address is not None and not address.is_local and not engine.allow_remote:
-        yield (
-            f"engine.{key} = {text}: is not on this machine's loopback; {UNPROTECTED}; use 127.0.0.1 or a"
-            " Unix socket, or set engine.allow_remote=true on a network that you trust"
-        )
+        if name in functions:
+            yield from spec_of(name).problems(run)

@@ -1,6 +1,6 @@
-"""What the rewards say before anything is trained: of the dataset's own answers, and of the base model.
+"""mode=rewards: scores the dataset's own answers and samples of the base model, and trains nothing.
 
-Leaves nothing behind. A reward that does not give the right answers full marks is better found here.
+It writes no files. A reward that gives the reference answers less than full marks is better found here.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.engines.frozen import start_frozen
+from rlswitch.build import Models, inspect_models, start_tenant
+from rlswitch.engines.start import start_engine
 from rlswitch.errors import EngineError
 from rlswitch.inputs import Inputs
-from rlswitch.rewards.models.tenant import Candidate, ask_in_turn
+from rlswitch.planning.policy import policy_spec
+from rlswitch.rewards.models.tenant import PreparedTenant
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.scorer import Scorer
 from rlswitch.run import Run
-from rlswitch.session import Models, look_at_models, start_tenant
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
@@ -32,12 +34,12 @@ from rlswitch.types import Group, Prompt, Rollout
 
 ANSWER_COLUMNS = ("answer", "solution", "completion")
 GOLD, SAMPLED, SAMPLES = 64, 4, 2
-"""Rows whose own answer is scored; rows that the model is asked, and how often each."""
+"""Rows whose reference answer is scored; rows that the model answers, and how often each."""
 
 
 def show(run: Run, inputs: Inputs) -> None:
     """Prints how the rewards score gold answers and a few samples; trains nothing."""
-    models = look_at_models(run, inputs, print)
+    models = inspect_models(run, inputs, print)
     console = Console(highlight=False)
     prompts = inputs.held_out or inputs.first
     scored = {"gold answers": gold(prompts[:GOLD], models.tokenizer)}
@@ -47,7 +49,7 @@ def show(run: Run, inputs: Inputs) -> None:
         scored["the model's"] = sample(run, models, prompts[:SAMPLED])
     except EngineError as error:
         console.print(f"no samples of the model: {first_line(error)}")
-    score(inputs.scorer, models.candidates, scored.values())
+    score(inputs.scorer, models.tenants, scored.values())
     for part in render(scored, inputs.scorer):
         console.print(part)
 
@@ -73,16 +75,16 @@ def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
     return groups
 
 
-def score(scorer: Scorer, candidates: Sequence[Candidate], scored: Iterable[list[Group]]) -> None:
-    """Fills in all rewards; the models among them are started one by one, and ended again."""
+def score(scorer: Scorer, tenants: Sequence[PreparedTenant], scored: Iterable[list[Group]]) -> None:
+    """Fills in all rewards. The models among them are started one by one, and closed again."""
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
         directory = Path(name)
         switch = Switch(Ledger(Device.detect(), directory))
-        tenants = [start_tenant(it, switch, directory, directory, print, stack) for it in candidates]
+        started = [start_tenant(it, switch, directory, directory, print, stack) for it in tenants]
+        rewards = Rewards(scorer, started)
         for groups in scored:
-            pending = scorer.submit(groups)
-            ask_in_turn(tenants, pending, switch)
-            scorer.collect(pending)
+            rewards.begin_step()
+            rewards.score(groups, switch)
 
 
 def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
@@ -90,11 +92,12 @@ def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
 
     Raises EngineError when it cannot be started.
     """
-    run = replace(run, switch=replace(run.switch, verify="off"))  # it is asked once, and then closed
+    device = Device.detect()
+    spec = replace(policy_spec(run, models.path, device), verify="off")  # it generates once, unproven
     with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name:
-        where = (Ledger(Device.detect(), Path(name)), Path(name, "engine.log"), Path(name))
-        engine = start_frozen("rollout engine", run, models.path, models.tokenizer, *where, print)
-        with closing(engine):
+        directory = Path(name)
+        where = (Ledger(device, directory), directory / "engine.log", directory)
+        with closing(start_engine(spec, models.tokenizer, *where, frozen=True)) as engine:
             return engine.generate(prompts, run.sampling(SAMPLES, step=0))
 
 

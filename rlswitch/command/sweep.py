@@ -83,7 +83,7 @@ def _sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
     for job in jobs:
         try:
             run = compose_run(job, source)
-            inputs = repr((run.model, run.data, run.reward, run.judge, run.reward_model, run.engine))
+            inputs = repr((run.model, run.data, run.reward, run.tenants, run.engine))
             if inputs not in checked and run.mode != "plan":
                 checked.add(inputs)
                 check_inputs(run)

@@ -7,13 +7,16 @@ YAML under conf/ holds choices and deltas only. Each algorithm's settings are in
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rlswitch.config.fields import choice, number
 
-TENANTS = {"judge": "judge", "reward_model": "reward model"}
-"""What reward.functions can name beside functions, and the name in switch.jsonl. Each has a section of
-settings."""
+TENANTS = {
+    "judge": "rlswitch.rewards.models.judge",
+    "reward_model": "rlswitch.rewards.models.reward_model",
+}
+"""The models that reward.functions can name beside functions, and the module of each (with a `SPEC`, see
+rewards/models/tenant.py). Each has a section of settings under the same name, a TenantConfig."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -86,23 +89,40 @@ class RewardConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class JudgeConfig:
+class TenantConfig:
+    """What the settings of all models among the rewards share."""
+
+    device_name: ClassVar[str]
+    """In switch.jsonl and on the console."""
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"
+    """The class of transformers that builds such a model; a plan counts its parameters."""
+    has_engine: ClassVar[bool] = False
+    """Whether it runs in an engine of vLLM, with a KV cache."""
+
+    path: str | None = None
+    """Its model, as in model.path; `builtin:addition-judge` and `builtin:addition-reward-model` are made on
+    the spot."""
+    level: str = choice("1", "2")
+    """While others have the device: 1, weights in RAM; 2, dropped and read from its files again."""
+
+
+@dataclass(kw_only=True, slots=True)
+class JudgeConfig(TenantConfig):
     """The reward `judge`: a second vLLM engine that takes its turn on the device (docs/rewards.md).
 
-    It is always a local one, with the run's engine.* and model.dtype, a context of its own, and without
+    It is always a local one, with the run's engine.* and model.dtype, its own context length, and without
     trust_remote_code.
     """
 
-    path: str | None = None
-    """Its model, as in model.path; `builtin:addition-judge` is made on the spot."""
-    level: str = choice("1", "2")
-    """While others have the device: 1, weights in RAM; 2, dropped and read from its files again."""
+    device_name: ClassVar[str] = "judge"
+    has_engine: ClassVar[bool] = True
+
     prompt: str = (
         "Question:\n{prompt}\n\nAnswer:\n{completion}\n\n"
         "Is the answer correct? Reply with 1 if it is and with 0 if it is not, and nothing else."
     )
-    """What it is asked: {prompt}, {completion} and the dataset's columns are filled in. As one message of
-    a chat where its tokenizer has a chat template, as text to continue where not."""
+    """The question: {prompt}, {completion} and the dataset's columns are filled in. As one message of a chat
+    where its tokenizer has a chat template, otherwise as text to continue."""
     pattern: str = r"\b([01])\b"
     """Regular expression with one group around the score; its last match in the reply counts."""
     scale: float = number(1.0, above=0)
@@ -113,13 +133,11 @@ class JudgeConfig:
 
 
 @dataclass(kw_only=True, slots=True)
-class RewardModelConfig:
-    """The reward `reward_model`: the one logit of a sequence classifier (docs/rewards.md)."""
+class RewardModelConfig(TenantConfig):
+    """The reward `reward_model`: the one logit of a sequence classifier, num_labels 1 (docs/rewards.md)."""
 
-    path: str | None = None
-    """Its model, as in model.path, with num_labels 1; `builtin:addition-reward-model` is made on the spot."""
-    level: str = choice("1", "2")
-    """While others have the device: 1, weights in RAM; 2, dropped and read from its files again."""
+    device_name: ClassVar[str] = "reward model"
+    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What an engine has to know how to do, whatever it is: one verb each, in no order of its own."""
+"""What a backend has to implement: one method per verb, in no particular order."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class Request:
 class Completion:
     token_ids: list[int]
     logprobs: list[float]
+    """Of each token, after temperature."""
     finish_reason: str
 
 
 class Backend(ABC):
-    """The verbs of one kind of engine. No order is checked here: that is Engine's part."""
+    """The verbs of one kind of engine. Engine enforces their order."""
 
     family: ProcessGroup
-    """The processes that end with it: none of a server that was there before."""
+    """The processes that end with it; empty for a server that was already running."""
 
     @property
     @abstractmethod
@@ -39,7 +40,7 @@ class Backend(ABC):
 
     @abstractmethod
     def sleeping_bytes(self, level: str) -> int:
-        """What `sleep(level)` has to free on this device."""
+        """Bytes that `sleep(level)` has to free on this device."""
 
     @property
     @abstractmethod
@@ -52,7 +53,7 @@ class Backend(ABC):
 
     @abstractmethod
     def wake(self, tag: str) -> None:
-        """Maps `weights` or `kv_cache` again if the last sleep took it; called for each, in this order."""
+        """Maps `weights` or `kv_cache` if the last sleep freed it; called for each, in this order."""
 
     @abstractmethod
     def reload(self, path: Path) -> None:
@@ -60,15 +61,15 @@ class Backend(ABC):
 
     @abstractmethod
     def fingerprint(self) -> list[dict[str, Any]]:
-        """Per worker: `received`, fingerprint by name of what the loader got; `live`, of what is held."""
+        """Per worker: `received`, fingerprints by name of what it loaded; `live`, their sum as held."""
 
     @abstractmethod
     def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes; False when some could not be."""
+        """Drops all cached prefixes; False if some are still in use."""
 
     @abstractmethod
     def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
-        """The completion of each request goes `into` its index as it is finished: it outlives the engine."""
+        """Puts each completion `into` its request's index as it finishes, so it survives a later failure."""
 
     @abstractmethod
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
@@ -76,19 +77,19 @@ class Backend(ABC):
 
     @abstractmethod
     def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
-        """How many tokens of these prompts the prefix cache answers."""
+        """How many tokens of these prompts the prefix cache serves."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends the engine and its processes; may be called again."""
+        """Ends the engine and its processes; may be called twice."""
 
     def abandon(self) -> None:
-        """Ends an engine that is lost: it is not asked first, it may not answer."""
+        """Kills a lost engine without asking it first: it may not answer."""
         self.family.end(ask=lambda: None)
         self.close()
 
 
 def warm_up(backend: Backend, token_ids: list[int]) -> None:
-    """The first forward passes build kernels and caches: seconds that belong to the start."""
+    """The first forward passes build kernels and caches; their seconds belong to the start."""
     backend.score([token_ids * 2])
     backend.generate([Request(token_ids, seed=0, max_new_tokens=2, temperature=1.0)], {})

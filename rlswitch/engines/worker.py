@@ -1,4 +1,4 @@
-"""The old place of ProvenWorker: servers that are running were started with this name."""
+"""The old place of ProvenWorker, which running servers were started with."""
 
 from rlswitch.engines.vllm.worker import ProvenWorker
 

@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM
 
-from rlswitch.config.sections import TENANTS, ModelConfig
+from rlswitch.config.sections import ModelConfig
 from rlswitch.data.hub import builtin_model
 from rlswitch.engines.vllm.arguments import llm_arguments
 from rlswitch.planning.machine import GIB, DeviceFacts
+from rlswitch.planning.policy import policy_spec
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.training.logprobs import LOGITS_AT_ONCE
@@ -99,30 +101,30 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """A tenant that only scores: a judge or a reward model."""
+    """A tenant that only scores."""
 
     name: str
     """Its name in switch.jsonl, and of its phase."""
     shape: ModelShape
     level: str
-
-    @property
-    def has_engine(self) -> bool:
-        """Whether it has a KV cache and workspaces besides its weights."""
-        return self.name == TENANTS["judge"]
+    has_engine: bool
+    """Whether it has a KV cache and workspaces besides its weights."""
 
     @classmethod
     def read(cls, run: Run) -> list[Scoring]:
         """Those among the rewards of `run`."""
-        judge, model, found = run.judge, run.reward_model, []
-        if "judge" in run.reward.functions and judge.path is not None:
-            shape = ModelShape.read(ModelConfig(path=judge.path), "judge.path")
-            found.append(cls(name=TENANTS["judge"], shape=shape, level=judge.level))
-        if "reward_model" in run.reward.functions and model.path is not None:
-            kind = AutoModelForSequenceClassification
-            shape = ModelShape.read(ModelConfig(path=model.path), "reward_model.path", kind)
-            found.append(cls(name=TENANTS["reward_model"], shape=shape, level=model.level))
-        return found
+        return [
+            cls(
+                name=it.device_name,
+                shape=ModelShape.read(
+                    ModelConfig(path=it.path), f"{reward}.path", getattr(transformers, it.auto_class)
+                ),
+                level=it.level,
+                has_engine=it.has_engine,
+            )
+            for reward, it in run.tenants.items()
+            if it.path is not None
+        ]
 
 
 def largest_micro_batch(run: Run) -> int:
@@ -226,7 +228,8 @@ class Footprint:
 
     @classmethod
     def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring]) -> Footprint:
-        engine = llm_arguments(run, run.model.path, Device(facts.kind))
+        device = Device(facts.kind)
+        engine = llm_arguments(policy_spec(run, run.model.path, device), device)
         itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
         published = shape.parameters * itemsize
         weights = published // ranks

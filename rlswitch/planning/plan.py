@@ -19,7 +19,6 @@ from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 
-from rlswitch.config.sections import TENANTS
 from rlswitch.engines.vllm.arguments import CPU_KV_CACHE_GIB
 from rlswitch.engines.vllm.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.errors import ConfigError
@@ -197,18 +196,18 @@ def predict(run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Sc
     checks = [Shortfall(f"the {phase}", plan.total(phase), plan.limit_bytes) for phase in plan.phases]
     checks.append(Shortfall("one rollout's KV cache", run.max_model_len * per_token, size.kv))
     if facts.kind == "cuda":
-        checks += _gpu_checks(plan, size)
+        checks += _gpu_checks(plan, size, others)
     plan.shortfalls = [check for check in checks if check.needs > check.has]
     return plan
 
 
-def _gpu_checks(plan: Plan, size: Footprint) -> Iterator[Shortfall]:
+def _gpu_checks(plan: Plan, size: Footprint, others: Sequence[Scoring]) -> Iterator[Shortfall]:
     """Further limits where the device is not the host."""
     facts = plan.device
     yield Shortfall("vLLM at its start", size.start_bytes, facts.free_bytes)
-    if TENANTS["judge"] in plan.phases:  # started while the rollout engine sleeps
+    for name in [it.name for it in others if it.has_engine]:  # started while the rollout engine sleeps
         beside = sum(row.asleep for row in plan.rows if row.phase == ROLLOUT)
-        yield Shortfall("the judge's vLLM at its start", size.start_bytes, facts.free_bytes - beside)
+        yield Shortfall(f"the {name}'s vLLM at its start", size.start_bytes, facts.free_bytes - beside)
     yield Shortfall("host memory", plan.total("parked") + size.in_memory, facts.host_free_bytes)
 
 

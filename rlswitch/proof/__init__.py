@@ -1,1 +1,1 @@
-"""What proves a push: fingerprints of the weights, a canary, and the checks that compare both sides."""
+"""The proof of a push: fingerprints of the weights, a canary, and the checks that compare both sides."""

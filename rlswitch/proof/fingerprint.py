@@ -1,9 +1,9 @@
 """An additive hash of weights: the same number from the trainer's tensors and from the engine's.
 
-Every element's bits are mixed and the results summed modulo 2^64, so the sum does not depend on the
-order of elements, nor on how q/k/v or gate/up were fused or sharded. Zeros add nothing, so a padded
-vocabulary does not show. One changed bit anywhere changes the sum. What it cannot see is two tensors
-of one shape exchanged: that is the canary's part of the proof.
+Each element's bits are mixed and the results are summed modulo 2^64, so the sum does not depend on the
+order of elements, nor on how q/k/v or gate/up are fused or sharded. Zeros add nothing, so a padded
+vocabulary makes no difference. One changed bit anywhere changes the sum. It misses two exchanged tensors
+of the same shape: the canary catches those.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FACTORS = (-7046029254386353131, -4658895280553007687)  # odd 64-bit constants 
 
 
 def tensor_fingerprint(tensor: Tensor) -> int:
-    """Hash of one tensor's elements, any shape and dtype; 0 <= result < 2^64.
+    """Hash of a tensor's elements, any shape and dtype; 0 <= result < 2^64.
 
     Example: tensor_fingerprint(torch.zeros(3)) == 0
     """
@@ -43,8 +43,8 @@ def tensor_fingerprint(tensor: Tensor) -> int:
 def named_fingerprints(
     tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None = None
 ) -> dict[str, int]:
-    """Fingerprint by name, after a cast of floating tensors to `dtype`; a shared storage counts once."""
-    seen: dict[tuple[int, int], Tensor] = {}  # keeps them alive: no address is used twice
+    """Fingerprints by name, after casting floating tensors to `dtype`; a shared storage counts once."""
+    seen: dict[tuple[int, int], Tensor] = {}  # keeps them alive, so that no address is reused
     result = {}
     for name, tensor in tensors:
         storage = (tensor.data_ptr(), tensor.numel())
@@ -62,7 +62,7 @@ def total_fingerprint(fingerprints: Iterable[int]) -> int:
 
 
 def checkpoint_elements(path: Path) -> int:
-    """How many numbers the checkpoint in `path` holds; of its files the headers are read."""
+    """How many elements the checkpoint in `path` holds; reads only the headers of its files."""
     count = 0
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
@@ -71,7 +71,7 @@ def checkpoint_elements(path: Path) -> int:
 
 
 def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of the checkpoint in `path`, one at a time."""
+    """Names and tensors of the checkpoint in `path`, one at a time."""
     for file in checkpoint_files(path):
         with safe_open(file, framework="pt") as handle:
             for name in handle.offset_keys():
@@ -79,7 +79,7 @@ def checkpoint_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def checkpoint_files(path: Path) -> list[Path]:
-    """Those that its index names, or, without one, all."""
+    """The files that its index names, or all of them if it has no index."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})

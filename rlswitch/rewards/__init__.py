@@ -1,9 +1,12 @@
-"""What a completion is worth: functions with TRL's signature, models that take their turn on the device.
+"""What a completion is worth: reward functions with TRL's signature, and models that use the device.
 
-scorer.py, pool.py are the trainer's side; worker.py, resolve.py, builtin.py run in the worker processes,
-keeper.py around them; sandbox.py runs what a model wrote. To add a built-in function, write
-`def name(prompts, completions, **columns)` in functions.py, one number (or None: not applicable) per
-completion, and name it in builtin.py's table.
+rewards.py     Rewards.score(groups, switch): functions, models and shaping, in their order
+scorer.py      the functions of a run, the weighted sum, the tolerated error rate; scores.py, metrics.py
+functions.py   the built-in functions
+models/        tenant.py says how to add one; judge.py and template.py; reward_model.py and classifier.py
+workers/       the processes that functions run in: pool.py and process.py outside, worker.py inside
+sandbox/       isolation for programs that a model wrote; supervisor.py ends all that a process started
 
-judge.py and reward_model.py are tenants of the switch (tenants.py); template.py is what a judge is asked.
+To add a built-in function, write `def name(prompts, completions, **columns)` in functions.py, which returns a
+number (or None: not applicable) per completion, and name it in the table of workers/builtin.py.
 """

@@ -4,8 +4,8 @@
     completions    list of strings, or of [{"role": "assistant", "content": text}]
     **columns      completion_ids (the sampled tokens), and each other column of the dataset
 
-all of one length; the answer has it too. None means not applicable: left out of the weighted sum.
-An exception in the place of a number means that this row has no reward, and why.
+all of one length, like the returned list. None means not applicable: left out of the weighted sum. An
+exception in place of a number means that this row has no reward, and says why.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ FORMULA = re.compile(r"[^\w\s.]|\d\s*[A-Za-z]|[A-Za-z]\s*\d")
 
 Completion = str | list[dict[str, str]]
 MATH_SECONDS = 5.0
-"""For reading one completion and comparing it with the answer; then it has no reward."""
+"""Time limit for reading one completion and comparing it with the answer; beyond it there is no reward."""
 
 
 def completion_text(completion: Completion) -> str:
-    """What the model wrote, of a text or of a chat completion."""
+    """The text of a completion, which may be a chat message."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 def exact_match(
     prompts: Sequence[Any], completions: Sequence[Completion], answer: Sequence[Any], **columns: Any
 ) -> list[float | None]:
-    """1 where the completion is the answer, up to white space around either; else 0."""
+    """1 where the completion equals the answer, ignoring white space around either; else 0."""
     return [
         None if right is None else float(completion_text(given).strip() == str(right).strip())
         for given, right in zip(completions, answer, strict=True)
@@ -47,7 +47,7 @@ def exact_match(
 
 
 def length(prompts: Sequence[Any], completion_ids: Sequence[Sequence[int]], **columns: Any) -> list[float]:
-    """How many tokens were sampled: a price per token with a negative weight."""
+    """The number of sampled tokens: with a negative weight, a price per token."""
     return [float(len(token_ids)) for token_ids in completion_ids]
 
 
@@ -56,14 +56,14 @@ def math(
 ) -> list[float | TimeoutError | None]:
     """1 where the completion's last number or LaTeX expression equals the answer's; else 0.
 
-    By math-verify: 1/2, 0.5 and \\boxed{\\frac{1}{2}} are equal, and what it cannot read or compare is
-    wrong. None where it cannot read the answer itself.
+    By math-verify: 1/2, 0.5 and \\boxed{\\frac{1}{2}} are equal; a completion that it cannot read or compare
+    is wrong. None where it cannot read the answer itself.
     """
     return [_same(completion_text(given), right) for given, right in zip(completions, answer, strict=True)]
 
 
 class Format:
-    """1 where the pattern matches the whole completion, a dot matching line ends too; else 0."""
+    """1 where the pattern matches the whole completion (dots match line ends); else 0."""
 
     def __init__(self, pattern: str):
         self._pattern = re.compile(pattern, re.DOTALL)
@@ -75,13 +75,13 @@ class Format:
 
 
 class _Late(BaseException):
-    """No Exception: math-verify and sympy swallow those and go on."""
+    """Not an Exception: math-verify and sympy swallow those and continue."""
 
 
 def _same(given: str, right: Any) -> float | TimeoutError | None:
     from math_verify import parse, verify
 
-    for module in ("math_verify.parser", "math_verify.grader"):  # each warns that its own alarm is off
+    for module in ("math_verify.parser", "math_verify.grader"):  # each warns that its own time limit is off
         logging.getLogger(module).setLevel(logging.ERROR)
     try:
         with _alarm(MATH_SECONDS):
@@ -90,11 +90,11 @@ def _same(given: str, right: Any) -> float | TimeoutError | None:
                 return None
             return float(verify(gold, parse(given, parsing_timeout=None), timeout_seconds=None))
     except _Late:
-        return TimeoutError(f"{MATH_SECONDS:g} s were not enough")
+        return TimeoutError(f"took longer than {MATH_SECONDS:g} s")
 
 
 def _delimited(answer: str) -> str:
-    """A bare formula gets delimiters: math-verify would take the first number in it for the answer."""
+    """Delimits a bare formula: math-verify would take its first number for the answer."""
     answer = THOUSANDS.sub("", answer.strip())
     if DELIMITED.search(answer) or NUMBER.fullmatch(answer) or WORD.search(COMMAND.sub(" ", answer)):
         return answer
@@ -103,9 +103,9 @@ def _delimited(answer: str) -> str:
 
 @contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raises _Late inside when it takes longer. For the main thread, which a worker calls functions in.
+    """Raises _Late in the body after `seconds`. Main thread only, where a worker calls its functions.
 
-    math-verify's own time-out counts as a wrong answer, and cannot be told from one.
+    math-verify's own time limit would make a slow comparison look like a wrong answer.
     """
 
     def ring(*_: object) -> None:

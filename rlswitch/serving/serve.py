@@ -15,25 +15,26 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlswitch.command.checks import address_problems, problems
+from rlswitch.config.fields import field_problems
 from rlswitch.config.sections import EngineConfig, ModelConfig, ServerEngineConfig, SwitchConfig
 from rlswitch.data.hub import context_of, load_tokenizer, read_config, resolve_model
 from rlswitch.data.prompts import encode
 from rlswitch.engines.engine import Engine
-from rlswitch.engines.frozen import start_frozen
-from rlswitch.engines.start import refuse_unfit_engine
+from rlswitch.engines.revival import RestartingEngine
+from rlswitch.engines.settings import engine_problems
+from rlswitch.engines.spec import EngineSpec, engine_spec
+from rlswitch.engines.start import check_engine, start_engine
 from rlswitch.engines.vllm.address import parse_url
 from rlswitch.engines.vllm.client import Client
 from rlswitch.engines.vllm.watch import at_work
 from rlswitch.errors import ConfigError
-from rlswitch.run import OPTIONS, Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
 from rlswitch.types import Prompt, Sampling
 
 MAX_MODEL_LEN = 2048
-"""Longest prompt plus completion, unless the caller or the model says less."""
+"""Longest prompt plus completion, unless the caller sets one or the model's context is shorter."""
 
 
 @contextmanager
@@ -47,23 +48,21 @@ def serve(
     """Starts an engine for each model and yields (switch, engine, engine, ...), all engines asleep.
 
     `models` are directories, hub ids, or addresses of running servers (http://HOST:PORT); `level` is how
-    deep an engine sleeps while another one has the device; `settings` are those of EngineConfig. What each
-    hand-over took is in switch.jsonl in `output_dir` (default: a temporary directory).
+    deep an engine sleeps while another one has the device; `settings` are those of EngineConfig. The seconds
+    and bytes of every hand-over are in switch.jsonl in `output_dir` (default: a temporary directory).
     Raises ConfigError, EngineError, ProofError.
     """
-    runs = [frozen_run(model, level=level, dtype=dtype, **settings) for model in models]
+    specs = [frozen_spec(model, level=level, dtype=dtype, **settings) for model in models]
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rlswitch-serve-")))
         directory = Path(output_dir or scratch)
         directory.mkdir(parents=True, exist_ok=True)
         switch = Switch(Ledger(Device.detect(), directory))
-        engines: list[Engine] = []
-        for index, run in enumerate(runs):
-            path = resolve_model(run.model, print)
-            tokenizer = load_tokenizer(run.model, path)
-            log = directory / f"engine-{index}.log"
-            where = (switch.ledger, log, scratch)
-            engines.append(start_frozen(run.model.path, run, path, tokenizer, *where, print))
+        engines: list[RestartingEngine] = []
+        for index, spec in enumerate(specs):
+            tokenizer = load_tokenizer(ModelConfig(path=spec.name), spec.model_path)
+            log_path = directory / f"engine-{index}.log"
+            engines.append(start_engine(spec, tokenizer, switch.ledger, log_path, scratch, frozen=True))
             stack.callback(engines[-1].close)
             switch.holder = engines[-1]
             switch.vacate()  # the next one starts on an empty device
@@ -71,14 +70,14 @@ def serve(
 
 
 def complete(
-    engine: Engine,
+    engine: Engine | RestartingEngine,
     prompts: Sequence[str | list[dict[str, str]]],
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:
-    """The completion of each prompt, a text or chat messages, by the engine that has the device."""
+    """One completion per prompt, a text or chat messages, from the engine that holds the device."""
     rows = [
         Prompt(index=index, messages=prompt, token_ids=encode(prompt, engine.tokenizer))
         for index, prompt in enumerate(prompts)
@@ -89,43 +88,42 @@ def complete(
     return [group.rollouts[0].text for group in engine.generate(rows, sampling)]
 
 
-def frozen_run(
+def frozen_spec(
     model: str, *, level: str = "2", dtype: str = "auto", server: bool = False, **settings: Any
-) -> Run:
-    """The settings of one frozen engine, in process or over HTTP. Raises ConfigError, EngineError."""
-    if model.startswith(("http://", "https://", "unix:")):
-        settings, server = settings | {"url": model}, True
-        allowed = settings.get("allow_remote", False)
-        if found := list(address_problems(ServerEngineConfig(url=model, allow_remote=allowed))):
-            raise ConfigError(*found)  # before a word is said to it
-        with closing(Client(parse_url(model), at_work(ServerEngineConfig()))) as client:
-            model = client.get("/v1/models")["data"][0]["root"]
+) -> EngineSpec:
+    """The spec of a frozen engine, named after its model. Raises ConfigError, EngineError.
+
+    `server`: over HTTP; always so for an address in the place of `model`.
+    """
+    is_address = model.startswith(("http://", "https://", "unix:"))
+    if is_address:
+        settings["url"] = model
     try:
-        engine = ServerEngineConfig(**settings) if server else EngineConfig(**settings)
+        engine = ServerEngineConfig(**settings) if server or is_address else EngineConfig(**settings)
     except TypeError as error:
-        raise ConfigError(
-            f"{error}; the settings are those of rlswitch.config.sections.EngineConfig"
-        ) from error
-    run = Run(
-        model=ModelConfig(path=model, dtype=dtype),
-        algorithm=OPTIONS["algorithm"]["grpo"](),  # a Run has one; nothing is trained here
-        engine=engine,
-        switch=SwitchConfig(level=level),
-    )
+        raise ConfigError(f"{error}; settings: those of rlswitch.config.sections.EngineConfig") from error
+    config, switch = ModelConfig(path=model, dtype=dtype), SwitchConfig(level=level)
+    sections = {"model.": config, "switch.": switch, "engine.": engine}
+    found = [line for prefix, section in sections.items() for line in field_problems(section, prefix)]
+    found += engine_problems(engine)
     if level == "auto":
-        raise ConfigError(
-            "level = auto: is for training, where weights change; set 1 (in RAM) or 2 (on disk)"
-        )
-    if engine.max_model_len is None:
-        engine.max_model_len = _context(run.model)
-    run.data.max_prompt_tokens = run.rollout.max_new_tokens = 1  # of a training run: not asked here
-    if found := list(problems(run)):
+        found.append("level = auto: is for training, where weights change; set 1 (in RAM) or 2 (on disk)")
+    if found:
         raise ConfigError(*found)
-    refuse_unfit_engine(run, resolve_model(run.model, print))
-    return run
-
-
-def _context(model: ModelConfig) -> int:
-    """How long a sequence may be: the model's own limit, within reason."""
-    limit = context_of(read_config(model, resolve_model(model, print)))
-    return min(limit or MAX_MODEL_LEN, MAX_MODEL_LEN)
+    if is_address:
+        with closing(Client(parse_url(model), at_work(engine))) as client:
+            config.path = client.get("/v1/models")["data"][0]["root"]
+    path = resolve_model(config, print)
+    limit = context_of(read_config(config, path)) or MAX_MODEL_LEN
+    spec = engine_spec(
+        config.path,
+        config,
+        engine,
+        switch,
+        Device.detect(),
+        model_path=path,
+        max_model_len=engine.max_model_len or min(limit, MAX_MODEL_LEN),
+        seed=0,
+    )
+    check_engine(spec, config.path)
+    return spec

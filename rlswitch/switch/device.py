@@ -1,6 +1,6 @@
-"""The accelerator that the tenants share: how much of it is free, and who holds it.
+"""The accelerator that the tenants share: how much is free, and who holds it.
 
-On a machine without a GPU the "device" is the host's memory, so that everything above works the same.
+Without a GPU the "device" is host memory, so the code above works unchanged.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Device:
         return torch.cuda.get_device_name() if self.kind == "cuda" else "CPU"
 
     def free_bytes(self) -> int:
-        """Free memory of the whole device: all processes count, unlike torch's own statistics."""
+        """Free memory of the whole device: counts all processes, unlike torch's own statistics."""
         if self.kind == "cuda":
             return torch.cuda.mem_get_info()[0]
         return psutil.virtual_memory().available
@@ -42,8 +42,14 @@ class Device:
             return torch.cuda.mem_get_info()[1]
         return psutil.virtual_memory().total
 
+    def used_bytes(self, pids: list[int]) -> int:
+        """Memory in use: on a GPU by all processes, on a CPU by `pids` alone."""
+        if self.kind == "cuda":
+            return self.total_bytes() - self.free_bytes()
+        return resident_bytes(pids)
+
     def reclaim(self) -> None:
-        """Hands memory that nothing uses any more back to the driver or the kernel."""
+        """Returns unused memory to the driver or the kernel."""
         gc.collect()
         if self.kind == "cuda":
             torch.cuda.synchronize()
@@ -52,7 +58,7 @@ class Device:
             trim_heap()
 
     def describe_holders(self) -> str:
-        """Who holds memory now, largest first, for the message of a hand-over that did not come off."""
+        """Who holds memory now, largest first, for the message of a failed hand-over."""
         processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
         held = sorted(((resident_bytes([p.pid]), p) for p in processes), key=lambda pair: -pair[0])
         rows = [f"{p.name()} (pid {p.pid}) {size / 2**30:.2f} GiB of RAM" for size, p in held[:4]]
@@ -62,7 +68,7 @@ class Device:
 
 
 def resident_bytes(pids: list[int]) -> int:
-    """Resident memory of these processes together; one that has gone counts nothing."""
+    """Total resident memory of these processes; one that has ended counts as 0."""
     total = 0
     for pid in pids:
         try:
@@ -74,7 +80,7 @@ def resident_bytes(pids: list[int]) -> int:
 
 
 def trim_heap() -> None:
-    """glibc keeps freed memory; this gives it back to the kernel. Elsewhere there is nothing to do."""
+    """Returns memory that glibc has freed but kept to the kernel; does nothing with other C libraries."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except OSError:

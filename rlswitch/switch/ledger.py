@@ -1,7 +1,7 @@
 """The one clock: seconds, bytes and memory of every phase, in switch.jsonl, trace.json and the metrics.
 
-trace.json opens in chrome://tracing or Perfetto; its closing bracket is optional in that format, so a
-run that was killed leaves a readable trace.
+trace.json opens in chrome://tracing or Perfetto. The format does not need the closing bracket, so a killed
+run leaves a readable trace.
 """
 
 from __future__ import annotations
@@ -36,19 +36,20 @@ WORK_PHASES = ("rollout", "reward", "prepare", "update", "evaluation", "checkpoi
 
 @dataclass(slots=True)
 class Phase:
-    """A phase while it runs: whoever runs it says how many bytes it moved."""
+    """A running phase."""
 
     bytes: int = 0
+    """How many it moved; set inside the `with` block."""
 
 
 class Ledger:
-    """Times every phase of the step. Owned by the switch; tenants record through it.
+    """Times every phase of a step. Owned by the switch; tenants record through it.
 
     Example: `with ledger.phase("reload") as phase: ...; phase.bytes = weights.nbytes`
     """
 
     def __init__(self, device: Device, output_dir: Path, kept: int = 0, step: int = 0):
-        """Records up to the step `kept` stay; the next ones are of `step`."""
+        """Keeps old records up to the step `kept`; new ones get `step`."""
         self.device = device
         self.step = step
         self.hand_over = ("", "")
@@ -62,14 +63,14 @@ class Ledger:
         self._step_began = self._origin = time.monotonic()
 
     def restart(self) -> None:
-        """Forgets what has been counted since the last record."""
+        """Discards what was counted since the last record."""
         self._seconds.clear()
         self._bytes = 0
         self._step_began = time.monotonic()
 
     @contextmanager
     def between(self, source: str, target: str) -> Iterator[None]:
-        """Phases inside belong to a hand-over of the device from `source` to `target`."""
+        """Attributes phases inside to a hand-over of the device from `source` to `target`."""
         self.on_phase("switch")
         self.hand_over = (source, target)
         try:
@@ -81,7 +82,7 @@ class Ledger:
 
     @contextmanager
     def phase(self, name: str, pids: list[int] | None = None) -> Iterator[Phase]:
-        """One phase of a hand-over; `pids` are the processes of the tenant that it is about."""
+        """One phase of a hand-over; `pids` are the processes of the tenant concerned."""
         assert name in SWITCH_PHASES, name
         phase = Phase()
         free_before, resident_before = self.device.free_bytes(), resident_bytes(pids or [])
@@ -109,9 +110,9 @@ class Ledger:
 
     @contextmanager
     def work(self, name: str) -> Iterator[None]:
-        """A stretch of the tenants' own work: rollout, update and the like.
+        """A stretch of the tenants' own work, such as rollout or update.
 
-        Hand-overs in the middle of it, to a judge and back, are the switch's time and not counted twice.
+        A hand-over inside it, to a judge and back, counts as switch time only.
         """
         assert name in WORK_PHASES, name
         self.on_phase(name)
@@ -126,9 +127,9 @@ class Ledger:
         self._trace_event(name, "work", began, seconds, {"step": self.step})
 
     def step_metrics(self) -> dict[str, float]:
-        """switch/* and timing_s/* since the last record, which starts the next one; absent phases are 0.
+        """switch/* and timing_s/* since the last record, and starts the next one; absent phases are 0.
 
-        A checkpoint is saved after its step's record, so its seconds are in the next one.
+        A checkpoint is saved after its step's record, so its seconds appear in the next one.
         """
         step = time.monotonic() - self._step_began
         switch = self._switch_seconds()
@@ -157,11 +158,11 @@ class Ledger:
 
 
 class Trace:
-    """Appends events to a Chrome trace: a JSON array whose closing bracket may be missing."""
+    """Appends events to a Chrome trace, a JSON array without its closing bracket."""
 
     def __init__(self, path: Path, fresh: bool):
         old = path.read_bytes().splitlines() if path.exists() and not fresh else []
-        whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may have torn the last one
+        whole = [line for line in old[1:] if line.endswith(b"},")]  # a kill may cut the last line short
         with replacing(path) as file:
             file.write(b"\n".join([b"[", *whole]) + b"\n")
         self._events = LineFile(path, end=",\n")

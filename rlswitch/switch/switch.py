@@ -10,18 +10,18 @@ from rlswitch.types import PolicyWeights
 
 
 class Tenant(Protocol):
-    """A rollout engine, the trainer, a judge, a reward model: anything that needs the device for itself."""
+    """Anything that needs the whole device: a rollout engine, the trainer, a judge, a reward model."""
 
     name: str
 
     def acquire(self, weights: PolicyWeights | None) -> None:
-        """Takes the device; `weights` are for an engine that has to serve them."""
+        """Takes the device; an engine serves `weights`."""
 
     def release(self) -> None:
-        """Gives the device back; may be called when it is not held."""
+        """Gives the device back; does nothing if the tenant does not hold it."""
 
     def unreleased(self) -> str | None:
-        """What is still held although `release` returned, or None when all has come back."""
+        """What the tenant still holds after `release`, or None."""
 
 
 class Switch:
@@ -32,10 +32,9 @@ class Switch:
         self.holder = holder
 
     def give_to(self, tenant: Tenant, weights: PolicyWeights | None = None) -> None:
-        """The holder lets go, the memory is seen to come back, `tenant` takes over.
+        """The holder releases the device, the switch checks its memory, `tenant` acquires the device.
 
-        Raises SwitchError when the holder still has what it should have given back: the next tenant
-        would run out of memory in the middle of its work.
+        Raises SwitchError if the holder keeps memory, which the next tenant would run out of mid-work.
         """
         source = self.holder.name if self.holder else ""
         with self.ledger.between(source, tenant.name):
@@ -45,7 +44,7 @@ class Switch:
             tenant.acquire(weights)
 
     def vacate(self) -> None:
-        """Nobody holds the device: the state in which the next tenant is built."""
+        """Leaves the device without a holder, so that the next tenant can be built."""
         with self.ledger.between(self.holder.name if self.holder else "", ""):
             self._empty("the next tenant")
 
@@ -55,7 +54,7 @@ class Switch:
             return
         holder.release()
         held = holder.unreleased()
-        if held:  # it stays the holder: a second try must not pass it by
+        if held:  # it stays the holder, so a retry cannot skip it
             raise SwitchError(
                 f"{holder.name} did not give the device back: {held}; {successor} was not started."
                 f" Holders now: {self.ledger.device.describe_holders()}"

@@ -1,4 +1,4 @@
-"""Where a server may be reached. Nothing beyond this machine, unless the user says so."""
+"""Addresses of servers: on this machine only, unless the user allows others."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Address:
 
     @property
     def is_local(self) -> bool:
-        """Whether only this machine can reach it. A name other than localhost may come to mean anything."""
+        """Whether only this machine can reach it. Of host names only localhost counts."""
         if self.socket or self.host == "localhost":
             return True
         try:
@@ -38,7 +38,7 @@ class Address:
 
     @property
     def identity(self) -> str:
-        """The same for every way of writing the same place."""
+        """Equal for every spelling of the same place."""
         if self.socket:
             return f"unix:{os.path.realpath(self.socket)}"
         return f"{'loopback' if self.is_local else self.host.lower()}:{self.port}"
@@ -76,7 +76,7 @@ def parse_listen(text: str) -> Address | None:
 
 
 def free_port(listen: str) -> int | None:
-    """The port to listen on, any free one where `listen` says 0; None for `socket`. Raises ConfigError."""
+    """The port to listen on, any free one for port 0; None for `socket`. Raises ConfigError."""
     if (address := parse_listen(listen)) is None:
         return None
     with socket.socket(socket.AF_INET6 if ":" in address.host else socket.AF_INET) as probe:

@@ -1,4 +1,4 @@
-"""What every way of driving vLLM has in common: which of its calls make up each verb."""
+"""What all ways of driving vLLM share: which of its calls make up each verb."""
 
 from __future__ import annotations
 
@@ -10,39 +10,32 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlswitch.engines.backend import Backend, warm_up
+from rlswitch.engines.spec import Launch
 from rlswitch.errors import EngineError
 from rlswitch.proof.fingerprint import checkpoint_elements
-from rlswitch.switch.device import Device
 
 
 class VLLMBackend(Backend):
-    """Turns the verbs into vLLM's calls; how a call gets there is the subclass's part."""
+    """Turns the verbs into vLLM's calls; a subclass transports a call."""
 
-    def __init__(
-        self,
-        model_path: str,
-        tokenizer: PreTrainedTokenizerBase,
-        device: Device,
-        *,
-        elsewhere: bool = False,
-        warm: bool = True,
-    ):
-        """To be called once vLLM answers. `elsewhere`: on another machine, whose memory we cannot see."""
-        self.device = device
+    def __init__(self, launch: Launch, *, elsewhere: bool = False):
+        """Called once vLLM answers. `elsewhere`: on another machine, whose memory is invisible here."""
+        self.device = launch.device
         self.elsewhere = elsewhere
-        self.stop_token_ids = stop_tokens(model_path, tokenizer)
+        self.stop_token_ids = stop_tokens(launch.spec.model_path, launch.tokenizer)
         self.workers = self.collective_rpc("memory")
         self.facts = self.collective_rpc("facts")[0]
         itemsize = getattr(torch, self.facts["dtype"]).itemsize
-        self.weight_bytes = 0 if elsewhere else itemsize * checkpoint_elements(Path(model_path))
+        elements = 0 if elsewhere else checkpoint_elements(Path(launch.spec.model_path))
+        self.weight_bytes = itemsize * elements
         self.asleep: set[str] = set()
         self.paused = False
-        if warm:
+        if launch.warm_up:
             warm_up(self, self.stop_token_ids)
 
     @abstractmethod
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
-        """Calls a method of every worker by name; the results, one a worker."""
+        """Calls a method of every worker by name; one result per worker."""
 
     @abstractmethod
     def _sleep(self, level: int) -> None:
@@ -71,12 +64,12 @@ class VLLMBackend(Backend):
     def sleeping_bytes(self, level: str) -> int:
         if self.elsewhere:
             return 0
-        if self.device.kind == "cuda":  # only the first GPU's memory is looked at
+        if self.device.kind == "cuda":  # device memory is that of the first GPU
             worker = self.workers[0]
             freed = {"0": 0, "kv": worker["kv_bytes"]}
             return freed.get(level, worker["kv_bytes"] + worker["weight_bytes"])
         kv = sum(worker["kv_bytes"] for worker in self.workers)
-        # On a CPU level 1 has nowhere to move the weights to: they are in host memory already.
+        # On a CPU level 1 frees no weights: they are in host memory already.
         return {"0": 0}.get(level, kv) + (self.weight_bytes if level == "2" else 0)
 
     def sleep(self, level: str) -> None:
@@ -92,16 +85,16 @@ class VLLMBackend(Backend):
 
     def wake(self, tag: str) -> None:
         if tag in self.asleep:
-            # One tag a call, and never a tag that is awake: vLLM 0.20-0.27 would map it twice.
+            # One tag per call, and only one that sleeps: vLLM 0.20-0.27 would map it twice.
             if self.device.kind == "cuda":
-                self.device.reclaim()  # mapping cannot use what torch's allocator keeps cached
+                self.device.reclaim()  # mapping cannot use memory that torch's allocator caches
             self._wake_up(tag)
             self.asleep.discard(tag)
         if tag == "kv_cache" and self.paused:
             self._wake_up("scheduling")
             self.paused = False
         if tag == "kv_cache" and self._is_sleeping():
-            raise EngineError("vLLM says it is still asleep after every tag was woken: generate would hang")
+            raise EngineError("vLLM reports that it is asleep after every tag was woken: generate would hang")
 
     def reload(self, path: Path) -> None:
         self.collective_rpc("reload_weights", weights_path=str(path))
@@ -111,7 +104,7 @@ class VLLMBackend(Backend):
 
 
 def stop_tokens(model_path: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokenizer's end of sequence and the model's own list of them."""
+    """End-of-sequence tokens of the tokenizer and of the model's generation_config.json."""
     stops = {tokenizer.eos_token_id}
     if (Path(model_path) / "generation_config.json").exists():
         eos = GenerationConfig.from_pretrained(model_path).eos_token_id

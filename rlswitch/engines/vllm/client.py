@@ -1,4 +1,4 @@
-"""JSON over HTTP to one vLLM server, from code that is not async."""
+"""A synchronous client of one vLLM server: JSON over HTTP."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from typing import Any
 import aiohttp
 
 from rlswitch.engines.vllm.address import Address
-from rlswitch.engines.vllm.watch import Patience
+from rlswitch.engines.vllm.watch import Deadline
 from rlswitch.errors import EngineError, EngineLost
 from rlswitch.processes.output import tail
 
 MAX_IN_FLIGHT = 256
-"""Requests sent at a time: about as many as vLLM runs at once, and few enough connections."""
+"""Requests in flight: about as many as vLLM runs at once, without too many connections."""
 
 CONNECT_SECONDS = 10.0
 PROBE_SECONDS = 10.0
-KEEP_ALIVE_SECONDS = 2.0  # vLLM drops a connection that was idle for 5; a request must not meet that
+KEEP_ALIVE_SECONDS = 2.0  # vLLM closes a connection after 5 idle seconds; a request must not hit that
 
 
 class Client:
-    """Every call ends: with an answer, EngineError for one that is none, EngineLost where none comes."""
+    """Every call ends: with a reply, EngineError for an error status, or EngineLost if no reply comes."""
 
-    def __init__(self, address: Address, patience: Patience, log_path: Path | None = None):
+    def __init__(self, address: Address, deadline: Deadline, log_path: Path | None = None):
         self.address = address
-        self.patience = patience
+        self.deadline = deadline
         self.log_path = log_path
         self.runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
         self.session = self.runner.run(self._open())
@@ -39,7 +39,7 @@ class Client:
         self.runner.close()
 
     def status(self, path: str) -> int | None:
-        """The HTTP status of a GET; None when nothing answers within PROBE_SECONDS."""
+        """The HTTP status of a GET; None if there is no reply within PROBE_SECONDS."""
         try:
             return self.runner.run(asyncio.wait_for(self._send("GET", path), PROBE_SECONDS))[0]
         except (EngineError, TimeoutError):
@@ -52,9 +52,9 @@ class Client:
         return self.runner.run(self._ask("POST", path, body, query))
 
     def post_all(self, path: str, bodies: Sequence[Any], take: Callable[[int, Any], None]) -> list[Any]:
-        """The answers in the order of `bodies`, MAX_IN_FLIGHT of them on their way at a time.
+        """The replies in the order of `bodies`, at most MAX_IN_FLIGHT at a time.
 
-        Each is given to `take` with its index as soon as it is there, whatever becomes of the others.
+        `take` gets each one with its index when it arrives, even if others fail.
         """
 
         async def ask(index: int, body: Any) -> Any:
@@ -67,18 +67,15 @@ class Client:
             try:
                 return await asyncio.gather(*tasks)
             finally:
-                for task in tasks:  # those that are left when one has failed
+                for task in tasks:  # the rest, if one has failed
                     task.cancel()
 
         return self.runner.run(gather())
 
     async def _open(self) -> aiohttp.ClientSession:
         limits: dict[str, Any] = {"limit": MAX_IN_FLIGHT, "keepalive_timeout": KEEP_ALIVE_SECONDS}
-        connector: aiohttp.BaseConnector
-        if self.address.socket:
-            connector = aiohttp.UnixConnector(self.address.socket, **limits)
-        else:
-            connector = aiohttp.TCPConnector(**limits)
+        path = self.address.socket
+        connector = aiohttp.UnixConnector(path, **limits) if path else aiohttp.TCPConnector(**limits)
         return aiohttp.ClientSession(self.address.base_url, connector=connector)
 
     async def _ask(self, method: str, path: str, body: Any = None, query: Any = None) -> Any:
@@ -88,9 +85,9 @@ class Client:
         return json.loads(text) if text else {}
 
     async def _send(self, method: str, path: str, body: Any = None, query: Any = None) -> tuple[int, str]:
-        # Silence is measured, not the whole: a request may wait for its turn as long as others are served.
+        # Limits silence, not the total: a request may wait in vLLM's queue while others are served.
         timeout = aiohttp.ClientTimeout(
-            total=None, sock_connect=CONNECT_SECONDS, sock_read=self.patience.seconds
+            total=None, sock_connect=CONNECT_SECONDS, sock_read=self.deadline.seconds
         )
         try:
             async with self.session.request(
@@ -98,8 +95,8 @@ class Client:
             ) as reply:
                 return reply.status, await reply.text()
         except aiohttp.SocketTimeoutError as error:
-            raise EngineLost(self._failure(path, f"was silent for {self.patience}")) from error
-        except (aiohttp.ClientError, OSError) as error:  # no connection in time is among them
+            raise EngineLost(self._failure(path, f"was silent for {self.deadline}")) from error
+        except (aiohttp.ClientError, OSError) as error:  # includes a connection that timed out
             what = f"cannot be reached: {error or type(error).__name__}"
             raise EngineLost(self._failure(path, what)) from error
 
@@ -109,7 +106,7 @@ class Client:
 
 
 def _message(text: str) -> str:
-    """The first line of what vLLM says in its error object, or of whatever came."""
+    """The first line of the message in vLLM's error object, or of the whole text."""
     with suppress(ValueError, KeyError, TypeError):
         text = json.loads(text)["error"]["message"]
     return (text.strip().splitlines() or ["no reason given"])[0][:500]

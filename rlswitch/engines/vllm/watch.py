@@ -1,13 +1,11 @@
-"""Breaks off a call to processes that have died or fallen silent.
+"""Interrupts a call to processes that have died or fallen silent.
 
-vLLM's synchronous client waits for an answer without a limit, and still does so when its engine core has
-been killed (0.32): a monitor thread closes the sockets, and nobody wakes the caller. A signal does.
+vLLM's synchronous client waits for an answer without a limit, even after its engine core was killed (0.32):
+its monitor thread closes the sockets and does not wake the caller. A signal does.
 """
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import threading
 import time
@@ -21,13 +19,13 @@ import psutil
 from rlswitch.config.sections import EngineConfig
 from rlswitch.errors import EngineLost
 
-BREAK_OFF = signal.SIGRTMIN + 5
-"""To ourselves, and of no meaning to anybody else."""
-LOOK_SECONDS = 0.5
+INTERRUPT = signal.SIGRTMIN + 5
+"""Sent by this process to itself; nothing else uses it."""
+LOOK_SECONDS = 0.1
 
 
-class Patience(NamedTuple):
-    """How long vLLM may be silent, and the setting that says so."""
+class Deadline(NamedTuple):
+    """How long vLLM may be silent, and the setting that limits it."""
 
     setting: str
     seconds: float
@@ -36,17 +34,17 @@ class Patience(NamedTuple):
         return f"{self.setting} = {self.seconds:g}"
 
 
-def at_start(config: EngineConfig) -> Patience:
-    """The first forward passes build what later ones only use."""
-    return Patience("engine.start_timeout_s", config.start_timeout_s)
+def at_start(settings: EngineConfig) -> Deadline:
+    """The start has its own limit: its first forward passes compile and allocate."""
+    return Deadline("engine.start_timeout_s", settings.start_timeout_s)
 
 
-def at_work(config: EngineConfig) -> Patience:
-    return Patience("engine.request_timeout_s", config.request_timeout_s)
+def at_work(settings: EngineConfig) -> Deadline:
+    return Deadline("engine.request_timeout_s", settings.request_timeout_s)
 
 
-class _BrokenOff(BaseException):
-    """What the signal raises: no `except Exception` on the way out of a library may take it for its own."""
+class _Interrupted(BaseException):
+    """Raised by the signal; not an Exception, so that no library on the way handles it."""
 
 
 _guarded: Guard | None = None
@@ -54,19 +52,19 @@ _guarded: Guard | None = None
 
 
 @contextmanager
-def guard(processes: Sequence[psutil.Process], patience: Patience) -> Iterator[Callable[[], None]]:
-    """Raises EngineLost out of the body once one of `processes` is gone, or silent beyond `patience`.
+def guard(processes: Sequence[psutil.Process], deadline: Deadline) -> Iterator[Callable[[], None]]:
+    """Raises EngineLost out of the body when one of `processes` ends, or is silent beyond `deadline`.
 
-    Yields what is to be called whenever it was heard of. Only the main thread can be interrupted: in
-    another one the body runs as it is.
+    Yields a function to call at every sign of life. Only the main thread can be interrupted; in any other
+    the body runs unguarded.
     """
     global _guarded
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
-    if signal.getsignal(BREAK_OFF) is not _interrupt:
-        signal.signal(BREAK_OFF, _interrupt)
-    call = Guard(processes, patience)
+    if signal.getsignal(INTERRUPT) is not _interrupt:
+        signal.signal(INTERRUPT, _interrupt)
+    call = Guard(processes, deadline)
     try:
         try:
             _guarded = call
@@ -74,10 +72,10 @@ def guard(processes: Sequence[psutil.Process], patience: Patience) -> Iterator[C
             yield call.hear
         finally:
             _guarded = None
-    except _BrokenOff:
+    except _Interrupted:
         raise EngineLost(call.reason) from None
     except Exception as error:
-        if call.reason:  # a library has taken it for a failure of its own
+        if call.reason:  # a library has turned the interrupt into an error of its own
             raise EngineLost(call.reason) from error
         raise
     finally:
@@ -85,7 +83,7 @@ def guard(processes: Sequence[psutil.Process], patience: Patience) -> Iterator[C
 
 
 def has_ended(processes: Sequence[psutil.Process]) -> bool:
-    """Whether one of them is no longer there, or only as a zombie."""
+    """Whether one of them is gone or a zombie."""
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -95,15 +93,14 @@ def has_ended(processes: Sequence[psutil.Process]) -> bool:
 
 
 class Guard:
-    """One guarded call: a thread that waits for the end of the processes, of the silence, or of the call."""
+    """One guarded call of the current thread, and a thread that watches the processes meanwhile."""
 
-    def __init__(self, processes: Sequence[psutil.Process], patience: Patience):
+    def __init__(self, processes: Sequence[psutil.Process], deadline: Deadline):
         self.reason = ""
-        self._patience = patience
+        self._processes, self._deadline = processes, deadline
         self._heard = time.monotonic()
-        self._processes = processes
         self._caller = threading.get_ident()
-        self._over = os.eventfd(0)
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="rlswitch-guard", daemon=True)
 
     def start(self) -> None:
@@ -113,38 +110,22 @@ class Guard:
         self._heard = time.monotonic()
 
     def stop(self) -> None:
-        os.eventfd_write(self._over, 1)
+        self._over.set()
         if self._thread.ident is not None:
             self._thread.join()
-        os.close(self._over)
 
     def _watch(self) -> None:
-        poller, handles = select.poll(), []
-        poller.register(self._over, select.POLLIN)
-        try:
-            for process in self._processes:
-                with suppress(ProcessLookupError):
-                    handles.append(os.pidfd_open(process.pid))
-                    poller.register(handles[-1], select.POLLIN)
-            while not self._is_over(dict(poller.poll(1000 * LOOK_SECONDS))):
-                pass
-        finally:
-            for handle in handles:
-                os.close(handle)
-
-    def _is_over(self, events: dict[int, int]) -> bool:
-        if self._over in events:
-            return True
-        if events or has_ended(self._processes):
-            self.reason = "has died"
-        elif time.monotonic() - self._heard > self._patience.seconds:
-            self.reason = f"was silent for {self._patience}"
-        else:
-            return False
-        signal.pthread_kill(self._caller, BREAK_OFF)
-        return True
+        while not self._over.is_set():
+            if has_ended(self._processes):
+                self.reason = "has died"
+            elif time.monotonic() - self._heard > self._deadline.seconds:
+                self.reason = f"was silent for {self._deadline}"
+            if self.reason:
+                signal.pthread_kill(self._caller, INTERRUPT)
+                return
+            self._over.wait(LOOK_SECONDS)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     if _guarded is not None and _guarded.reason:
-        raise _BrokenOff
+        raise _Interrupted

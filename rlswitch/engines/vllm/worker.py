@@ -1,6 +1,6 @@
-"""What runs inside vLLM's worker process on a GPU, and the parts the CPU worker shares.
+"""vLLM's worker process on a GPU, and what it shares with the CPU worker.
 
-vLLM calls these methods through `collective_rpc`, by name.
+vLLM calls the workers' methods by name, through `collective_rpc`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,14 @@ from rlswitch.switch.device import Device
 
 
 class ProvenWorker(Worker):
-    """vLLM's GPU worker, which also tells what weights it received and holds."""
+    """vLLM's GPU worker, which also reports the weights that it received and holds."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.files = meeting_files(self.distributed_init_method)
-        watch_owner(self.files)
-        self.token = secrets.token_hex(8)
+        self.identity = identify(self.distributed_init_method)
         self.received: dict[str, int] = {}
 
     def reload_weights(self, *args: Any, **kwargs: Any) -> None:
-        self.received = {}
         with recording(self.get_model(), self.model_config.dtype, self.device) as self.received:
             super().reload_weights(*args, **kwargs)
 
@@ -42,7 +39,7 @@ class ProvenWorker(Worker):
 
     def fingerprint(self) -> dict[str, Any]:
         sharded = self.parallel_config.tensor_parallel_size > 1
-        requantised = self.model_config.quantization is not None  # other bytes than were published
+        requantised = self.model_config.quantization is not None  # the bytes differ from the published ones
         live = None if sharded or requantised else live_fingerprint(self.get_model(), self.model_config.dtype)
         return {"received": self.received, "live": live}
 
@@ -51,24 +48,26 @@ class ProvenWorker(Worker):
 
     def memory(self) -> dict[str, Any]:
         storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
-        return {
-            "pid": os.getpid(),
-            "token": self.token,
-            "family": own_family(),
-            "files": self.files,
+        return self.identity | {
             "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
         }
 
 
-def meeting_files(distributed_init_method: str) -> list[str]:
-    """The file that torch's processes meet in, which vLLM leaves in /tmp."""
+def identify(distributed_init_method: str) -> dict[str, Any]:
+    """Who a worker is, told with its `memory`; from now on it ends with its run and its engine core.
+
+    `token` differs in every process, also when a pid is reused. `files` is the file in /tmp through which
+    torch's processes meet, and which vLLM does not remove.
+    """
     path = distributed_init_method.removeprefix("file://")
-    return [path] if os.path.basename(path).startswith("vllm_dist_") else []
+    files = [path] if os.path.basename(path).startswith("vllm_dist_") else []
+    watch_owner(files)
+    return {"pid": os.getpid(), "token": secrets.token_hex(8), "family": own_family(), "files": files}
 
 
 def engine_facts(config: VllmConfig) -> dict[str, Any]:
-    """What a run has to know of its engine, as vLLM resolved it; plain values, they travel as JSON."""
+    """The settings a run depends on, as vLLM resolved them; plain values that travel as JSON."""
     return {
         "block_size": config.cache_config.block_size,
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
@@ -81,7 +80,7 @@ def engine_facts(config: VllmConfig) -> dict[str, Any]:
 
 @contextmanager
 def recording(model: Any, dtype: torch.dtype, device: torch.device) -> Iterator[dict[str, int]]:
-    """Fingerprints every tensor that the loader hands to `model` while the context is open."""
+    """Yields the fingerprints of all tensors that the loader hands to `model` while the context is open."""
     received: dict[str, int] = {}
     load = model.load_weights
 

@@ -1,225 +1,57 @@
 """The reward `reward_model`: the one logit that a sequence classifier gives to prompt and completion.
 
-Between its turns the weights lie in host memory (level 1) or nowhere (level 2: they are read from their
-files again). What has come back is fingerprinted like a push: a file that changed meanwhile is refused.
+Here its directory is checked; classifier.py loads the model.
 """
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, count
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-
-from rlswitch.config.sections import TENANTS, ModelConfig
-from rlswitch.data.hub import context_of, resolve_model
-from rlswitch.engines.vllm.arguments import engine_dtype
-from rlswitch.errors import ProofError
-from rlswitch.proof.fingerprint import named_fingerprints
-from rlswitch.rewards.models.checks import fit_reward_model, unusable
-from rlswitch.rewards.models.tenant import Candidate, RewardTenant
-from rlswitch.rewards.scorer import Mark
+from rlswitch.config.sections import ModelConfig
+from rlswitch.data.hub import context_of, load_tokenizer, read_config, resolve_model
+from rlswitch.errors import ConfigError
+from rlswitch.rewards.models.tenant import Log, StartTenant, TenantSpec
 from rlswitch.run import Run
-from rlswitch.switch.device import Device
-from rlswitch.switch.ledger import Ledger
-from rlswitch.text import first_line, prompt_text
-from rlswitch.training.batching import pad_right, within_budget
-from rlswitch.training.parking import nbytes
-from rlswitch.types import PolicyWeights, Prompt, Rollout
+from rlswitch.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+    from rlswitch.rewards.models.classifier import Classifier
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Classifier:
-    """A classifier, looked at and not loaded."""
-
-    path: Path
-    tokenizer: PreTrainedTokenizerBase
-    reads_tokens: bool
-    """Whether the policy's own tokens mean the same to it."""
-    longest: int
-    level: str
-    verify: str
-    dtype: str
-    """As model.dtype has it."""
-    micro_batch_tokens: int
-
-    def encode(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:
-        """Prompt and completion as its tokens: the policy's, a chat by its template, or the bare text."""
-        if self.reads_tokens:
-            return (*prompt.token_ids, *token_ids)
-        messages = prompt.messages
-        if not self.tokenizer.chat_template:
-            return tuple(self.tokenizer(prompt_text(messages) + text)["input_ids"])
-        chat = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        if chat[-1]["role"] == "assistant":  # the completion goes on with it
-            text = chat.pop()["content"] + text
-        chat.append({"role": "assistant", "content": text})
-        return tuple(self.tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False))
-
-    def load(self, device: Device) -> PreTrainedModel:
-        """The model in host memory, read from its files. Raises ConfigError where they lack a tensor."""
-        dtype = getattr(torch, engine_dtype(self.dtype, device))
-        try:
-            model, found = AutoModelForSequenceClassification.from_pretrained(
-                self.path, dtype=dtype, use_safetensors=True, output_loading_info=True
-            )
-        except (OSError, ValueError) as error:
-            raise unusable(self.path, f"cannot be loaded: {first_line(error)}") from error
-        if missing := sorted(found["missing_keys"]):
-            raise unusable(self.path, f"has no {', '.join(missing[:3])}: its scores would be made up")
-        model.config.get_text_config().use_cache = False
-        return model.eval().requires_grad_(False)
-
-
-class RewardModel(RewardTenant):
-    """Owns the classifier, wherever its weights are."""
-
-    reward = "reward_model"
-    name = TENANTS[reward]
-
-    def __init__(self, source: Classifier, ledger: Ledger):
-        self.source, self.ledger, self.device = source, ledger, ledger.device
-        self._model: PreTrainedModel | None = source.load(self.device)
-        """None between its turns at level 2."""
-        self._pad = self._model.config.get_text_config().pad_token_id
-        self._fingerprints = self._fingerprint()
-        self._nbytes = nbytes(self._tensors())
-        if self.device.kind == "cuda" and source.level == "1":
-            for tensor in self._tensors():
-                tensor.data = tensor.data.pin_memory()
-        self._parked = [tensor.data for tensor in self._tensors()] if source.level == "1" else []
-        self._awake = False
-        self._turns = 0
-        self._left_behind = 0
-        self.acquire(None)
-
-    # -- as a tenant ---------------------------------------------------------------------------
-
-    def acquire(self, weights: PolicyWeights | None) -> None:
-        """On the device, and proven to be what was read at the start. Raises ProofError."""
-        if self._awake:
-            return
-        with self.ledger.phase("reload" if self._model is None else "onload", self.pids) as phase:
-            if self._model is None:
-                self._model = self.source.load(self.device)
-            for tensor in self._tensors():
-                tensor.data = tensor.data.to(self.device.torch, non_blocking=True)
-            if self.device.kind == "cuda":
-                torch.cuda.synchronize()
-            phase.bytes = self._nbytes
-        self._turns += 1
-        if self.source.verify == "every" or (self.source.verify == "first" and self._turns == 1):
-            with self.ledger.phase("verify", self.pids):
-                self._prove()
-        self._awake = True
-
-    def release(self) -> None:
-        if not self._awake:
-            return
-        with self.ledger.phase("offload", self.pids) as phase:
-            before = self._on_gpu()
-            if self.source.level == "2":
-                self._model = None
-            else:  # nothing to copy: the weights in host memory have not changed
-                for tensor, parked in zip(self._tensors(), self._parked, strict=True):
-                    tensor.data = parked
-            self.device.reclaim()
-            phase.bytes = self._nbytes
-        self._left_behind = self._nbytes - (before - self._on_gpu()) if before else 0
-        self._awake = False
-
-    def unreleased(self) -> str | None:
-        if self._left_behind <= 0.1 * self._nbytes:
-            return None
-        return f"{self._left_behind / 2**20:.0f} of {self._nbytes / 2**20:.0f} MiB are still on the GPU"
-
-    @property
-    def pids(self) -> list[int]:
-        return [os.getpid()]
-
-    def close(self) -> None:
-        self._model, self._parked = None, []
-
-    # -- scoring -------------------------------------------------------------------------------
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
-        rows = [self.source.encode(it.prompt, it.token_ids, it.text) for it in rollouts]
-        limit = self.source.longest
-        # Once each: what is equal must not differ in the last bit, advantages would make much of it.
-        fitting = [row for row in dict.fromkeys(rows) if len(row) <= limit]
-        logits = dict(zip(fitting, self._logits(fitting), strict=True))
-        return [_mark(logits[row]) if row in logits else _too_long(row, limit) for row in rows]
-
-    @torch.no_grad()
-    def _logits(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
-        assert self._awake and self._model is not None, "it scores in its turn only"
-        logits = torch.zeros(len(rows))
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        for index in within_budget(lengths, self.source.micro_batch_tokens):
-            chosen = [rows[i] for i in index.tolist()]
-            tokens = pad_right(chosen, self._padding(chosen), torch.long).to(self.device.torch)
-            mask = pad_right([[1] * len(row) for row in chosen], 0, torch.long).to(self.device.torch)
-            scores = self._model(input_ids=tokens, attention_mask=mask).logits
-            logits[index] = scores.squeeze(-1).float().cpu()
-        return logits.tolist()
-
-    def _padding(self, rows: Sequence[tuple[int, ...]]) -> int:
-        """The model's own; where it has none, a token that is in no row.
-
-        transformers' classifiers score at the last token that is not padding, and find it by its id.
-        """
-        assert self._model is not None
-        if self._pad is not None and self._pad >= 0:
-            return self._pad
-        used = set(chain.from_iterable(rows))
-        self._model.config.get_text_config().pad_token_id = unused = next(i for i in count() if i not in used)
-        return unused
-
-    def _prove(self) -> None:
-        found = self._fingerprint()
-        if wrong := sorted(name for name, value in self._fingerprints.items() if found.get(name) != value):
-            raise ProofError(
-                f"wake-up of the reward model is not proven: fingerprint: tensors differ:"
-                f" {', '.join(wrong[:3])} ({len(wrong)} in all); {self.source.path} may have changed since"
-                " the run was started: start it again"
-            )
-
-    def _fingerprint(self) -> dict[str, int]:
-        assert self._model is not None
-        named = chain(self._model.named_parameters(), self._model.named_buffers())
-        return named_fingerprints((name, tensor.to(self.device.torch)) for name, tensor in named)
-
-    def _tensors(self) -> Iterator[Tensor]:
-        assert self._model is not None
-        yield from self._model.parameters()
-        yield from self._model.buffers()
-
-    def _on_gpu(self) -> int:
-        return torch.cuda.memory_allocated() if self.device.kind == "cuda" else 0
-
-
-def find_reward_model(run: Run, policy: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Candidate:
-    """The reward model, to be loaded when the device is its. Raises ConfigError."""
-    classifier = find_classifier(run, policy, say)
-    return Candidate(RewardModel.name, lambda ledger, *_: RewardModel(classifier, ledger))
-
-
-def find_classifier(run: Run, policy: PreTrainedTokenizerBase, say: Callable[[str], None]) -> Classifier:
-    """The model that reward_model.path names. Raises ConfigError when it is no classifier with one label."""
-    assert run.reward_model.path is not None, "checks.py has seen it"
+def check_reward_model(
+    run: Run, path: str, prompts: Sequence[Prompt]
+) -> tuple[PreTrainedTokenizerBase, PretrainedConfig]:
+    """Tokenizer and configuration of the classifier in `path`. Raises ConfigError unless it has one label."""
+    assert run.reward_model.path is not None, "command/checks.py requires it"
     model = ModelConfig(path=run.reward_model.path)
-    path = resolve_model(model, say, "reward_model.path")
-    tokenizer, config = fit_reward_model(run, path)
+    tokenizer = load_tokenizer(model, path, "reward_model.path")
+    config = read_config(model, path, "reward_model.path")
+    kinds = config.architectures or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        why = f"is no sequence classifier ({', '.join(kinds)}): its scores would be made up"
+    elif config.num_labels != 1:
+        why = f"has {config.num_labels} labels: which is the reward could not be told"
+    else:
+        return tokenizer, config
+    raise ConfigError(
+        f"reward_model.path = {model.path}: {why}; set a model that was saved by"
+        " AutoModelForSequenceClassification with num_labels=1"
+    )
+
+
+def find_classifier(
+    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
+) -> Classifier:
+    """The model that reward_model.path names, not loaded yet. Raises ConfigError."""
+    from rlswitch.rewards.models.classifier import Classifier  # loads torch
+
+    assert run.reward_model.path is not None, "command/checks.py requires it"
+    path = resolve_model(ModelConfig(path=run.reward_model.path), log, "reward_model.path")
+    tokenizer, config = check_reward_model(run, path, prompts)
     limit = context_of(config)
     return Classifier(
         path=Path(path),
@@ -233,14 +65,19 @@ def find_classifier(run: Run, policy: PreTrainedTokenizerBase, say: Callable[[st
     )
 
 
+def prepare_reward_model(
+    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
+) -> StartTenant:
+    """Finds the classifier; it is loaded when the device is free for it. Raises ConfigError."""
+    from rlswitch.rewards.models.classifier import RewardModel
+
+    classifier = find_classifier(run, prompts, policy, log)
+    return lambda ledger, *_: RewardModel(classifier, ledger)
+
+
 def agree(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
     """Whether the same tokens and chats mean the same to both."""
     return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
 
 
-def _mark(logit: float) -> Mark:
-    return Mark(score=logit) if math.isfinite(logit) else Mark(error=f"gave {logit}")
-
-
-def _too_long(row: tuple[int, ...], limit: int) -> Mark:
-    return Mark(error=f"has {len(row)} tokens to read, its context is {limit}")
+SPEC = TenantSpec(check=check_reward_model, prepare=prepare_reward_model)

@@ -1,4 +1,4 @@
-"""What a judge is asked and how its reply is read: pure text, no model."""
+"""The question a judge gets and how its reply is read: pure text, no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from string import Formatter
 from typing import Any
 
+from rlswitch.config.fields import did_you_mean
 from rlswitch.text import prompt_text, shortened
 
 OWN_BLANKS = ("prompt", "completion")
@@ -16,7 +17,7 @@ Messages = str | Sequence[Mapping[str, str]]
 
 
 def fill_in(template: str, prompt: Messages, completion: str, columns: Mapping[str, Any]) -> str:
-    """The template with its blanks filled in; braces in what is filled in stay as they are.
+    """The template with its blanks filled in; braces inside the values are kept.
 
     Example: fill_in("{prompt}{completion}, not {answer}?", "1+1=", "3", {"answer": 2}) == "1+1=3, not 2?"
     """
@@ -24,7 +25,7 @@ def fill_in(template: str, prompt: Messages, completion: str, columns: Mapping[s
 
 
 def plain(messages: Messages) -> str:
-    """A prompt as text: of a chat the one message, or `role: content` lines."""
+    """A prompt as text: the message of a chat with only one, otherwise `role: content` lines."""
     if not isinstance(messages, str) and len(messages) == 1:
         return messages[0]["content"]
     return prompt_text(messages)
@@ -56,7 +57,7 @@ def read_score(reply: str, pattern: str, scale: float) -> float | None:
 
 
 def template_problems(template: str) -> Iterator[str]:
-    """What is wrong with judge.prompt by itself; which columns there are is known later."""
+    """What is wrong with judge.prompt, whatever columns the dataset has."""
     blame = f"judge.prompt = {shortened(repr(template), 60)}"
     try:
         names = blanks(template)
@@ -71,6 +72,17 @@ def template_problems(template: str) -> Iterator[str]:
             f"{blame}: has no {{completion}}, the judge would not see what it judges; put {{completion}}"
             " where the answer belongs"
         )
+
+
+def blank_problems(template: str, columns: Sequence[str]) -> Iterator[str]:
+    """A line for each blank that is neither prompt, completion nor a column of the dataset."""
+    known = [*OWN_BLANKS, *columns]
+    for name in dict.fromkeys(blanks(template)):
+        if name not in known:
+            yield (
+                f"judge.prompt: {{{name}}} is no column of the dataset, so it could not be filled in; there"
+                f" is {', '.join(known)}{did_you_mean(name, known)}"
+            )
 
 
 def pattern_problems(pattern: str) -> Iterator[str]:

@@ -1,30 +1,39 @@
-"""Models that give rewards: tenants of the switch, each with the device to itself while it scores.
+"""Reward tenants: models that score rollouts and need the device for themselves while they do.
 
-pending = scorer.submit(groups)           # functions start in processes of their own
-ask_in_turn(tenants, pending, switch)     # meanwhile each tenant takes the device and scores
-scorer.collect(pending)
+To add one, write a module with a `RewardTenant` and a `SPEC`, name it in `TENANTS` (config/sections.py), and
+give it a section of settings: a `TenantConfig` that `Run` has under the same name. Nothing else knows it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from rlswitch.rewards.scorer import Mark, Pending
-from rlswitch.switch.ledger import Ledger
-from rlswitch.switch.switch import Switch
-from rlswitch.types import PolicyWeights, Rollout
+from rlswitch.config.sections import TENANTS
+from rlswitch.run import Run
+from rlswitch.types import PolicyWeights, Prompt, Rollout
+
+if TYPE_CHECKING:  # they take seconds to import, and settings are checked before that
+    from transformers import PreTrainedTokenizerBase
+
+    from rlswitch.rewards.scores import Score
+    from rlswitch.switch.ledger import Ledger
+
+Log = Callable[[str], None]
+"""Prints a line on the console."""
 
 
 class RewardTenant(ABC):
-    """A tenant of the switch (switch.Tenant) that can score once it holds the device."""
+    """A tenant of the switch (switch.Tenant) that scores rollouts once it holds the device."""
 
+    reward: ClassVar[str]
+    """Its name in reward.functions, TENANTS and the metrics."""
     name: str
-    """In switch.jsonl and on the console."""
-    reward: str
-    """In reward.functions and the metrics."""
+    """Its name in switch.jsonl and on the console: `device_name` of its settings."""
 
     @abstractmethod
     def acquire(self, weights: PolicyWeights | None) -> None: ...
@@ -38,27 +47,59 @@ class RewardTenant(ABC):
     @property
     @abstractmethod
     def pids(self) -> list[int]:
-        """Processes of its own."""
+        """The processes that hold its memory."""
 
     @abstractmethod
-    def score(self, rollouts: Sequence[Rollout]) -> list[Mark]:
-        """A mark for each; rollouts that are equal in prompt and completion get equal ones."""
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """A score each; rollouts with the same prompt and completion get the same one."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends whatever it has started."""
+        """Ends every process that it started."""
 
 
-class Candidate(NamedTuple):
-    """A model that has been looked at, can be refused no more, and is not started yet."""
+StartTenant = Callable[["Ledger", Path, Path, Log], RewardTenant]
+"""(ledger, output_dir, scratch, log) -> a tenant that holds the device.
+
+`scratch` is removed even if this process is killed."""
+
+
+class PreparedTenant(NamedTuple):
+    """A tenant whose model was found and validated, not yet started."""
 
     name: str
-    start: Callable[[Ledger, Path, Path, Callable[[str], None]], RewardTenant]
-    """Ledger, output_dir, scratch (removed should this process be killed) and say -> it holds the device."""
+    start: StartTenant
 
 
-def ask_in_turn(tenants: Sequence[RewardTenant], pending: Pending, switch: Switch) -> None:
-    """Hands the device to each of them and adds its marks to `pending`; the last one keeps it."""
-    for tenant in tenants:
-        switch.give_to(tenant)
-        pending.marks[tenant.reward] = tenant.score(pending.rollouts)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TenantSpec:
+    """What the rest of the program asks of one kind of tenant before it runs. Importing it loads no torch."""
+
+    check: Callable[[Run, str, Sequence[Prompt]], object]
+    """(run, path, prompts): raises ConfigError if the model in the directory `path` cannot score them."""
+    prepare: Callable[[Run, Sequence[Prompt], PreTrainedTokenizerBase, Log], StartTenant]
+    """(run, prompts, the policy's tokenizer, log): finds or makes the model. Raises ConfigError."""
+    problems: Callable[[Run], Iterator[str]] = lambda run: iter(())
+    """A line for each mistake in its settings."""
+
+
+def spec_of(reward: str) -> TenantSpec:
+    """The spec of the tenant that reward.functions calls `reward`."""
+    return import_module(TENANTS[reward]).SPEC
+
+
+def check_tenants(run: Run, prompts: Sequence[Prompt]) -> None:
+    """Raises ConfigError for models in local directories; others have yet to be made or downloaded."""
+    for reward, settings in run.tenants.items():
+        if settings.path and Path(settings.path).is_dir():
+            spec_of(reward).check(run, settings.path, prompts)
+
+
+def prepare_tenants(
+    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
+) -> list[PreparedTenant]:
+    """The tenants of `run`, in the order of reward.functions. Raises ConfigError."""
+    return [
+        PreparedTenant(settings.device_name, spec_of(reward).prepare(run, prompts, policy, log))
+        for reward, settings in run.tenants.items()
+    ]

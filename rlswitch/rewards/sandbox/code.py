@@ -13,8 +13,8 @@ from rlswitch.rewards.sandbox.sandbox import Sandbox, SandboxError
 
 BLOCK = re.compile(r"```(?:python|py)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
-# Tests count as passed when their line with the token arrives: an exit code of 0 proves nothing, a
-# program can have it by leaving early. The token is read, and its file gone, before the program starts.
+# A test passes when its line with the token arrives: a program can leave early with exit code 0. The token is
+# read, and its file removed, before the program starts.
 HARNESS = """
 import json, os, sys, traceback
 token, code, tests = json.loads(sys.stdin.read())
@@ -36,10 +36,9 @@ for number, test in enumerate(tests):
 class CodeReward:
     """The share of `tests` that pass after the completion's code has run, in a sandbox.
 
-    tests, a column of the dataset: Python source, or a list of it, which may be written as JSON; a test
-    fails by raising. The code is the completion's last ``` block, or all of it. A program that does not
-    stop, or takes too much, keeps what it had passed; what became of each stands under `code` in
-    rollouts.jsonl.
+    `tests`, a column of the dataset, is Python source, or a list of it, possibly as JSON; a test fails by
+    raising. The code is the completion's last ``` block, or all of it. A program that is stopped keeps the
+    tests it passed. rollouts.jsonl says under `code` how each ended.
     """
 
     def __init__(self, sandbox: Sandbox):
@@ -53,14 +52,11 @@ class CodeReward:
         log_extra: Callable[[str, list[str]], None] | None = None,
         **columns: Any,
     ) -> list[float | Exception | None]:
-        scores, remarks = [], []
-        for completion, wanted in zip(completions, tests, strict=True):
-            score, remark = self._score(completion_text(completion), wanted)
-            scores.append(score)
-            remarks.append(remark)
+        pairs = zip(completions, tests, strict=True)
+        results = [self._score(completion_text(completion), wanted) for completion, wanted in pairs]
         if log_extra is not None:
-            log_extra("code", remarks)
-        return scores
+            log_extra("code", [remark for _, remark in results])
+        return [score for score, _ in results]
 
     def _score(self, text: str, tests: str | Sequence[str] | None) -> tuple[float | Exception | None, str]:
         try:
@@ -81,7 +77,7 @@ class CodeReward:
 
 
 def as_list(tests: str | Sequence[str]) -> list[str]:
-    """Raises ValueError for JSON that is no list of tests: as Python source it could not fail."""
+    """Raises ValueError for JSON that is not a list of tests: run as Python source it could not fail."""
     if not isinstance(tests, str):
         return list(tests)
     try:
@@ -94,6 +90,6 @@ def as_list(tests: str | Sequence[str]) -> list[str]:
 
 
 def code_block(text: str) -> str:
-    """The last fenced block of a completion, or all of it when there is none."""
+    """The last fenced block of a completion, or all of it without one."""
     blocks = BLOCK.findall(text)
     return blocks[-1] if blocks else text

@@ -1,9 +1,9 @@
-"""Runs Python that a model wrote: isolated by the kernel, under limits, and ended as a whole.
+"""Runs Python that a model wrote: isolated by the kernel, under limits, with no process left behind.
 
-own session; own PID, network, IPC and mount namespaces; user nobody, or a user namespace
-CPU seconds, wall seconds, address space, processes, file size, open files, output
-an environment of six variables; no descriptor but the first three
-a read-only file system of the interpreter and /usr; a /tmp of its own, in memory
+isolation: a new session; PID, network, IPC and mount namespaces; another user, or a user namespace
+limits: CPU seconds, wall seconds, address space, processes, file size, open files, output
+environment: six variables, and no descriptor but the first three
+files: the interpreter and /usr, read-only, and a private /tmp in memory
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from rlswitch.errors import RLSwitchError
 
-KEEPER = Path(__file__).with_name("supervisor.py")
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
 VISIBLE = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/dev/null", "/dev/urandom")
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -35,21 +36,21 @@ ENVIRONMENT = {
 
 
 class SandboxError(RLSwitchError, RuntimeError):
-    """The program could not be run as it has to be: says nothing about the program."""
+    """The sandbox could not run the program, which says nothing about the program."""
 
 
 PATIENCE = 3.0
-"""On a busy machine a right program waits for a core: what it computes decides, not how long that takes."""
+"""Wall time allowed per second of CPU time: on a busy machine a correct program waits for a core."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one program may take."""
+    """The resources of one program."""
 
     seconds: float = 10.0
-    """Of CPU time, per process; of wall time PATIENCE times as many."""
+    """CPU time per process; PATIENCE times as much wall time."""
     memory_bytes: int = 4 << 30
-    """Of address space, per process."""
+    """Address space per process."""
     processes: int = 64
     file_bytes: int = 16 << 20
     open_files: int = 64
@@ -59,10 +60,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What became of a program."""
+    """How a program ended."""
 
     problem: str | None
-    """Why it did not end by itself with exit code 0: `exit code 1: ZeroDivisionError: ...`,
+    """None after exit code 0; else `exit code 1: ZeroDivisionError: ...`,
     `killed by SIGSEGV`, `ran longer than 10 s`, `did not end within 30 s`, `printed more than 1048576
     bytes`."""
     output: str
@@ -70,10 +71,10 @@ class Outcome:
 
 
 class Sandbox:
-    """Runs programs, each in a sandbox of its own."""
+    """Runs programs, each in a new sandbox."""
 
     def __init__(self, limits: Limits, allow_unsandboxed: bool = False):
-        """Raises SandboxError when the kernel gives no isolation here, unless `allow_unsandboxed`."""
+        """Raises SandboxError when the kernel allows no isolation here, unless `allow_unsandboxed`."""
         self._limits = limits
         self._isolate = True
         try:
@@ -89,36 +90,24 @@ class Sandbox:
 
     def run(self, source: str, stdin: str = "", argv: tuple[str, ...] = ()) -> Outcome:
         """Runs `source` as a Python program in a private, empty directory."""
-        reader, writer = os.pipe()
-        spec = self._spec(source, stdin, argv)
         began = time.monotonic()
-        try:
-            keeper = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(KEEPER), str(writer)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                pass_fds=[writer],
-                env=ENVIRONMENT | {"TMPDIR": os.environ.get("TMPDIR", "/tmp")},
-                start_new_session=True,
-            )
-        finally:
-            os.close(writer)
-        with keeper, os.fdopen(reader, "rb") as status:
-            assert keeper.stdin and keeper.stdout and keeper.stderr
-            problem = None
+        supervisor, reader = start_supervisor(
+            self._spec(source, stdin, argv),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=ENVIRONMENT | {"TMPDIR": os.environ.get("TMPDIR", "/tmp")},
+        )
+        with supervisor, os.fdopen(reader, "rb") as status:
+            assert supervisor.stdin and supervisor.stdout and supervisor.stderr
             try:
-                with suppress(BrokenPipeError):  # it has died already: it will have said why
-                    keeper.stdin.write(json.dumps(spec).encode() + b"\n")
-                    keeper.stdin.flush()
-                problem, output, errors = self._listen(keeper.stdout, keeper.stderr, began)
+                problem, output, errors = self._listen(supervisor.stdout, supervisor.stderr, began)
             finally:
-                keeper.stdin.close()  # ends whatever still runs
-                keeper.wait()
+                supervisor.stdin.close()  # ends whatever still runs
+                supervisor.wait()
             return self._outcome(problem, status.readline(), output, errors)
 
     def _listen(self, stdout: IO[bytes], stderr: IO[bytes], began: float) -> tuple[str | None, bytes, bytes]:
-        """Reads both until the keeper closes them, or a limit is passed: the problem, and what was read."""
+        """Reads both until they are closed or a limit is exceeded: the problem, and what was read."""
         pieces: dict[int, list[bytes]] = {stdout.fileno(): [], stderr.fileno(): []}
         size = 0
         with selectors.DefaultSelector() as selector:
@@ -146,7 +135,7 @@ class Sandbox:
             raise SandboxError(f"the sandbox could not be set up ({ended['refused']})")
         text = errors.decode(errors="replace")
         if problem is None and not ended:
-            raise SandboxError(f"the keeper of the sandbox died{': ' if text else ''}{text[-200:]}")
+            raise SandboxError(f"the supervisor of the sandbox died{': ' if text else ''}{text[-200:]}")
         if problem is None and "signal" in ended and ended["cpu"] >= self._limits.seconds:
             problem = f"ran longer than {self._limits.seconds:g} s"
         elif problem is None and "signal" in ended:
@@ -177,8 +166,32 @@ class Sandbox:
         }
 
 
+def start_supervisor(
+    spec: Mapping[str, Any], stdout: int, stderr: int, env: Mapping[str, str] | None = None
+) -> tuple[subprocess.Popen[bytes], int]:
+    """supervisor.py on its way with `spec`, and the descriptor on which it reports how the program ended."""
+    reader, writer = os.pipe()
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-S", str(SUPERVISOR), str(writer)],
+            stdin=subprocess.PIPE,
+            stdout=stdout,
+            stderr=stderr,
+            pass_fds=[writer, *spec["keep"]],
+            env=env,
+            start_new_session=True,
+        )
+    finally:
+        os.close(writer)
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):  # it has died already, and its status or output says why
+        process.stdin.write(json.dumps(spec).encode() + b"\n")
+        process.stdin.flush()
+    return process, reader
+
+
 def interpreter_paths() -> list[str]:
-    """Where this Python and its packages live: what a sandboxed program has to see of the disk."""
+    """Where this Python and its packages live, which a sandboxed program has to see."""
     return [path for path in (sys.base_prefix, sys.prefix) if Path(path) not in (Path("/"), Path("/usr"))]
 
 

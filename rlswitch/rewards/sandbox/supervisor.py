@@ -1,14 +1,13 @@
-"""Runs one program under limits and ends everything that it has started. Standard library only.
+"""Runs one program under limits and ends every process that it started. Standard library only.
 
-    python -I -S keeper.py STATUS_FD        with one line of JSON on standard input: a Spec
+    python -I -S supervisor.py STATUS_FD        with one line of JSON on standard input: a Spec
 
-Whatever comes after that line on standard input, its end included, asks for the end; so the program
-dies with whoever started it, even by kill -9. When this process has ended nothing is left: neither
-a process, whatever it did with sessions and double forks, nor a file in its private directory.
+Any further byte on standard input, or its end, ends the program, so it dies with its parent even by kill -9.
+When the supervisor exits, no process is left, despite new sessions and double forks, and no file.
 
-STATUS_FD gets one JSON object: {"exit": 3, "cpu": 0.1}, {"signal": 9, "cpu": 10.0} with the seconds
-that RLIMIT_CPU has counted, or {"refused": why} when the kernel did not let the program be started like
-this; nothing when the end was asked for.
+STATUS_FD gets one JSON object: {"exit": 3, "cpu": 0.1}, {"signal": 9, "cpu": 10.0} with the CPU seconds that
+RLIMIT_CPU counted, or {"refused": why} when the kernel did not allow such a start; nothing when the program
+was ended from outside.
 """
 
 from __future__ import annotations
@@ -40,25 +39,22 @@ CPUCLOCK_PROF = 0
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 36, 38
 
 POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-"""What a scheduler or a terminal sends to every process of a job: the trainer alone answers."""
+"""Signals that a scheduler or a terminal sends to every process of a job: only the trainer reacts."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Spec(TypedDict):
-    """What to run, and how."""
-
     argv: list[str]
-    env: dict[str, str] | None
-    """The whole environment; None: this process's own."""
+    env: dict[str, str]
     limits: dict[str, int]
-    """Soft and hard value by name: RLIMIT_CPU, RLIMIT_AS, ..."""
+    """Soft and hard limit by name: RLIMIT_CPU, RLIMIT_AS, ..."""
     isolate: bool
-    """In namespaces of its own: no network, no other process, no file but `visible`, and as nobody."""
+    """In new namespaces: no network, no other process, no file but `visible`, and as another user."""
     visible: list[str]
-    """What an isolated program sees of the file system, read-only."""
+    """Paths that an isolated program sees, read-only."""
     files: dict[str, str]
-    """Written into the program's directory before it starts, where it starts; `stdin` is its input."""
+    """Written into the program's working directory before it starts; `stdin` is its input."""
     keep: list[int]
     """Descriptors that the program inherits beside the first three."""
 
@@ -88,7 +84,7 @@ def main() -> None:
 
 
 def end_descendants() -> None:
-    """Kills and reaps until there is no child left; the children of the killed become ours."""
+    """Kills and reaps until no child is left; children of the killed become ours."""
     while True:
         for pid in _descendants(os.getpid()):
             with suppress(ProcessLookupError):
@@ -119,10 +115,10 @@ def _descendants(root: int) -> list[int]:
 
 
 def _be_child(spec: Spec, directory: Path, status: int, user: int) -> NoReturn:
-    """The program itself, or the first process of its namespaces: when that ends, the kernel ends all."""
+    """Becomes the program, or the first process of its namespaces, with which the kernel ends all others."""
     try:
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        os.umask(0o022)  # the program is somebody else, and has to read its files
+        os.umask(0o022)  # the program runs as another user and must read its files
         if spec["isolate"]:
             _build_root(directory, spec["visible"])
             directory = Path("/tmp")
@@ -130,9 +126,9 @@ def _be_child(spec: Spec, directory: Path, status: int, user: int) -> NoReturn:
             (directory / name).write_text(text)
         if not spec["isolate"]:
             _become_program(spec, directory, status)
-        if os.getuid() == 0:  # the limit on processes is none for root
+        if os.getuid() == 0:  # root has no limit on processes
             _become(user)
-            _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a change of user has cleared it
+            _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # cleared by the change of user
         program = os.fork()
         if program == 0:
             _become_program(spec, directory, status)
@@ -145,7 +141,7 @@ def _be_child(spec: Spec, directory: Path, status: int, user: int) -> NoReturn:
 
 
 def _become(user: int) -> None:
-    """Somebody else than any other program: Linux counts processes by user."""
+    """Changes to a user that no other program has: Linux limits processes per user."""
     os.setgroups([])
     try:
         os.setresgid(user, user, user)
@@ -158,8 +154,6 @@ def _become(user: int) -> None:
 def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:
     try:
         os.setsid()
-        env = dict(os.environ) if spec["env"] is None else spec["env"]
-        env["TMPDIR"] = str(directory)
         if spec["files"]:
             os.chdir(directory)
         os.dup2(_open_input(directory if "stdin" in spec["files"] else None), 0)
@@ -174,9 +168,9 @@ def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:
         if spec["isolate"]:
             _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         else:
-            for number in POLITE:  # a handler would not survive what comes
+            for number in POLITE:  # unlike a handler, this survives exec
                 signal.signal(number, signal.SIG_IGN)
-        os.execve(spec["argv"][0], spec["argv"], env)
+        os.execve(spec["argv"][0], spec["argv"], spec["env"] | {"TMPDIR": str(directory)})
     except BaseException as error:
         _report(status, {"refused": f"{type(error).__name__}: {error}"})
     os._exit(1)
@@ -186,7 +180,7 @@ def _open_input(directory: Path | None) -> int:
     if directory is None:
         return os.open("/dev/null", os.O_RDONLY)
     fd = os.open(directory / "stdin", os.O_RDONLY)
-    os.unlink(directory / "stdin")  # a program that has read it can forget it
+    os.unlink(directory / "stdin")  # later the program cannot read it again
     return fd
 
 
@@ -194,7 +188,7 @@ def _open_input(directory: Path | None) -> int:
 
 
 def _enter_namespaces() -> None:
-    """Of this process's children to come; root needs no user namespace, anybody else has to make one."""
+    """For this process's future children. Without root it takes a user namespace."""
     flags = CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     uid, gid = os.getuid(), os.getgid()
     if uid == 0:
@@ -207,13 +201,13 @@ def _enter_namespaces() -> None:
 
 
 def _build_root(root: Path, visible: list[str]) -> None:
-    """A root file system in memory that shows `visible` read-only and has a /tmp with nothing else in it."""
+    """Enters a root file system in memory: `visible`, read-only, and an empty /tmp."""
     _call("unshare", CLONE_NEWNS)
     _mount(None, "/", None, MS_REC | MS_PRIVATE)
     _mount("tmpfs", str(root), "tmpfs", MS_NOSUID, "size=1m,mode=755")
     for name in ("tmp", "proc"):
         (root / name).mkdir()
-    # Before what is visible: an interpreter may well live below /tmp.
+    # Before `visible`: an interpreter may live below /tmp.
     _mount("tmpfs", str(root / "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=777")
     for path in map(Path, visible):
         target = root / path.relative_to("/")
@@ -225,7 +219,7 @@ def _build_root(root: Path, visible: list[str]) -> None:
         _mount(str(path), str(target), None, MS_BIND | MS_REC)
     _set_attributes(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, AT_RECURSIVE)
     _set_attributes(root / "tmp", 0, MOUNT_ATTR_RDONLY, 0)
-    with suppress(OSError):  # a container may forbid it; Python can do without
+    with suppress(OSError):  # a container may forbid it, and Python works without
         _mount("proc", str(root / "proc"), "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
     os.chdir(root)
     _call("pivot_root", b".", b".")
@@ -244,13 +238,13 @@ def _mount(source: str | None, target: str, kind: str | None, flags: int, option
 
 
 def _call(name: str, *arguments: object) -> None:
-    """A function of the C library; raises OSError when it answers with -1."""
+    """Calls a function of the C library. Raises OSError when it returns -1."""
     if getattr(libc, name)(*arguments) == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
 
 
-# ---- words
+# ---- messages
 
 
 def _read_line(fd: int) -> bytes:
@@ -264,10 +258,10 @@ def _read_line(fd: int) -> bytes:
 
 
 def _ended(pid: int) -> dict[str, float]:
-    """What became of a child that has ended, which is reaped.
+    """How an ended child ended; reaps it.
 
-    RLIMIT_CPU counts ticks, each against whoever runs when it comes. What wait4 reports is what a process
-    did compute: on a busy machine a tenth less. So the kernel's own count is read, while there is a process.
+    RLIMIT_CPU counts whole ticks, of which wait4 reports a tenth less on a busy machine. So this reads the
+    kernel's own count, which exists as long as the process does.
     """
     cpu = time.clock_gettime((~pid << 3) | CPUCLOCK_PROF)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -1,4 +1,4 @@
-"""What reward.functions can name without a module or a file."""
+"""The table of built-in reward functions, which reward.functions names without a module or a file."""
 
 from __future__ import annotations
 
@@ -12,21 +12,23 @@ from rlswitch.rewards.sandbox.code import CodeReward
 from rlswitch.rewards.sandbox.sandbox import PATIENCE, Limits, Sandbox, SandboxError
 
 ONE_BY_ONE = {"code"}
-"""Built-in functions that are given a rollout a call: a program may use up a whole deadline."""
+"""Built-in functions that score one rollout per call: a program may use up the whole timeout."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What the built-in functions need to know of the run's configuration."""
+    """What the functions depend on beside their entries in reward.functions."""
 
     format_pattern: str | None
     timeout_s: float
     memory_bytes: int
     allow_unsandboxed: bool
+    taken_names: tuple[str, ...] = ()
+    """Of the tenants: a function with such a name gets a suffix."""
 
 
 def make_format(settings: Settings) -> Format:
-    assert settings.format_pattern is not None, "checks.py asks for it"
+    assert settings.format_pattern is not None, "command/checks.py requires it"
     return Format(settings.format_pattern)
 
 
@@ -54,4 +56,4 @@ BUILTIN: Mapping[str, Callable[[Settings], Callable[..., Any]]] = {
     "length": lambda settings: length,
     "code": make_code,
 }
-"""The table of them: how each is made, by name."""
+"""How to make each, by name."""

@@ -1,4 +1,4 @@
-"""Finding the reward functions that reward.functions names, and asking what they can be called with."""
+"""Finds the functions that reward.functions names, and checks what they can be called with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import inspect
 import os
 import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -22,7 +22,7 @@ from rlswitch.errors import ConfigError
 from rlswitch.rewards.workers.builtin import BUILTIN, Settings
 
 GIVEN = ("prompts", "completions", "completion_ids")
-"""What every function gets beside the dataset's columns."""
+"""Arguments of every function, beside the dataset's columns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +40,10 @@ class Function:
             getattr(call, "__call__", None)  # noqa: B004  (an object with an async __call__)
         )
 
-    def problem_with(self, columns: Sequence[str]) -> str | None:
-        """What is wrong with calling it with these columns of the dataset."""
+    def signature_problem(self, columns: Sequence[str]) -> str | None:
+        """Why it cannot be called with these columns of the dataset, or None."""
         try:
-            # a C function has no signature (ValueError): its first call will tell
+            # a C function has no signature (ValueError): its first call shows
             with suppress(ValueError):
                 inspect.signature(self.call).bind(**dict.fromkeys((*GIVEN, *columns)))
         except TypeError as error:
@@ -61,36 +61,30 @@ class Function:
 
 
 def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function], list[str]]:
-    """The functions, under names of their own, and a line for each entry that is none.
-
-    A tenant is no function and keeps its name, whatever a function is called.
-    """
+    """The functions under unique names, and a line for each entry that is not one."""
     functions: list[Function] = []
     problems: list[str] = []
-    tenants = [entry for entry in entries if entry in TENANTS]
     for entry in entries:
-        if entry in tenants:
-            continue
         try:
             name, call = _find(entry, settings)
         except ConfigError as error:
             problems += error.problems
         else:
-            unique = _unique(name, [*tenants, *(other.name for other in functions)])
+            unique = _unique(name, {*settings.taken_names, *(other.name for other in functions)})
             functions.append(Function(unique, entry, call))
     return functions, problems
 
 
 def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
     blame = f"reward.functions = {entry}:"
-    refuse_missing(entry)
+    check_exists(entry)
     place, colon, name = entry.rpartition(":")
     if not colon:
         return entry, BUILTIN[entry](settings)
     try:
         module = _load_file(_file(place)) if place.endswith(".py") else import_module(place)
         call = getattr(module, name, None)
-    except (Exception, SystemExit) as error:  # whatever a user's module does when it is run
+    except (Exception, SystemExit) as error:  # anything can happen while a user's module runs
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"{blame} cannot import '{place}' ({what})") from error
     if call is None:
@@ -101,7 +95,7 @@ def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
     return name, call
 
 
-def refuse_missing(entry: str) -> None:
+def check_exists(entry: str) -> None:
     """Raises ConfigError for an unknown name and a missing file; runs nothing."""
     blame = f"reward.functions = {entry}:"
     place, colon, _ = entry.rpartition(":")
@@ -121,7 +115,7 @@ def _file(place: str) -> Path:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """The module in a file, run once per process however many functions it gives."""
+    """The module in a file, executed once per process."""
     path = path.resolve()
     name = f"rlswitch_reward_{path.stem}_{zlib.crc32(bytes(path)):08x}"
     if name in sys.modules:
@@ -138,7 +132,7 @@ def _load_file(path: Path) -> ModuleType:
     return module
 
 
-def _unique(name: str, taken: Sequence[str]) -> str:
+def _unique(name: str, taken: Set[str]) -> str:
     """`name`, or name_2, name_3, ... when an earlier function has it."""
     unique, n = name, 1
     while unique in taken:

@@ -1,6 +1,6 @@
-"""What runs in a worker process: the reward functions, and answers in plain JSON.
+"""The program in a worker process: it calls the reward functions and answers in plain JSON.
 
-A message is a pickled tuple; the first word says what is asked:
+A message is a pickled tuple that begins with a verb:
 
     ("load", entries, settings)       -> {"names": [...], "is_async": [...], "problems": [...]}
     ("check", columns)                -> {"problems": [...]}
@@ -22,16 +22,17 @@ from pathlib import Path
 from typing import Any, SupportsFloat
 
 from rlswitch.rewards.workers.resolve import Function, resolve
+from rlswitch.text import shortened
 
 LARGEST = 3.4e38
 """Of float32, which rewards become in training."""
 
 
 def main(fd: int) -> None:
-    """Answers until the other side hangs up."""
+    """Answers messages until the other side hangs up."""
     connection, owner = Connection(fd), os.getpid()
     functions: list[Function] = []
-    with asyncio.Runner() as runner:  # one loop for all: a client a function keeps is bound to its first
+    with asyncio.Runner() as runner:  # one loop for all calls: a client that a function keeps is bound to it
         while True:
             try:
                 verb, *rest = connection.recv()
@@ -42,12 +43,12 @@ def main(fd: int) -> None:
                 reply: dict[str, Any] = {"problems": problems, "names": [f.name for f in functions]}
                 reply["is_async"] = [f.is_async for f in functions]
             elif verb == "check":
-                found = (function.problem_with(rest[0]) for function in functions)
+                found = (function.signature_problem(rest[0]) for function in functions)
                 reply = {"problems": [problem for problem in found if problem]}
             else:
                 reply = {"results": score([functions[i] for i in rest[0]], rest[1], runner)}
             if os.getpid() != owner:
-                os._exit(0)  # a process that a function has forked, and let return
+                os._exit(0)  # a process that a function forked and let return
             connection.send_bytes(json.dumps(reply).encode())
 
 
@@ -55,7 +56,7 @@ def score(
     functions: Sequence[Function], arguments: Mapping[str, Any], runner: asyncio.Runner
 ) -> list[dict[str, Any]]:
     """The results of one function, or of several async ones, which wait together."""
-    if not functions[0].is_async:  # outside the loop: it may want one of its own
+    if not functions[0].is_async:  # outside the loop: it may run its own
         return [_result(function, arguments) for function in functions]
 
     async def gather() -> list[dict[str, Any]]:
@@ -81,7 +82,7 @@ async def _async_result(function: Function, arguments: Mapping[str, Any]) -> dic
 
 
 def _offered(function: Function, extra: dict[str, list[str]]) -> dict[str, Any]:
-    """TRL's log_extra, where the function has an argument for it: a column for rollouts.jsonl."""
+    """TRL's log_extra, if the function takes it: it adds a column to rollouts.jsonl."""
 
     def log_extra(column: str, values: Sequence[Any]) -> None:
         extra[column] = [str(value)[:500] for value in values]
@@ -96,16 +97,16 @@ def _raised(error: BaseException) -> dict[str, Any]:
 
 
 def _numbers(returned: Any, arguments: Mapping[str, Any], extra: Mapping[str, list[str]]) -> dict[str, Any]:
-    """What a function returned as finite floats, None where it does not apply or is not a number."""
+    """The returned scores as finite floats; None where it does not apply or is not a number."""
     rows = len(arguments["prompts"])
     if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
-        return {"error": f"returned {shown(returned)} instead of a list of {rows} numbers"}
+        return {"error": f"returned {shortened(repr(returned), 60)} instead of a list of {rows} numbers"}
     values = list(returned)
     if len(values) != rows:
         return {"error": f"returned {len(values)} rewards for {rows} completions"}
     scores = [None if value is None else _float(value) for value in values]
     bad = [
-        (row, f"returned {shown(value)} instead of a number")
+        (row, f"returned {shortened(repr(value), 60)} instead of a number")
         for row, (value, score) in enumerate(zip(values, scores, strict=True))
         if score is not None and not math.isfinite(score)
     ]
@@ -116,7 +117,7 @@ def _numbers(returned: Any, arguments: Mapping[str, Any], extra: Mapping[str, li
 
 
 def _float(value: Any) -> float:
-    """The number that `value` is; nan when it is none: a string, or what float32 would make infinite."""
+    """`value` as a float; nan for anything but a number, and for what would be infinite in float32."""
     if not isinstance(value, SupportsFloat):
         return math.nan
     try:
@@ -124,9 +125,3 @@ def _float(value: Any) -> float:
         return number if abs(number) <= LARGEST else math.nan
     except Exception:  # an array of many elements, an integer beyond the range of floats
         return math.nan
-
-
-def shown(value: Any) -> str:
-    """`value` in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,58 @@
+"""A worker that can be told to make the mistakes that a proof has to catch, and to die or hang."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rlswitch.engines.vllm.cpu_worker import SleepingCPUWorker
+from rlswitch.processes.group import own_family
+
+HUNG = "RLSWITCH_TEST_HUNG"
+"""In the environment: a worker writes its engine's pids there and never gets further."""
+
+
+class SaboteurWorker(SleepingCPUWorker):
+    """Behaves like its base until `sabotage` or `doom` is called, by name, through collective_rpc."""
+
+    keep_stale_head = False
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        if hung := os.environ.get(HUNG):
+            Path(hung).write_text(" ".join(map(str, own_family())))
+            time.sleep(1000)
+        super().load_model(*args, **kwargs)
+
+    def sabotage(self, keep_stale_head: bool) -> None:
+        self.keep_stale_head = keep_stale_head
+
+    def restart(self) -> None:
+        """As if another server had taken its place."""
+        self.identity["token"] += ", and another"
+
+    def doom(self, call: str, calls: int, number: int) -> None:
+        """After `calls` more of `call` the process gets the signal `number` at the end of the next one."""
+        whole: Callable = getattr(self, call)
+
+        def doomed(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls -= 1
+            answer = whole(*args, **kwargs)
+            if calls < 0:
+                os.kill(os.getpid(), signal.Signals(number))
+            return answer
+
+        setattr(self, call, doomed)
+
+    def _drop_weights(self) -> None:
+        kept = [(layer, layer.cpu_linear) for layer in self._packed_linears() if layer.weight.numel()]
+        super()._drop_weights()
+        if self.keep_stale_head:
+            for layer, packed in kept:
+                layer.cpu_linear = packed
+
+    def _repack_shared_weights(self) -> None:
+        if not self.keep_stale_head:
+            super()._repack_shared_weights()
