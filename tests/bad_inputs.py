@@ -283,10 +283,8 @@ SETTINGS = [
     bad(
         "judge and reward model without a path, and one named twice",
         "reward.functions=[judge,reward_model,judge]",
-        "judge.path = null: reward.functions names 'judge', but no model is configured; set"
-        " judge.path=<a Hugging Face directory or hub id>",
-        "reward_model.path = null: reward.functions names 'reward_model', but no model is configured; set"
-        " reward_model.path=<a Hugging Face directory or hub id>",
+        "judge.path = null: reward.functions names 'judge'; set a directory or hub id",
+        "reward_model.path = null: reward.functions names 'reward_model'; set a directory or hub id",
         "reward.functions = ['judge', 'reward_model', 'judge']: 'judge' is there twice, it has one score;"
         " name it once",
     ),
@@ -336,8 +334,7 @@ SETTINGS = [
     bad(
         "an overlong buffer longer than a completion",
         "reward.overlong_buffer=9",
-        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, so every completion would be"
-        " penalised; set less",
+        "reward.overlong_buffer = 9: above rollout.max_new_tokens, penalises all; set less",
     ),
     bad(
         "a KL target without a reference",
@@ -394,8 +391,7 @@ SETTINGS = [
     bad(
         "switch.level=auto for a running server",
         "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
-        "switch.level = auto: what a running server can do and needs is not measured here; set 2, or what"
-        " docs/levels.md says",
+        "switch.level = auto: a running server cannot be measured; set 2, or see docs/levels.md",
     ),
     *(
         bad(

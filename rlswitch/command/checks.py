@@ -22,10 +22,7 @@ def problems(run: Run) -> Iterator[str]:
     yield from run.algorithm.problems(run.rollout)
     yield from engine_problems(run.engine)
     if isinstance(run.engine, ServerEngineConfig) and run.engine.url and run.switch.level == "auto":
-        yield (
-            "switch.level = auto: what a running server can do and needs is not measured here; set 2, or"
-            " what docs/levels.md says"
-        )
+        yield "switch.level = auto: a running server cannot be measured; set 2, or see docs/levels.md"
     yield from size_problems(run)
     yield from reward_problems(run)
     yield from tenant_problems(run)
@@ -55,10 +52,7 @@ def reward_problems(run: Run) -> Iterator[str]:
     if weights and len(weights) != len(functions):
         yield f"reward.weights = {weights}: set one for each of reward.functions, or [] for all 1"
     if (buffer := run.reward.overlong_buffer) > run.rollout.max_new_tokens:
-        yield (
-            f"reward.overlong_buffer = {buffer}: longer than rollout.max_new_tokens"
-            f" {run.rollout.max_new_tokens}, so every completion would be penalised; set less"
-        )
+        yield f"reward.overlong_buffer = {buffer}: above rollout.max_new_tokens, penalises all; set less"
     if pattern is None and "format" in functions:
         yield "reward.format_pattern = null: the reward 'format' needs one; set a regular expression"
     try:
@@ -75,10 +69,7 @@ def tenant_problems(run: Run) -> Iterator[str]:
     for name in TENANTS:
         path = getattr(run, name).path
         if name in functions and not path:
-            yield (
-                f"{name}.path = null: reward.functions names '{name}', but no model is configured; set"
-                f" {name}.path=<a Hugging Face directory or hub id>"
-            )
+            yield f"{name}.path = null: reward.functions names '{name}'; set a directory or hub id"
         elif path and name not in functions:
             yield (
                 f"{name}.path = {path}: reward.functions = {functions} does not name '{name}', it would never"
