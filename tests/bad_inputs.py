@@ -521,13 +521,12 @@ DATA = [
     bad(
         "a split of a file, which has no splits",
         "data.split=test",
-        "data.split = test: rows.jsonl has no splits; leave data.split out, or name another file with"
-        " data.eval_path",
+        "data.split = test: rows.jsonl has no splits; leave it out, or name another file with data.eval_path",
     ),
     bad(
         "a held-out split of a file",
         "data.eval_split=test",
-        "data.eval_split = test: rows.jsonl has no splits; leave data.eval_split out, ...",
+        "data.eval_split = test: rows.jsonl has no splits; leave it out, ...",
     ),
     bad(
         "a split that the data does not have",

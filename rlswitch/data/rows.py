@@ -61,6 +61,9 @@ class Source:
     def error(self, problem: str) -> ConfigError:
         return ConfigError(f"{self.key} = {self.path}: {problem}")
 
+    def split_error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self.split_key} = {self.split or 'null'}: {self.path} {problem}")
+
 
 @dataclass(slots=True)
 class Table:
@@ -117,10 +120,7 @@ def check_source(source: Source) -> None:
     if not (os.path.exists(file) or is_hub_id or source.path.startswith(BUILTIN)):
         raise source.error(f"no such file{nearest_file(file)}")
     if (is_file or os.path.exists(file / "state.json")) and source.split not in (None, "train"):
-        raise ConfigError(
-            f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
-            f" {source.split_key} out, or name another file with data.eval_path"
-        )
+        raise source.split_error("has no splits; leave it out, or name another file with data.eval_path")
 
 
 def task_of(path: str) -> ModuleType | None:
@@ -151,10 +151,8 @@ def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:
         return list(loaded)
     split = next(iter(loaded)) if len(loaded) == 1 and not source.split else source.split
     if split not in loaded:
-        raise ConfigError(
-            f"{source.split_key} = {split or 'null'}: {source.path} has the splits"
-            f" {', '.join(loaded)}{did_you_mean(str(split), loaded)}; set one of them"
-        )
+        near = did_you_mean(str(split), loaded)
+        raise source.split_error(f"has the splits {', '.join(loaded)}{near}; set one of them")
     return list(loaded[split])
 
 
@@ -180,8 +178,7 @@ def _load(source: Source) -> Any:
             problem = "no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset it"
             raise source.error(problem) from error
         if isinstance(error, ValueError) and "unknown split" in str(error).lower():
-            blame = f"{source.split_key} = {source.split}: {source.path}"
-            raise ConfigError(f"{blame}: {reason(error)}") from error
+            raise source.split_error(f"cannot be loaded ({reason(error)})") from error
         raise source.error(f"cannot be loaded ({reason(error)})") from error
 
 
