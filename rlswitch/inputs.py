@@ -1,9 +1,9 @@
-"""Reads and checks files, rewards and prompts before anything starts; session.py checks the model itself."""
+"""Reads and checks files, rewards and prompts before anything starts; build.py checks the model itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -67,7 +67,7 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, log)
     step_size = run.rollout.num_prompts * run.rollout.group_size
     scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
-    try:
+    with closing(scorer):
         for table in tables if run.evaluation.every else tables[:1]:
             columns = dict(table.rows[0])  # all rows have the same ones
             messages = columns.pop(run.data.prompt_key)
@@ -78,8 +78,6 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
         first = prompts.take(NUM_FIRST)
         check_tenants(run, [*first, *held_out])
         yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
-    finally:
-        scorer.close()
 
 
 def tokenize(

@@ -43,9 +43,7 @@ def parse(words: Sequence[str]) -> Arguments:
     parser.error = _reject  # type: ignore[method-assign]  # argparse would print its usage, without our settings
     given = parser.parse_intermixed_args(list(words))
     if given.config_path or given.experimental_rerun:
-        raise ConfigError(
-            "--config-path, --experimental-rerun: not supported; --config-dir DIR adds to conf/"
-        )
+        raise ConfigError("--config-path, --experimental-rerun: not supported; use --config-dir DIR")
     source = Source.default()
     source.name = given.config_name or source.name
     source.extra = Path(given.config_dir).absolute() if given.config_dir else None

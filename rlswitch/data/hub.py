@@ -42,10 +42,7 @@ def builtin_model(path: str, key: str = "model.path") -> ModuleType | None:
 
 
 def resolve_model(config: ModelConfig, log: Callable[[str], None], key: str = "model.path") -> str:
-    """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now.
-
-    Errors blame the setting `key`.
-    """
+    """The local directory of a path, a hub id or a built-in model. Errors blame the setting `key`."""
     if module := builtin_model(config.path, key):
         return str(module.ensure_model(config.warm_start_seed, log))
     if Path(config.path).is_dir():
