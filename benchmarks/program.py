@@ -7,8 +7,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from rlswitch.benchmarks.settings import settings_from_words
+
 from rlswitch.command.cli import guarded
-from rlswitch.config.fields import settings_from_words
 from rlswitch.errors import ConfigError
 from rlswitch.processes.exit import DONE, leave
 from rlswitch.processes.fork_server import prepare

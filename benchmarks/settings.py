@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-from rlswitch.config.fields import choice, did_you_mean, number
+import yaml
+
+from rlswitch.config.fields import choice, did_you_mean, leaves_of, number
+from rlswitch.errors import ConfigError
+
+T = TypeVar("T")
 
 RESTART, SLEEPING = "restart", ("0", "kv", "1", "2")
 MODES = (RESTART, *SLEEPING)
@@ -119,3 +124,25 @@ def words_from_flags(arguments: Iterable[str]) -> Iterator[str]:
             yield argument
     if flag:
         yield flag
+
+
+def settings_from_words(owner: type[T], words: Iterable[str]) -> T:
+    """An `owner` with the values of `key=value` words; a list is `a,b`. Raises ConfigError, one line each."""
+    known, problems = leaves_of(owner), list[str]()
+    values: dict[str, Any] = {}
+    for word in words:
+        key, sign, text = word.partition("=")
+        if key not in known or not sign:
+            what = f"{word}: unknown setting" if sign else f"{word}: expected key=value"
+            problems.append(f"{what}{did_you_mean(key, known)} (available: {', '.join(known)})")
+            continue
+        leaf = known[key]
+        if leaf.annotation == list[str]:
+            values[key] = [item for item in text.strip("[]").split(",") if item]
+        else:
+            values[key] = text if leaf.annotation is str else yaml.safe_load(text)
+        if problem := leaf.problem(values[key]):
+            problems.append(f"{key} = {text}: {problem}")
+    if problems:
+        raise ConfigError(*problems)
+    return owner(**values)

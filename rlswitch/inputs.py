@@ -1,17 +1,13 @@
-"""Reads and checks what a run is given before anything is started: files, rewards, prompts.
-
-What needs the model itself is left to session.py.
-"""
+"""Reads and checks files, rewards and prompts before anything starts; build.py checks the model itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 from rlswitch.config.sections import ServerEngineConfig
-from rlswitch.data.builtin import task_of
 from rlswitch.data.hub import (
     check_fits_context,
     check_is_causal_lm,
@@ -21,7 +17,7 @@ from rlswitch.data.hub import (
     resolve_model,
 )
 from rlswitch.data.prompts import Prompts, load_prompts, read_table, read_tables, sources_of
-from rlswitch.data.rows import Source, Table, check_source, gather
+from rlswitch.data.rows import Source, Table, check_source, gather, task_of
 from rlswitch.engines.vllm.address import choose_address
 from rlswitch.errors import ConfigError
 from rlswitch.processes.fork_server import prepare
@@ -56,7 +52,7 @@ def check_inputs(run: Run) -> None:
     checks += [partial(_check_rows, source, run.data.prompt_key) for source in sources_of(run)]
     checks += [partial(check_exists, entry) for entry in run.reward.functions]
     checks.append(partial(_check_trackers, run.logger))
-    if isinstance(run.engine, ServerEngineConfig) and run.engine.is_started_here:
+    if isinstance(run.engine, ServerEngineConfig) and run.engine.url is None:
         checks.append(partial(choose_address, run.engine.listen, ""))
     gather(checks)
 
@@ -71,17 +67,17 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, log)
     step_size = run.rollout.num_prompts * run.rollout.group_size
     scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
-    try:
+    with closing(scorer):
         for table in tables if run.evaluation.every else tables[:1]:
-            scorer.check_columns([_untokenized(table, run.data.prompt_key)])
-        if run.engine.fork_server and run.engine.is_started_here:
+            columns = dict(table.rows[0])  # all rows have the same ones
+            messages = columns.pop(run.data.prompt_key)
+            scorer.check_columns([Prompt(index=0, messages=messages, token_ids=[], columns=columns)])
+        if run.engine.fork_server and not (isinstance(run.engine, ServerEngineConfig) and run.engine.url):
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
         first = prompts.take(NUM_FIRST)
         check_tenants(run, [*first, *held_out])
         yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
-    finally:
-        scorer.close()
 
 
 def tokenize(
@@ -115,9 +111,3 @@ def _check_rows(source: Source, prompt_key: str) -> None:
 def _check_trackers(names: Sequence[str]) -> None:
     if problems := tracker_problems(names):
         raise ConfigError(*problems)
-
-
-def _untokenized(table: Table, prompt_key: str) -> Prompt:
-    """The first row: all rows have the same columns."""
-    columns = dict(table.rows[0])
-    return Prompt(index=0, messages=columns.pop(prompt_key), token_ids=[], columns=columns)

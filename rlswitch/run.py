@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from hydra.core.config_store import ConfigStore
@@ -14,23 +14,8 @@ from rlswitch.algorithms.ppo import PPO
 from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.algorithms.rloo import RLOO
+from rlswitch.config import sections
 from rlswitch.config.fields import Leaf, choice, leaves_of, number
-from rlswitch.config.sections import (
-    TENANTS,
-    CheckpointConfig,
-    DataConfig,
-    EngineConfig,
-    EvaluationConfig,
-    JudgeConfig,
-    ModelConfig,
-    RewardConfig,
-    RewardModelConfig,
-    RolloutConfig,
-    ServerEngineConfig,
-    SwitchConfig,
-    TenantConfig,
-    TrainerConfig,
-)
 from rlswitch.types import Sampling
 
 
@@ -52,27 +37,27 @@ class Run:
     """accelerate's trackers by name: wandb (offline without a key), tensorboard, ...; [] for none."""
     project: str = "rlswitch"
     """Project name for the trackers."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    reward: RewardConfig = field(default_factory=RewardConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-    reward_model: RewardModelConfig = field(default_factory=RewardModelConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    model: sections.ModelConfig = field(default_factory=sections.ModelConfig)
+    data: sections.DataConfig = field(default_factory=sections.DataConfig)
+    reward: sections.RewardConfig = field(default_factory=sections.RewardConfig)
+    judge: sections.JudgeConfig = field(default_factory=sections.JudgeConfig)
+    reward_model: sections.RewardModelConfig = field(default_factory=sections.RewardModelConfig)
+    rollout: sections.RolloutConfig = field(default_factory=sections.RolloutConfig)
     algorithm: Algorithm
-    engine: EngineConfig
-    switch: SwitchConfig = field(default_factory=SwitchConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    engine: sections.EngineConfig
+    switch: sections.SwitchConfig = field(default_factory=sections.SwitchConfig)
+    trainer: sections.TrainerConfig = field(default_factory=sections.TrainerConfig)
+    checkpoint: sections.CheckpointConfig = field(default_factory=sections.CheckpointConfig)
+    evaluation: sections.EvaluationConfig = field(default_factory=sections.EvaluationConfig)
 
     @property
     def max_model_len(self) -> int:
         return self.engine.max_model_len or self.data.max_prompt_tokens + self.rollout.max_new_tokens
 
     @property
-    def tenants(self) -> dict[str, TenantConfig]:
+    def tenants(self) -> dict[str, sections.TenantConfig]:
         """The settings of the models among the rewards, in the order of reward.functions."""
-        return {name: getattr(self, name) for name in self.reward.functions if name in TENANTS}
+        return {name: getattr(self, name) for name in self.reward.functions if name in sections.TENANTS}
 
     def sampling(self, num_samples: int, step: int) -> Sampling:
         """How the rollouts of `step` are sampled, `num_samples` per prompt."""
@@ -93,7 +78,7 @@ OPTIONS: dict[str, dict[str, type]] = {
         "reinforce_pp": ReinforcePP,
         "reinforce": Reinforce,
     },
-    "engine": {"local": EngineConfig, "server": ServerEngineConfig},
+    "engine": {"local": sections.EngineConfig, "server": sections.ServerEngineConfig},
 }
 """What can be chosen by name. A new algorithm or engine needs one line here."""
 
@@ -113,11 +98,11 @@ def register(recipe: str | None = None) -> None:
             store.store(name, node, group=group)
 
 
-def settings_of(configs: Iterable[str] | None = None) -> dict[str, Leaf]:
+def settings_of(configs: Collection[str] | None = None) -> dict[str, Leaf]:
     """Every dotted key for these choices ("algorithm/ppo"); None: for all choices together."""
     found = leaves_of(Run)
     for group, options in OPTIONS.items():
-        names = options if configs is None else [it.removeprefix(f"{group}/") for it in configs]
-        for name in names:
-            found |= leaves_of(options[name], f"{group}.") if name in options else {}
+        for name, option in options.items():
+            if configs is None or f"{group}/{name}" in configs:
+                found |= leaves_of(option, f"{group}.")
     return found

@@ -117,7 +117,7 @@ COMMAND_LINE = [
     bad(
         "several values where a list is meant",
         "logger=a,b",
-        "logger = a,b: several values; write logger=[a,b] for a list, or add -m to try each",
+        "logger = a,b: several values; write logger=[a,b], or add -m to try each",
     ),
     bad("an unknown flag", "--lr 1", "unrecognized arguments: --lr 1"),
     bad(
@@ -278,15 +278,13 @@ SETTINGS = [
         "a pattern that is not a regular expression",
         "reward.format_pattern='('",
         "reward.format_pattern = (: not a regular expression (missing ), unterminated subpattern at position"
-        " 0); set one that a whole completion has to match",
+        " 0); correct it",
     ),
     bad(
         "judge and reward model without a path, and one named twice",
         "reward.functions=[judge,reward_model,judge]",
-        "judge.path = null: reward.functions names 'judge', but no model is configured; set"
-        " judge.path=<a Hugging Face directory or hub id>",
-        "reward_model.path = null: reward.functions names 'reward_model', but no model is configured; set"
-        " reward_model.path=<a Hugging Face directory or hub id>",
+        "judge.path = null: reward.functions names 'judge'; set a directory or hub id",
+        "reward_model.path = null: reward.functions names 'reward_model'; set a directory or hub id",
         "reward.functions = ['judge', 'reward_model', 'judge']: 'judge' is there twice, it has one score;"
         " name it once",
     ),
@@ -324,19 +322,19 @@ SETTINGS = [
     bad(
         "micro-batches smaller than a rollout",
         "trainer.micro_batch_tokens=20",
-        "trainer.micro_batch_tokens = 20: a rollout can have 24 tokens and would not fit; set at least 24",
+        "trainer.micro_batch_tokens = 20: data.max_prompt_tokens + rollout.max_new_tokens is 24 tokens; set"
+        " at least 24, or lower one of them",
     ),
     bad(
         "an engine too short for a rollout",
         "engine.max_model_len=20",
-        "engine.max_model_len = 20: data.max_prompt_tokens 16 + rollout.max_new_tokens 8 = 24 tokens do not"
-        " fit; set engine.max_model_len=24, or lower one of them",
+        "engine.max_model_len = 20: data.max_prompt_tokens + rollout.max_new_tokens is 24 tokens; set at"
+        " least 24, or lower one of them",
     ),
     bad(
         "an overlong buffer longer than a completion",
         "reward.overlong_buffer=9",
-        "reward.overlong_buffer = 9: longer than rollout.max_new_tokens 8, so every completion would be"
-        " penalised; set less",
+        "reward.overlong_buffer = 9: above rollout.max_new_tokens, penalises all; set less",
     ),
     bad(
         "a KL target without a reference",
@@ -376,8 +374,7 @@ SETTINGS = [
     bad(
         "a merged checkpoint without adapters",
         "checkpoint.merged=true",
-        "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
-        " model.lora_rank above 0, or checkpoint.merged=false",
+        "checkpoint.merged = true: without LoRA checkpoints hold the whole model; set it to false",
     ),
     bad(
         "vLLM arguments that are rlswitch settings, or fixed",
@@ -394,8 +391,7 @@ SETTINGS = [
     bad(
         "switch.level=auto for a running server",
         "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
-        "switch.level = auto: what a running server can do and needs is not measured here; set 2, or what"
-        " docs/levels.md says",
+        "switch.level = auto: a running server cannot be measured; set 2, or see docs/levels.md",
     ),
     *(
         bad(
@@ -525,13 +521,12 @@ DATA = [
     bad(
         "a split of a file, which has no splits",
         "data.split=test",
-        "data.split = test: rows.jsonl has no splits; leave data.split out, or name another file with"
-        " data.eval_path",
+        "data.split = test: rows.jsonl has no splits; leave it out, or name another file with data.eval_path",
     ),
     bad(
         "a held-out split of a file",
         "data.eval_split=test",
-        "data.eval_split = test: rows.jsonl has no splits; leave data.eval_split out, ...",
+        "data.eval_split = test: rows.jsonl has no splits; leave it out, ...",
     ),
     bad(
         "a split that the data does not have",
@@ -562,7 +557,7 @@ DATA = [
         "as many held-out rows as there are",
         "data.eval_rows=20",
         "data.eval_rows = 20: rows.jsonl has 20 prompts, so none would be left to train on; set"
-        " data.eval_rows=2, or name held-out rows with data.eval_path or data.eval_split",
+        " data.eval_rows=2, or set data.eval_path or data.eval_split",
         needs_torch=True,
     ),
     bad(
@@ -713,13 +708,12 @@ REWARDS = [
     bad(
         "more weights than functions",
         "reward.weights=[1,2]",
-        "reward.weights = [1.0, 2.0]: 2 weights for 1 functions; give one for each, or [] for all 1",
+        "reward.weights = [1.0, 2.0]: set one for each of reward.functions, or [] for all 1",
     ),
     bad(
         "a format reward without a pattern",
         "reward.functions=format",
-        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a whole"
-        " completion has to match",
+        "reward.format_pattern = null: the reward 'format' needs one; set a regular expression",
     ),
     bad(
         "a misspelt function",
@@ -886,7 +880,7 @@ MODEL = [
         "a hub model that is not cached, offline",
         "model=no-such/model",
         "model.path = no-such/model: not a directory, and downloading it failed: ...; set a directory with"
-        " config.json and *.safetensors, or a hub id that is cached or reachable",
+        " a whole model, or a hub id that is cached or reachable",
     ),
     bad(
         "a built-in model that does not exist",

@@ -16,6 +16,11 @@ from hydra._internal.utils import get_args_parser
 from rlswitch.command.compose import Source
 from rlswitch.errors import ConfigError
 
+INSTALL = (
+    "run `make train`, which creates its own environment, or `pip install --no-deps -r requirements/cpu.txt`"
+    " (on a CUDA device cuda.txt)"
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arguments:
@@ -23,7 +28,7 @@ class Arguments:
 
     overrides: list[str]
     flags: list[str]
-    """Everything else, for Hydra."""
+    """All words but the overrides, for Hydra."""
     source: Source
     multirun: bool
     is_question: bool
@@ -38,9 +43,7 @@ def parse(words: Sequence[str]) -> Arguments:
     parser.error = _reject  # type: ignore[method-assign]  # argparse would print its usage, without our settings
     given = parser.parse_intermixed_args(list(words))
     if given.config_path or given.experimental_rerun:
-        raise ConfigError(
-            "--config-path, --experimental-rerun: not supported; --config-dir DIR adds to conf/"
-        )
+        raise ConfigError("--config-path, --experimental-rerun: not supported; use --config-dir DIR")
     source = Source.default()
     source.name = given.config_name or source.name
     source.extra = Path(given.config_dir).absolute() if given.config_dir else None
@@ -70,19 +73,13 @@ def run_hydra(task: Callable[[Any], Any], words: list[str], arguments: Arguments
 
 def check_environment() -> None:
     """Raises ConfigError without vLLM, and in one of several processes of a launcher."""
-    problems = []
     if find_spec("vllm") is None:
-        problems.append(
-            "vLLM is not installed: nothing could generate; run `make train`, which creates its own"
-            " environment, or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
-        )
+        raise ConfigError(f"vLLM is not installed: nothing could generate; {INSTALL}")
     if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":  # accelerate launch, torchrun
-        problems.append(
+        raise ConfigError(
             f"WORLD_SIZE = {processes}: a run trains in one process, {processes} would overwrite each other's"
             " files; start it with `python train.py`, and unset WORLD_SIZE"
         )
-    if problems:
-        raise ConfigError(*problems)
 
 
 def _reject(message: str) -> NoReturn:

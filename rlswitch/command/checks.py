@@ -22,68 +22,44 @@ def problems(run: Run) -> Iterator[str]:
     yield from run.algorithm.problems(run.rollout)
     yield from engine_problems(run.engine)
     if isinstance(run.engine, ServerEngineConfig) and run.engine.url and run.switch.level == "auto":
-        yield (
-            "switch.level = auto: what a running server can do and needs is not measured here; set 2, or"
-            " what docs/levels.md says"
-        )
+        yield "switch.level = auto: a running server cannot be measured; set 2, or see docs/levels.md"
     yield from size_problems(run)
     yield from reward_problems(run)
     yield from tenant_problems(run)
     if run.model.lora_rank == 0 and run.checkpoint.merged:
-        yield (
-            "checkpoint.merged = true: without LoRA every checkpoint holds the whole model anyway; set"
-            " model.lora_rank above 0, or checkpoint.merged=false"
-        )
+        yield "checkpoint.merged = true: without LoRA checkpoints hold the whole model; set it to false"
 
 
 def size_problems(run: Run) -> Iterator[str]:
     """Numbers of rollouts and tokens that do not fit together."""
-    rollouts = run.rollout.num_prompts * run.rollout.group_size
-    if rollouts % run.trainer.minibatches:
+    rollouts, minibatches = run.rollout.num_prompts * run.rollout.group_size, run.trainer.minibatches
+    if rollouts % minibatches:
         yield (
-            f"trainer.minibatches = {run.trainer.minibatches}: does not divide the {rollouts} rollouts of a"
-            f" step (rollout.num_prompts x rollout.group_size); set a divisor of {rollouts}"
+            f"trainer.minibatches = {minibatches}: does not divide the {rollouts} rollouts of a step"
+            f" (rollout.num_prompts x rollout.group_size); set a divisor of {rollouts}"
         )
     need = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    if run.engine.max_model_len is not None and need > run.engine.max_model_len:
-        yield (
-            f"engine.max_model_len = {run.engine.max_model_len}: data.max_prompt_tokens"
-            f" {run.data.max_prompt_tokens} + rollout.max_new_tokens {run.rollout.max_new_tokens} = {need}"
-            f" tokens do not fit; set engine.max_model_len={need}, or lower one of them"
-        )
-    if run.trainer.micro_batch_tokens < need:
-        yield (
-            f"trainer.micro_batch_tokens = {run.trainer.micro_batch_tokens}: a rollout can have {need} tokens"
-            f" and would not fit; set at least {need}"
-        )
+    what = f"data.max_prompt_tokens + rollout.max_new_tokens is {need} tokens"
+    if (length := run.engine.max_model_len) is not None and need > length:
+        yield f"engine.max_model_len = {length}: {what}; set at least {need}, or lower one of them"
+    if (tokens := run.trainer.micro_batch_tokens) < need:
+        yield f"trainer.micro_batch_tokens = {tokens}: {what}; set at least {need}, or lower one of them"
 
 
 def reward_problems(run: Run) -> Iterator[str]:
     """Rewards that cannot be computed, or from which nothing can be learned."""
-    if run.reward.weights and len(run.reward.weights) != len(run.reward.functions):
-        yield (
-            f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
-            f" {len(run.reward.functions)} functions; give one for each, or [] for all 1"
-        )
-    if run.reward.overlong_buffer > run.rollout.max_new_tokens:
-        yield (
-            f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"
-            f" {run.rollout.max_new_tokens}, so every completion would be penalised; set less"
-        )
-    if run.reward.format_pattern is None and "format" in run.reward.functions:
-        yield (
-            "reward.format_pattern = null: the reward 'format' needs one; set a regular expression that a"
-            " whole completion has to match"
-        )
-    if run.reward.format_pattern is not None:
-        try:
-            re.compile(run.reward.format_pattern)
-        except re.error as error:
-            yield (
-                f"reward.format_pattern = {run.reward.format_pattern}: not a regular expression ({error});"
-                " set one that a whole completion has to match"
-            )
-    if not run.reward.functions:
+    functions, weights, pattern = run.reward.functions, run.reward.weights, run.reward.format_pattern
+    if weights and len(weights) != len(functions):
+        yield f"reward.weights = {weights}: set one for each of reward.functions, or [] for all 1"
+    if (buffer := run.reward.overlong_buffer) > run.rollout.max_new_tokens:
+        yield f"reward.overlong_buffer = {buffer}: above rollout.max_new_tokens, penalises all; set less"
+    if pattern is None and "format" in functions:
+        yield "reward.format_pattern = null: the reward 'format' needs one; set a regular expression"
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        yield f"reward.format_pattern = {pattern}: not a regular expression ({error}); correct it"
+    if not functions:
         yield "reward.functions = []: no reward to learn from; name at least one function"
 
 
@@ -93,10 +69,7 @@ def tenant_problems(run: Run) -> Iterator[str]:
     for name in TENANTS:
         path = getattr(run, name).path
         if name in functions and not path:
-            yield (
-                f"{name}.path = null: reward.functions names '{name}', but no model is configured; set"
-                f" {name}.path=<a Hugging Face directory or hub id>"
-            )
+            yield f"{name}.path = null: reward.functions names '{name}'; set a directory or hub id"
         elif path and name not in functions:
             yield (
                 f"{name}.path = {path}: reward.functions = {functions} does not name '{name}', it would never"

@@ -14,22 +14,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from rlswitch.checkpoint.resume import finished
-from rlswitch.command.arguments import Arguments, check_environment, parse, run_hydra
+from rlswitch.command.arguments import INSTALL, Arguments, check_environment, parse, run_hydra
 from rlswitch.command.compose import compose_run, hydra_words
-from rlswitch.command.sweep import sweep
 from rlswitch.data.rows import reason
 from rlswitch.errors import ConfigError, Preempted, ProofError, RLSwitchError
 from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG, leave
 from rlswitch.processes.signals import preemptible
-from rlswitch.run import Run, register
+from rlswitch.run import register
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 DISK_FULL_ADVICE = "free some space and run the same command again (resume=auto once a checkpoint is saved)"
 PACKAGE = str(Path(__file__).resolve().parents[1])
-REINSTALL = (
-    "torch, transformers and vLLM do not fit together; run `make train`, which creates its own environment,"
-    " or `pip install --no-deps -r requirements/cpu.txt` (on a CUDA device cuda.txt)"
-)
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -40,6 +35,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def dispatch(words: Sequence[str]) -> int:
     arguments = parse(words)
     if arguments.multirun:
+        from rlswitch.command.sweep import sweep  # imports pandas
+
         return sweep(arguments, run_job)
     return ask_hydra(arguments) if arguments.is_question else train_once(arguments)
 
@@ -58,7 +55,11 @@ def train_once(arguments: Arguments) -> int:
         check_inputs(run)
         if run.mode == "train" and (message := finished(run)):
             print(message)
-            write_missing_report(run)
+            from rlswitch.report.page import write_report
+
+            assert run.output_dir is not None
+            if not Path(run.output_dir, "report.html").exists():  # killed after its last checkpoint
+                write_report(Path(run.output_dir))
             return DONE
         with open_inputs(run, print) as inputs:
             if run.mode == "rewards":
@@ -72,15 +73,6 @@ def train_once(arguments: Arguments) -> int:
     return DONE
 
 
-def write_missing_report(run: Run) -> None:
-    """A run that was killed after its last checkpoint has none yet."""
-    from rlswitch.report.page import write_report
-
-    assert run.output_dir is not None
-    if not Path(run.output_dir, "report.html").exists():
-        write_report(Path(run.output_dir))
-
-
 def run_job(words: list[str]) -> None:
     """One job of a sweep, in its own process."""
     sys.argv[1:] = words  # the run records its command line
@@ -88,11 +80,11 @@ def run_job(words: list[str]) -> None:
 
 
 def ask_hydra(arguments: Arguments) -> int:
-    words = arguments.overrides
     if arguments.about_hydra:
+        words = arguments.overrides
         register()
     else:
-        words = hydra_words(words, arguments.source)
+        words = hydra_words(arguments.overrides, arguments.source)
     try:
         return WRONG_CONFIG if run_hydra(lambda _config: None, words, arguments) else DONE
     except BrokenPipeError:  # train.py --help | head
@@ -113,7 +105,8 @@ def guarded(command: Callable[[], int]) -> int:
         return INTERRUPTED
     except Exception as error:
         if failed_import(error):
-            return _report([f"{reason(error)}: {REINSTALL}"], WRONG_CONFIG)
+            problem = f"{reason(error)}: torch, transformers and vLLM do not fit together; {INSTALL}"
+            return _report([problem], WRONG_CONFIG)
         if isinstance(error, RLSwitchError):
             return _report(str(error).splitlines(), NOT_PROVEN if isinstance(error, ProofError) else FAILED)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
@@ -123,7 +116,7 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def failed_import(error: BaseException | None) -> bool:
-    """Whether a library could not be imported, or raised `error`, or its cause, while it was."""
+    """Whether `error` or one of its causes is a library that could not be imported."""
     while error is not None:
         modules = [it.filename for it in traceback.extract_tb(error.__traceback__) if it.name == "<module>"]
         if isinstance(error, ImportError) or (modules and not modules[-1].startswith(PACKAGE)):
@@ -143,7 +136,3 @@ def _report(lines: Iterable[str], code: int) -> int:
 def _print(line: str) -> None:
     with suppress(OSError):  # the terminal is gone: the exit code still tells
         print(line, file=sys.stderr)
-
-
-if __name__ == "__main__":
-    leave(main())

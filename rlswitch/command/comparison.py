@@ -1,21 +1,43 @@
-"""Compare the jobs of a sweep: grouped over seeds, as a table, in Markdown and as one figure."""
+"""How the jobs of a sweep ended, compared: grouped over seeds, as a table, in Markdown and as one figure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from rich.table import Table
 
-from rlswitch.command.jobs import Job
 from rlswitch.records.jsonl import read
 from rlswitch.report.figures import lines, svg
 
 TARGET = 0.8
-"""Accuracy whose first time is reported."""
+"""The accuracy whose first step is reported."""
 HEADINGS = ("", "runs", "start", "final", "lowest - highest", f"seconds to {TARGET:g}", "steps to it")
+
+
+@dataclass(kw_only=True, slots=True)
+class Job:
+    """How one job of a sweep ended."""
+
+    number: int
+    overrides: list[str]
+    exit_code: int
+    seconds: float
+    directory: str
+    steps: int | None = None
+    reward: float | None = None
+    """The last reward/mean."""
+    accuracies: dict[str, float] = field(default_factory=dict)
+    """The last val/<dataset>/acc of each dataset."""
+
+    def read_metrics(self) -> None:
+        for row in read(Path(self.directory, "metrics.jsonl")):
+            self.steps = row["step"]
+            self.reward = row.get("reward/mean", self.reward)
+            self.accuracies |= {k: v for k, v in row.items() if k.startswith("val/") and k.endswith("/acc")}
 
 
 def write_comparison(jobs: Sequence[Job], root: Path) -> Table | None:
@@ -25,25 +47,25 @@ def write_comparison(jobs: Sequence[Job], root: Path) -> Table | None:
     if len(jobs) < 2 or points.empty:
         return None
     arms = points.groupby("arm", sort=False)
-    rows = [[str(name), *cells(arm)] for name, arm in arms]
     counts = arms["job"].nunique()
     runs = " to ".join(map(str, sorted({counts.min(), counts.max()})))
-    curves = {str(name): mean_curve(arm) for name, arm in arms}
-    [figure] = lines(f"{dataset}, means of {runs} runs", curves)
+    [figure] = lines(f"{dataset}, means of {runs} runs", {str(name): mean_curve(arm) for name, arm in arms})
     (root / "comparison.svg").write_text(svg(figure))
-    lines_of_text = (f"| {' | '.join(row)} |\n" for row in (HEADINGS, ["---"] * len(HEADINGS), *rows))
-    (root / "comparison.md").write_text("".join(lines_of_text))
     table = Table(*HEADINGS, title=dataset, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
+    with (root / "comparison.md").open("w") as file:
+        file.write(f"| {' | '.join(HEADINGS)} |\n{'| --- ' * len(HEADINGS)}|\n")
+        for name, arm in arms:
+            row = [str(name), *cells(arm)]
+            file.write(f"| {' | '.join(row)} |\n")
+            table.add_row(*row)
     return table
 
 
 def read_points(jobs: Sequence[Job], dataset: str) -> pd.DataFrame:
     """A row per evaluation of a finished job: arm, job, step, seconds, accuracy.
 
-    An arm are the jobs that differ only in their seed, named by what sets them apart. `seconds` are
-    those in steps so far, evaluations included, start-up not.
+    An arm is the jobs that differ only in their seed, named by the overrides that the others lack. `seconds`
+    are those in steps so far, evaluations included, start-up not.
     """
     kept = {job.number: [word for word in job.overrides if not word.startswith("seed=")] for job in jobs}
     shared = set.intersection(*(set(words) for words in kept.values()))
@@ -67,7 +89,7 @@ def mean_curve(arm: pd.DataFrame) -> list[tuple[float, float]]:
 
 
 def cells(arm: pd.DataFrame) -> list[str]:
-    """What HEADINGS announce after the name."""
+    """The cells under HEADINGS, without the arm's name."""
     runs = arm.groupby("job")["accuracy"]
     first, final = runs.first(), runs.last()
     reached = arm[arm["accuracy"] >= TARGET].groupby("job")[["seconds", "step"]].first()

@@ -19,15 +19,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import (
-    InterpolationValidationError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import InterpolationValidationError, OmegaConfBaseException
 from yaml import YAMLError
 
 from rlswitch.command.checks import problems
@@ -39,12 +35,13 @@ from rlswitch.text import first_line
 GROUPS = ("recipe", *OPTIONS)
 SHORT_FORMS = {"model": "model.path", "data": "data.path"}
 FREE_KEYS = ("engine.vllm", "trainer.lr_schedule_kwargs")
-"""Mappings that take any key: whoever the keys are for checks them."""
+"""Mappings with free keys: vLLM and transformers check them."""
 SIGNS = {OverrideType.CHANGE: "", OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++", OverrideType.DEL: "~"}
 COMPOSE_ERRORS = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
-"""What Hydra and OmegaConf raise for files and words that make no sense to them."""
+"""What Hydra and OmegaConf raise for invalid files and words."""
 NOT_IN_DIRECTORY_NAME = {"recipe", "num_steps", "resume", "mode", "output_dir"}
 DIRECTORY_NAME_LENGTH = 100
+Leaves = dict[str, Leaf]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +50,7 @@ class Source:
 
     conf: Path
     extra: Path | None = None
-    """--config-dir: the user's own recipes and algorithm variants."""
+    """--config-dir: the user's recipes and algorithm variants."""
     name: str = "train"
 
     @classmethod
@@ -129,10 +126,6 @@ class Setting:
     def is_free(self) -> bool:
         return f"{self.key}.".startswith(tuple(f"{free}." for free in FREE_KEYS))
 
-    @property
-    def is_hydra(self) -> bool:
-        return self.parsed.is_hydra_override()
-
     def line(self, problem: str) -> str:
         return f"{self.sign}{self.key} = {self.text}: {problem}"
 
@@ -161,9 +154,7 @@ def hydra_words(words: Iterable[str], source: Source) -> list[str]:
 
 
 @contextmanager
-def examined(
-    words: Iterable[str], source: Source
-) -> Iterator[tuple[list[Setting], dict[str, Leaf], list[str]]]:
+def examined(words: Iterable[str], source: Source) -> Iterator[tuple[list[Setting], Leaves, list[str]]]:
     """The settings that Hydra can compose, every known key, and a line for each mistake; initialises Hydra.
 
     Raises ConfigError if a recipe, an option or a YAML file is wrong: what it would set is unknown.
@@ -172,7 +163,8 @@ def examined(
     wrong += [_not_a_sweep(item) for item in settings if item.is_sweep]
     choices = [item for item in settings if item.is_choice and not item.is_sweep]
     others = [item for item in settings if not item.is_choice and not item.is_sweep]
-    with source.loader(_recipe(settings)) as loader:
+    recipe = next((str(item.parsed.value()) for item in reversed(settings) if item.key == "recipe"), None)
+    with source.loader(recipe) as loader:
         leaves = settings_of()
         unknown = [line for item in choices if (line := _choice_problem(item, source, loader))]
         if not unknown:
@@ -209,7 +201,7 @@ def default_output_dir(run: Run, settings: Iterable[Setting]) -> str:
     """runs/<recipe> and what differs from it, so that the same command finds its checkpoints again."""
     named = {}
     for item in settings:
-        if item.key not in NOT_IN_DIRECTORY_NAME and not item.is_hydra:
+        if item.key not in NOT_IN_DIRECTORY_NAME and not item.parsed.is_hydra_override():
             value = item.text if item.is_choice or item.is_free else attrgetter(item.key)(run)
             named[item.key] = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     text = "-".join([run.recipe or "run", *(f"{key}={named[key]}" for key in sorted(named))])
@@ -225,7 +217,7 @@ def quoted(value: str) -> str:
     return QuotedString(text=value, quote=Quote.single).with_quotes()
 
 
-def _setting(parsed: Override, text: str, leaves: dict[str, Leaf]) -> Setting:
+def _setting(parsed: Override, text: str, leaves: Leaves) -> Setting:
     key = parsed.key_or_group if parsed.package is None else parsed.get_key_element().lstrip("+~")
     if key in SHORT_FORMS and not isinstance(parsed.value(), dict):
         key = SHORT_FORMS[key]
@@ -236,25 +228,15 @@ def _setting(parsed: Override, text: str, leaves: dict[str, Leaf]) -> Setting:
 
 def _as_list(parsed: Override, text: str) -> str:
     """`wandb` -> `[wandb]`, and so each value of a sweep; lists, null and ${...} stay as they are."""
-    if parsed.is_sweep_override():
-        if not parsed.is_choice_sweep():
-            return text
-        return ",".join(
-            item if item.startswith("[") else f"[{item}]" for item in parsed.sweep_string_iterator()
-        )
+    if parsed.is_choice_sweep():
+        values = parsed.sweep_string_iterator()
+        return ",".join(item if item.startswith("[") else f"[{item}]" for item in values)
     value = parsed.value()
-    is_scalar = value is not None and not isinstance(value, list | dict) and "${" not in str(value)
-    return f"[{text}]" if is_scalar and text else text
+    stays = not text or value is None or isinstance(value, list | dict | Sweep) or "${" in str(value)
+    return text if stays else f"[{text}]"
 
 
-def _recipe(settings: Iterable[Setting]) -> str | None:
-    values = [item.parsed.value() for item in settings if item.key == "recipe"]
-    return values[-1] if values and isinstance(values[-1], str) else None
-
-
-def _read_files(
-    choices: list[Setting], source: Source, loader: ConfigLoader
-) -> tuple[dict[str, Leaf], list[str]]:
+def _read_files(choices: list[Setting], source: Source, loader: ConfigLoader) -> tuple[Leaves, list[str]]:
     """The keys that exist with these choices, and what is wrong in the YAML files that they name."""
     words = [*source.words, *(item.word for item in choices)]
     try:
@@ -282,7 +264,7 @@ def _shown(file: Path) -> str:
     return str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
 
 
-def _tree_problems(tree: dict[str, Any], prefix: str, leaves: dict[str, Leaf]) -> Iterator[str]:
+def _tree_problems(tree: dict[str, Any], prefix: str, leaves: Leaves) -> Iterator[str]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if key in leaves:
@@ -300,7 +282,7 @@ def _tree_problems(tree: dict[str, Any], prefix: str, leaves: dict[str, Leaf]) -
 
 def _choice_problem(item: Setting, source: Source, loader: ConfigLoader) -> str | None:
     group, value = item.key, item.parsed.value()
-    known = loader.get_group_options(group) if item.is_hydra else source.options(group)
+    known = loader.get_group_options(group) if item.parsed.is_hydra_override() else source.options(group)
     available = f"(available: {', '.join(known) or 'none'})"
     if item.sign:
         return item.line(f"write {group}=NAME {available}")
@@ -309,8 +291,8 @@ def _choice_problem(item: Setting, source: Source, loader: ConfigLoader) -> str 
     return item.line(f"there is no such {group}{did_you_mean(str(value), known)} {available}")
 
 
-def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
-    if item.is_hydra:
+def _setting_problem(item: Setting, leaves: Leaves) -> str | None:
+    if item.parsed.is_hydra_override():
         return None
     if item.sign == "~":
         return f"~{item.key}: a setting cannot be removed; give it another value"
@@ -319,14 +301,12 @@ def _setting_problem(item: Setting, leaves: dict[str, Leaf]) -> str | None:
         return None if item.is_free else item.line(_unknown(item.key, leaves, added="+" in item.sign))
     if item.sign == "+" and not item.is_free:
         return item.line(f"is a setting already; write {item.key}={item.text}")
-    problem = leaf.problem(item.value)
-    return item.line(problem) if problem else None
+    return item.line(problem) if (problem := leaf.problem(item.value)) else None
 
 
-def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
-    section = [known for known in leaves if known.startswith(f"{key}.")]
-    if section:
-        return f"a section, not a setting; set its keys one by one, such as {section[0]}"
+def _unknown(key: str, leaves: Leaves, added: bool = False) -> str:
+    if inner := next((known for known in leaves if known.startswith(f"{key}.")), None):
+        return f"a section, not a setting; set its keys one by one, such as {inner}"
     owners = [
         f"{group}={name}"
         for group, options in OPTIONS.items()
@@ -335,34 +315,30 @@ def _unknown(key: str, leaves: dict[str, Leaf], added: bool = False) -> str:
     ]
     if owners:
         return f"a setting of {', '.join(owners)} only"
-    extra = f" ('+' adds keys only under {' and '.join(FREE_KEYS)})" if added else ""
-    return f"unknown setting{extra}{nearest_key(key, [*leaves, *GROUPS])}"
+    plus = f" ('+' adds keys only under {' and '.join(FREE_KEYS)})" if added else ""
+    return f"unknown setting{plus}{nearest_key(key, [*leaves, *GROUPS])}"
 
 
 def _not_a_sweep(item: Setting) -> str:
     if item.text.startswith("["):
-        bare = item.text.replace("[", "").replace("]", "")
-        advice = f"write {item.key}=[{bare}] for a list, or add -m to try each"
-        return f"{item.key} = {bare}: several values; {advice}"
+        bare = re.sub(r"[][]", "", item.text)
+        return f"{item.key} = {bare}: several values; write {item.key}=[{bare}], or add -m to try each"
     return item.line("several values; add -m to try each, or quote the value if it is one")
 
 
-def _unresolved_problems(config: DictConfig, leaves: dict[str, Leaf]) -> Iterator[str]:
+def _unresolved_problems(config: DictConfig, leaves: Leaves) -> Iterator[str]:
     """A line for each value that is missing or cannot be resolved."""
     for key, leaf in leaves.items():
-        section = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config
         try:
-            value = section[leaf.name]
+            value = OmegaConf.select(config, key)  # None if it is missing
             if OmegaConf.is_config(value):
                 OmegaConf.to_container(value, resolve=True)
-        except MissingMandatoryValue:
-            value = None
         except OmegaConfBaseException as error:
-            raw: Any = OmegaConf.to_container(section)
+            raw: Any = OmegaConf.to_container(OmegaConf.select(config, key.rpartition(".")[0]))
             yield f"{key} = {raw[leaf.name]}: {_why_unresolved(error, leaf)}"
-            continue
-        if key in MANDATORY and not value:
-            yield f"{key}: not set; set {key}=<{MANDATORY[key]}>"
+        else:
+            if key in MANDATORY and not value:
+                yield f"{key}: not set; set {key}=<{MANDATORY[key]}>"
 
 
 def _why_unresolved(error: OmegaConfBaseException, leaf: Leaf) -> str:

@@ -29,7 +29,7 @@ from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.switch.switch import Switch
-from rlswitch.text import first_line
+from rlswitch.text import first_line, prompt_text
 from rlswitch.types import Group, Prompt, Rollout
 
 ANSWER_COLUMNS = ("answer", "solution", "completion")
@@ -58,9 +58,9 @@ def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
     """Each row's own answer as its completion."""
     groups = []
     for prompt in prompts:
-        column = next((name for name in ANSWER_COLUMNS if prompt.columns.get(name) is not None), None)
-        if column is not None:
-            text = str(prompt.columns[column])
+        answers = [prompt.columns[name] for name in ANSWER_COLUMNS if prompt.columns.get(name) is not None]
+        if answers:
+            text = str(answers[0])
             token_ids = tokenizer.encode(text, add_special_tokens=False)
             rollout = Rollout(
                 prompt=prompt,
@@ -119,14 +119,8 @@ def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[Renderabl
     samples = Table("prompt", "completion", *scorer.names, box=box.SIMPLE)
     for group in scored.get("the model's", []):
         for rollout in group.rollouts:
-            scores = (
-                f"{rollout.rewards[name]:.3f}" if name in rollout.rewards else "" for name in scorer.names
-            )
-            samples.add_row(_tail(group.prompt), rollout.text[-80:], *scores)
+            rewards = rollout.rewards
+            scores = (f"{rewards[name]:.3f}" if name in rewards else "" for name in scorer.names)
+            samples.add_row(prompt_text(group.prompt.messages)[-80:], rollout.text[-80:], *scores)
     if samples.rows:
         yield samples
-
-
-def _tail(prompt: Prompt) -> str:
-    messages = prompt.messages
-    return (messages if isinstance(messages, str) else messages[-1]["content"])[-80:]

@@ -7,12 +7,14 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import IntervalSweep
@@ -20,37 +22,41 @@ from rich.console import Console
 from rich.table import Table
 
 from rlswitch.command.arguments import Arguments, check_environment, run_hydra
+from rlswitch.command.comparison import Job, write_comparison
 from rlswitch.command.compose import Setting, Source, compose_run, quoted, read
-from rlswitch.command.jobs import Job, RunJob, run_child
 from rlswitch.errors import ConfigError
-from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, PREEMPTED, WRONG_CONFIG
-from rlswitch.processes.fork_server import prepare
+from rlswitch.inputs import check_inputs
+from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, POLITE, PREEMPTED, WRONG_CONFIG
+from rlswitch.processes.fork_server import prepare, start_process
+from rlswitch.processes.signals import handling
 
 STATUS = {DONE: "done", WRONG_CONFIG: "wrong input", NOT_PROVEN: "not proven", PREEMPTED: "preempted"}
 SWEEP_ROOTS = ("output_dir", "hydra.sweep.dir")
+
+RunJob = Callable[[list[str]], object]
+"""Runs a job, given its words, in the job's own process, and exits that process with the job's exit code."""
 
 
 def sweep(arguments: Arguments, run_job: RunJob) -> int:
     """Runs every job in a process: vLLM and CUDA cannot be set up twice in one. Returns the exit code."""
     settings, wrong = read(arguments.overrides, arguments.source)
-    wrong += sweep_problems(settings, arguments.source)
+    wrong += _sweep_problems(settings, arguments.source)
     if wrong:
         raise ConfigError(*dict.fromkeys(wrong))
     check_environment()
     prepare()
     root = _sweep_root(settings)
     notes = root / ".jobs"  # a file per job, because a launcher may run them on other machines
-    notes.mkdir(parents=True, exist_ok=True)
-    for note in notes.iterdir():
-        note.unlink()  # left by an earlier sweep in this directory
+    shutil.rmtree(notes, ignore_errors=True)  # left by an earlier sweep in this directory
+    notes.mkdir(parents=True)
     words = [item.word for item in settings if item.key not in SWEEP_ROOTS]
     words += [f"hydra.sweep.dir={quoted(str(root))}", "--multirun"]
-    stopped = 0
+    code = stopped = 0
     try:
         code = run_hydra(lambda _config: _run(run_job, notes, arguments.source), words, arguments)
     except KeyboardInterrupt as stop:
-        code = stopped = stop.args[0] if stop.args else INTERRUPTED
-    jobs = [Job(**json.loads(note.read_text())) for note in notes.glob("*.json")]
+        stopped = stop.args[0] if stop.args else INTERRUPTED
+    jobs = [Job(**json.loads(note.read_text())) for note in notes.iterdir()]
     jobs.sort(key=lambda job: job.number)
     shutil.rmtree(notes)
     (root / "summary.json").write_text(json.dumps([asdict(job) for job in jobs], indent=2) + "\n")
@@ -61,8 +67,8 @@ def sweep(arguments: Arguments, run_job: RunJob) -> int:
     return FAILED if code or not jobs or any(job.exit_code for job in jobs) else DONE
 
 
-def sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
-    """What is wrong with any job of the sweep, told before the first one starts."""
+def _sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
+    """What is wrong with any job of the sweep, before the first one starts."""
     sweepers = [item.text for item in settings if item.key == "hydra/sweeper"]
     for item in settings:
         if item.is_sweep and item.key in SWEEP_ROOTS:
@@ -73,8 +79,6 @@ def sweep_problems(settings: list[Setting], source: Source) -> Iterator[str]:
         for item in settings:
             item.parsed.config_loader = loader  # which expands glob(*)
         jobs = list(itertools.product(*(_words(item) for item in settings)))
-    from rlswitch.inputs import check_inputs  # imports numpy
-
     checked = set[str]()
     for job in jobs:
         try:
@@ -118,20 +122,38 @@ def _run(run_job: RunJob, notes: Path, source: Source) -> float:
     hydra = HydraConfig.get()
     overrides, directory = list(hydra.overrides.task), hydra.runtime.output_dir
     started = time.monotonic()
-    code, signum = run_child(run_job, [*flags, *overrides, f"output_dir={quoted(directory)}"])
-    job = Job(
-        number=hydra.job.num,
-        overrides=overrides,
-        exit_code=code,
-        seconds=time.monotonic() - started,
-        directory=directory,
-    )
+    code, signum = _run_child(run_job, [*flags, *overrides, f"output_dir={quoted(directory)}"])
+    seconds = time.monotonic() - started
+    job = Job(number=hydra.job.num, overrides=overrides, exit_code=code, seconds=seconds, directory=directory)
     if code != WRONG_CONFIG:  # what the directory holds is then from another run
         job.read_metrics()
     (notes / f"{job.number}.json").write_text(json.dumps(asdict(job)))
     if signum:
         raise KeyboardInterrupt(PREEMPTED if code == PREEMPTED else 128 + signum)
     return math.nan if code or job.reward is None else job.reward
+
+
+def _run_child(target: RunJob, words: list[str]) -> tuple[int, int]:
+    """The exit code of a process that runs `target(words)`, and the signal that was passed on to it, or 0.
+
+    It writes to the same terminal in its own process group: Ctrl-C reaches it once, through us.
+    """
+    children, received = list[int](), list[int]()
+
+    def pass_on(signum: int, _frame: Any) -> None:
+        received.append(signum)
+        for child in children:
+            os.kill(child, signum)
+
+    with handling((signal.SIGINT, *POLITE), pass_on):
+        child = start_process(target, [words])
+        assert child.pid is not None
+        children.append(child.pid)
+        for signum in received:  # one arrived while the child was starting
+            os.kill(child.pid, signum)
+        child.join()
+    code = child.exitcode or 0
+    return (128 - code if code < 0 else code), (received[0] if received else 0)
 
 
 def _print_summary(jobs: Sequence[Job], root: Path) -> None:
@@ -154,8 +176,6 @@ def _print_summary(jobs: Sequence[Job], root: Path) -> None:
     # Without a terminal rich assumes 80 columns and would break the overrides apart.
     console = Console(width=None if sys.stdout.isatty() else 160, markup=False)
     console.print(table)
-    from rlswitch.command.comparison import write_comparison  # imports pandas
-
     if comparison := write_comparison(jobs, root):
         console.print(comparison)
         console.print(f"compared in {root}/comparison.md and comparison.svg")

@@ -13,27 +13,23 @@ import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rlswitch.errors import ConfigError
+BOUNDS = {
+    "above": ("greater than", operator.gt),
+    "below": ("less than", operator.lt),
+    "at_least": ("at least", operator.ge),
+    "at_most": ("at most", operator.le),
+}
 
-T = TypeVar("T")
 
-
-def number(
-    default: float | None,
-    *,
-    above: float | None = None,
-    below: float | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-) -> Any:
-    """A numeric field with its bounds; `above` and `below` are strict."""
-    return field(default=default, metadata={"bounds": (above, below, at_least, at_most)})
+def number(default: float | None, **bounds: float) -> Any:
+    """A numeric field with its bounds: above, below, at_least, at_most."""
+    checks = [(*BOUNDS[name], limit) for name, limit in bounds.items()]
+    return field(default=default, metadata={"bounds": checks})
 
 
 def choice(default: str, *others: str) -> Any:
@@ -108,28 +104,6 @@ def leaves_of(owner: type, prefix: str = "") -> dict[str, Leaf]:
     return found
 
 
-def settings_from_words(owner: type[T], words: Iterable[str]) -> T:
-    """An `owner` with the values of `key=value` words; a list is `a,b`. Raises ConfigError, one line each."""
-    known, problems = leaves_of(owner), list[str]()
-    values: dict[str, Any] = {}
-    for word in words:
-        key, sign, text = word.partition("=")
-        if key not in known or not sign:
-            what = f"{word}: unknown setting" if sign else f"{word}: expected key=value"
-            problems.append(f"{what}{did_you_mean(key, known)} (available: {', '.join(known)})")
-            continue
-        leaf = known[key]
-        if leaf.annotation == list[str]:
-            values[key] = [item for item in text.strip("[]").split(",") if item]
-        else:
-            values[key] = text if leaf.annotation is str else yaml.safe_load(text)
-        if problem := leaf.problem(values[key]):
-            problems.append(f"{key} = {text}: {problem}")
-    if problems:
-        raise ConfigError(*problems)
-    return owner(**values)
-
-
 def nearest_key(key: str, known: Iterable[str]) -> str:
     """Like did_you_mean, for dotted keys: the same name in another section comes first."""
     names = {other: other.rpartition(".")[2] for other in known}
@@ -150,17 +124,7 @@ def _value_problem(value: Any, metadata: Mapping[str, Any]) -> str | None:
         return None
     if not math.isfinite(value):
         return "must be a finite number"
-    broken = [
-        f"must be {words} {limit:g}"
-        for (words, holds), limit in zip(BOUNDS, metadata.get("bounds", ()), strict=False)
-        if limit is not None and not holds(value, limit)
-    ]
-    return broken[0] if broken else None
-
-
-BOUNDS = (
-    ("greater than", operator.gt),
-    ("less than", operator.lt),
-    ("at least", operator.ge),
-    ("at most", operator.le),
-)
+    bounds = metadata.get("bounds", ())
+    return next(
+        (f"must be {words} {limit:g}" for words, holds, limit in bounds if not holds(value, limit)), None
+    )

@@ -173,10 +173,6 @@ class EngineConfig:
     vllm: dict[str, Any] = field(default_factory=dict)
     """Other arguments of vllm.LLM: engine.vllm.max_num_seqs=64."""
 
-    @property
-    def is_started_here(self) -> bool:
-        return True
-
 
 @dataclass(kw_only=True, slots=True)
 class ServerEngineConfig(EngineConfig):
@@ -188,10 +184,6 @@ class ServerEngineConfig(EngineConfig):
     """Attach to a running server instead: http://HOST:PORT, or unix:/path/of/the/socket."""
     allow_remote: bool = False
     """Allow addresses other than loopback. Whoever reaches the server controls it: see docs/server.md."""
-
-    @property
-    def is_started_here(self) -> bool:
-        return self.url is None
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,13 +203,7 @@ class SwitchConfig:
 class TrainerConfig:
     lr: float = number(1e-6, above=0)
     lr_schedule: str = choice(
-        "constant",
-        "linear",
-        "cosine",
-        "cosine_with_min_lr",
-        "cosine_with_restarts",
-        "polynomial",
-        "inverse_sqrt",
+        *"constant linear cosine cosine_with_min_lr cosine_with_restarts polynomial inverse_sqrt".split(),
         "warmup_stable_decay",
     )
     """Schedule of the learning rate from the warm-up to num_steps, by its name in transformers."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from rlswitch.data.builtin import builtin_model, check_builtin
-from rlswitch.data.rows import HUB_ID, nearest_file, reason
+from rlswitch.data.rows import BUILTIN, HUB_ID, check_builtin, nearest_file, reason
 from rlswitch.errors import ConfigError
 from rlswitch.text import first_line
 
@@ -21,16 +22,27 @@ if TYPE_CHECKING:  # it takes seconds to import
     from rlswitch.config.sections import ModelConfig
     from rlswitch.run import Run
 
+MODELS = {
+    "addition": "rlswitch.recipes.addition.policy",
+    "addition-judge": "rlswitch.recipes.addition.judge",
+    "addition-reward-model": "rlswitch.recipes.addition.reward_model",
+}
+"""A module with `ensure_model` and `build_model` for each built-in model. The model's name is its task's name
+or begins with it: they share a tokenizer."""
+OR_HUB = "or a hub id that is cached or reachable"
 PICKLES = ("*.bin", "*.pt", "*.pth")
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 """Without any of these files transformers builds an empty tokenizer: every prompt would have no tokens."""
 
 
-def resolve_model(config: ModelConfig, log: Callable[[str], None], key: str = "model.path") -> str:
-    """The local directory of `config.path`: itself, a hub snapshot, or a built-in model made now.
+def builtin_model(path: str, key: str = "model.path") -> ModuleType | None:
+    """The module that makes `builtin:NAME`; None for any other path. Raises ConfigError if there is none."""
+    check_builtin(key, path, "model", MODELS)
+    return import_module(MODELS[path.removeprefix(BUILTIN)]) if path.startswith(BUILTIN) else None
 
-    Errors blame the setting `key`.
-    """
+
+def resolve_model(config: ModelConfig, log: Callable[[str], None], key: str = "model.path") -> str:
+    """The local directory of a path, a hub id or a built-in model. Errors blame the setting `key`."""
     if module := builtin_model(config.path, key):
         return str(module.ensure_model(config.warm_start_seed, log))
     if Path(config.path).is_dir():
@@ -46,7 +58,7 @@ def resolve_model(config: ModelConfig, log: Callable[[str], None], key: str = "m
     except Exception as error:
         raise ConfigError(
             f"{key} = {config.path}: not a directory, and downloading it failed: {first_line(error)};"
-            " set a directory with config.json and *.safetensors, or a hub id that is cached or reachable"
+            f" set a directory with a whole model, {OR_HUB}"
         ) from error
 
 
@@ -90,7 +102,7 @@ def unreadable(model: ModelConfig, key: str, error: Exception, part: str = "conf
     else:
         kind = "sequence classifier" if key == "reward_model.path" else "causal language model"
         problem = f"cannot be read ({reason(error)})"
-        advice = f"set a directory with a whole {kind}, or a hub id that is cached or reachable"
+        advice = f"set a directory with a whole {kind}, {OR_HUB}"
     return ConfigError(f"{key} = {model.path}: its {part} {problem}; {advice}")
 
 
@@ -137,44 +149,43 @@ def check_fits_context(run: Run, config: Any) -> None:
 
 def check_model_path(key: str, path: str) -> None:
     """Raises ConfigError if `path`, the value of the setting `key`, cannot be a model or is incomplete."""
-    check_builtin(key, path)
-    directory = Path(path)
-    problem: str | None = None
+    check_builtin(key, path, "model", MODELS)
+    directory, problem = Path(path), ""
     if os.path.isdir(directory):
-        problem = next(model_directory_problems(directory), None)
+        problem = _directory_problem(directory)
     elif os.path.exists(directory):
         problem = "is a file; set the directory it lies in"
-    elif not (HUB_ID.fullmatch(path) or path.startswith("builtin:")):
+    elif not (HUB_ID.fullmatch(path) or path.startswith(BUILTIN)):
         problem = f"no such directory, and not a hub id (name or owner/name){nearest_file(directory)}"
     if problem:
         raise ConfigError(f"{key} = {path}: {problem}")
 
 
-def model_directory_problems(directory: Path) -> Iterator[str]:
+def _directory_problem(directory: Path) -> str:
     """What a model directory lacks. Reads the headers of the weights, not the weights."""
     if not (directory / "config.json").is_file():
         adapter = (directory / "adapter_config.json").is_file()
         what = "it holds a LoRA adapter" if adapter else "no model is saved there"
-        yield f"has no config.json: {what}; set the directory of a whole model"
+        return f"has no config.json: {what}; set the directory of a whole model"
     try:
         json.loads((directory / "config.json").read_text())
         index = directory / "model.safetensors.index.json"
         parts = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        yield f"its JSON files cannot be read ({reason(error)}); copy the model again"
-        return
+        return f"its JSON files cannot be read ({reason(error)}); copy the model again"
     if not any(path for pattern in TOKENIZERS for path in directory.glob(pattern)):
-        yield "has no tokenizer; save it beside the weights with save_pretrained"
+        return "has no tokenizer; save it beside the weights with save_pretrained"
     files = sorted(directory.glob("*.safetensors"))
-    for name in sorted(parts - {file.name for file in files}):
-        yield f"has no {name}, which its index names; copy the model again"
+    if missing := sorted(parts - {file.name for file in files}):
+        return f"has no {missing[0]}, which its index names; copy the model again"
     if not files:
         pickles = [file.name for pattern in PICKLES for file in directory.glob(pattern)]
         only = f", only {pickles[0]}: loading a pickle could run code" if pickles else ""
-        yield f"has no *.safetensors{only}; save the model with save_pretrained"
+        return f"has no *.safetensors{only}; save the model with save_pretrained"
     for file in files:
         try:
             with safe_open(file, "np"):  # reads the header, and compares the file's size with it
                 pass
         except (OSError, SafetensorError) as error:
-            yield f"{file.name} is incomplete or not safetensors ({first_line(error)}); copy it again"
+            return f"{file.name} is incomplete or not safetensors ({first_line(error)}); copy it again"
+    return ""

@@ -38,7 +38,6 @@ class Prompts:
         """How many prompts were taken."""
         self._prompts = prompts
         self._seed = seed
-        self._order = (-1, np.empty(0, dtype=np.int64))  # (epoch, its permutation)
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -57,14 +56,12 @@ class Prompts:
         """The next `n` prompts, into the next epoch if need be."""
         places = [divmod(place, len(self)) for place in range(self.cursor, self.cursor + n)]
         self.cursor += n
-        return [replace(self._prompts[self._index(*place)], epoch=place[0]) for place in places]
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [replace(self._prompts[orders[epoch][place]], epoch=epoch) for epoch, place in places]
 
-    def _index(self, epoch: int, place: int) -> int:
-        if self._order[0] != epoch:
-            # RandomState, not default_rng: numpy promises that its stream never changes
-            random = np.random.RandomState([self._seed, epoch])
-            self._order = (epoch, random.permutation(len(self)))
-        return int(self._order[1][place])
+    def _order(self, epoch: int) -> list[int]:
+        # RandomState, not default_rng: numpy promises that its stream never changes
+        return np.random.RandomState([self._seed, epoch]).permutation(len(self)).tolist()
 
 
 def sources_of(run: Run) -> Iterator[Source]:
@@ -121,52 +118,41 @@ def load_prompts(
     out stay so. Logs every set of rows that is left out. Raises ConfigError with all problems of all tables.
     """
     training, *others = gather(partial(_tokenize, table, run, tokenizer, log) for table in tables)
-    found, held_out = len(training), []
+    found, path, held_out = len(training), run.data.path, list[Prompt]()
     if others:
-        held_out = _choose(others[0], run.data.eval_rows)
+        held_out, _ = _choose(others[0], run.data.eval_rows)
     elif run.evaluation.every:
-        held_out = _cut(training, run, log)
-    training = _without(training, held_out, log)
-    if len(training) < run.rollout.num_prompts:
-        raise ConfigError(
-            f"rollout.num_prompts = {run.rollout.num_prompts}: {run.data.path} has only {len(training)} of"
-            f" {found} prompts left to train on, the others are held out; set fewer, or give more rows"
-        )
-    return Prompts(training, run.seed), held_out
-
-
-def _choose(prompts: list[Prompt], n: int) -> list[Prompt]:
-    order = np.random.RandomState(_HELD_OUT_SEED).permutation(len(prompts))
-    return [prompts[i] for i in sorted(order[:n])]
-
-
-def _cut(training: list[Prompt], run: Run, log: Log) -> list[Prompt]:
-    n = run.data.eval_rows
-    if n >= len(training):
-        raise ConfigError(
-            f"data.eval_rows = {n}: {run.data.path} has {len(training)} prompts, so none would be"
-            f" left to train on; set data.eval_rows={max(len(training) // 10, 1)}, or name held-out"
-            " rows with data.eval_path or data.eval_split"
-        )
-    log(f"data: held out {n} of the {len(training)} prompts of {run.data.path}")
-    return _choose(training, n)
-
-
-def _without(training: list[Prompt], held_out: list[Prompt], log: Log) -> list[Prompt]:
-    """`training` without the prompts that are also held out."""
-    cut = {id(prompt) for prompt in held_out}  # rows that _cut took, which it has logged
-    training = [prompt for prompt in training if id(prompt) not in cut]
+        if (n := run.data.eval_rows) >= found:
+            raise ConfigError(
+                f"data.eval_rows = {n}: {path} has {found} prompts, so none would be left to train on; set"
+                f" data.eval_rows={max(found // 10, 1)}, or set data.eval_path or data.eval_split"
+            )
+        log(f"data: held out {n} of the {found} prompts of {path}")
+        held_out, training = _choose(training, n)
     hidden = {tuple(prompt.token_ids) for prompt in held_out}
     kept = [prompt for prompt in training if tuple(prompt.token_ids) not in hidden]
     if removed := len(training) - len(kept):
         log(f"data: removed {removed} of {len(training)} training rows: their prompt is held out")
-    return kept
+    if len(kept) < run.rollout.num_prompts:
+        raise ConfigError(
+            f"rollout.num_prompts = {run.rollout.num_prompts}: {path} has only {len(kept)} of {found} prompts"
+            " left to train on, the others are held out; set fewer, or give more rows"
+        )
+    return Prompts(kept, run.seed), held_out
+
+
+def _choose(prompts: list[Prompt], n: int) -> tuple[list[Prompt], list[Prompt]]:
+    """`n` prompts, always the same ones, and the others; both in their order."""
+    chosen = {*np.random.RandomState(_HELD_OUT_SEED).permutation(len(prompts))[:n].tolist()}
+    parts: tuple[list[Prompt], list[Prompt]] = ([], [])
+    for i, prompt in enumerate(prompts):
+        parts[i not in chosen].append(prompt)
+    return parts
 
 
 def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, log: Log) -> list[Prompt]:
     """The rows as prompts, without those that data.overlong drops."""
-    key = run.data.prompt_key
-    blame = f"data.prompt_key = {key}"
+    blame = f"data.prompt_key = {(key := run.data.prompt_key)}"
     if not tokenizer.chat_template and any(isinstance(row[key], list) for row in table.rows):
         raise ConfigError(
             f"{blame}: holds chat messages, but the tokenizer of {run.model.path} has no chat"
@@ -175,26 +161,21 @@ def _tokenize(table: Table, run: Run, tokenizer: PreTrainedTokenizerBase, log: L
     prompts, problems = [], []
     for index, row in enumerate(table.rows):
         columns = dict(row)
-        messages, token_ids = _without_nulls(columns.pop(key)), []
+        messages = columns.pop(key)
+        if isinstance(messages, list):  # a template would treat the null fields that Arrow adds as given
+            messages = [{k: v for k, v in item.items() if v is not None} for item in messages]
         try:
             token_ids = encode(messages, tokenizer)
         except Exception as error:  # a chat template can raise anything
             what = "tokenizer" if isinstance(messages, str) else "chat template"
             problems.append(f"{table.where(index)} makes the {what} fail ({reason(error)})")
-        else:
-            if not token_ids:
-                problems.append(f"{table.where(index)} is empty: it has no tokens")
+            continue
+        if not token_ids:
+            problems.append(f"{table.where(index)} is empty: it has no tokens")
         prompts.append(Prompt(index=index, messages=messages, token_ids=token_ids, columns=columns))
     if problems:
         raise ConfigError(*few(blame, problems))
     return _within_limit(prompts, table, run, log)
-
-
-def _without_nulls(messages: str | list[dict[str, Any]]) -> Any:
-    """Chat messages without the null fields that Arrow adds: templates would treat them as given."""
-    if isinstance(messages, str):
-        return messages
-    return [{k: v for k, v in item.items() if v is not None} for item in messages]
 
 
 def encode(messages: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -217,17 +198,18 @@ def encode(messages: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerB
 
 def _within_limit(prompts: list[Prompt], table: Table, run: Run, log: Log) -> list[Prompt]:
     limit, lengths = run.data.max_prompt_tokens, [len(prompt.token_ids) for prompt in prompts]
-    num_long, longest = sum(length > limit for length in lengths), max(lengths)
-    if not num_long:
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    if len(kept) == len(prompts):
         return prompts
+    longest = max(lengths)
     many = (
-        f"{num_long} of {len(prompts)} prompts of {table.source.path} are longer (the longest has"
-        f" {longest} tokens: {table.where(lengths.index(longest))})"
+        f"{len(prompts) - len(kept)} of {len(prompts)} prompts of {table.source.path} are longer (the longest"
+        f" has {longest} tokens: {table.where(lengths.index(longest))})"
     )
-    if num_long == len(prompts) or run.data.overlong == "error":
-        drop = " or data.overlong=drop" if num_long < len(prompts) else ""
+    if not kept or run.data.overlong == "error":
+        drop = " or data.overlong=drop" if kept else ""
         raise ConfigError(
             f"data.max_prompt_tokens = {limit}: {many}; set data.max_prompt_tokens={longest}{drop}"
         )
     log(f"data: dropped, by data.max_prompt_tokens = {limit}: {many}")
-    return [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    return kept

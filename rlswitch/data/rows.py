@@ -1,4 +1,8 @@
-"""The rows of a file, a directory, a built-in task or a dataset of the hub.
+"""The rows of a file, a directory, a dataset of the hub, or a built-in task.
+
+`builtin:NAME` is made on the spot, so that the whole loop runs without a download. To add a task, write a
+module with `load_datasets` and `build_tokenizer` (neither may import torch) and add it to TASKS; add its
+models in hub.py.
 
 JSON and CSV files are read here and not by `datasets`, which guesses types from strings: the answer "007"
 would reach the reward functions as 7, "NA" as nothing and "2020-01-01 00:00:00" as a date.
@@ -10,15 +14,19 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from rlswitch.config.fields import did_you_mean
-from rlswitch.data.builtin import check_builtin, task_of
 from rlswitch.errors import ConfigError
+
+TASKS = {"addition": "rlswitch.recipes.addition.task"}
+BUILTIN = "builtin:"
 
 HUB_ID = re.compile(r"(?=.{1,96}$)\w[\w.-]*(/\w[\w.-]*)?")
 """Of a model or a dataset: name or owner/name."""
@@ -32,7 +40,7 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class Source:
-    """Where a setting says that rows are."""
+    """Where rows come from, and the settings that say so."""
 
     key: str
     path: str
@@ -52,6 +60,9 @@ class Source:
 
     def error(self, problem: str) -> ConfigError:
         return ConfigError(f"{self.key} = {self.path}: {problem}")
+
+    def split_error(self, problem: str) -> ConfigError:
+        return ConfigError(f"{self.split_key} = {self.split or 'null'}: {self.path} {problem}")
 
 
 @dataclass(slots=True)
@@ -102,17 +113,29 @@ def read(source: Source) -> Table:
 def check_source(source: Source) -> None:
     """Raises ConfigError for a source that cannot exist. Fast: reads nothing, imports nothing."""
     file, is_file = source.file, os.path.isfile(source.file)
-    check_builtin(source.key, source.path)
+    check_builtin(source.key, source.path, "task", TASKS)
     if is_file and file.suffix not in _SUFFIXES:
         raise source.error(f"not a {' '.join(_SUFFIXES)} file, a directory or a hub id")
     is_hub_id = file.suffix not in _SUFFIXES and HUB_ID.fullmatch(source.path)
-    if not (os.path.exists(file) or is_hub_id or source.path.startswith("builtin:")):
+    if not (os.path.exists(file) or is_hub_id or source.path.startswith(BUILTIN)):
         raise source.error(f"no such file{nearest_file(file)}")
     if (is_file or os.path.exists(file / "state.json")) and source.split not in (None, "train"):
-        raise ConfigError(
-            f"{source.split_key} = {source.split}: {source.path} has no splits; leave"
-            f" {source.split_key} out, or name another file with data.eval_path"
-        )
+        raise source.split_error("has no splits; leave it out, or name another file with data.eval_path")
+
+
+def task_of(path: str) -> ModuleType | None:
+    """The task that `builtin:NAME` belongs to, as data or as a model; None for any other path."""
+    if not path.startswith(BUILTIN):
+        return None
+    return import_module(TASKS[path.removeprefix(BUILTIN).partition("-")[0]])
+
+
+def check_builtin(key: str, path: str, kind: str, known: Collection[str]) -> None:
+    """Raises ConfigError if `path`, the value of the setting `key`, is a built-in that is not `known`."""
+    name = path.removeprefix(BUILTIN)
+    if path.startswith(BUILTIN) and name not in known:
+        available = f"(available: {', '.join(known)}){did_you_mean(name, known)}"
+        raise ConfigError(f"{key} = {path}: no such built-in {kind} {available}")
 
 
 def nearest_file(missing: Path) -> str:
@@ -128,10 +151,8 @@ def _rows(loaded: Any, source: Source) -> list[dict[str, Any]]:
         return list(loaded)
     split = next(iter(loaded)) if len(loaded) == 1 and not source.split else source.split
     if split not in loaded:
-        raise ConfigError(
-            f"{source.split_key} = {split or 'null'}: {source.path} has the splits"
-            f" {', '.join(loaded)}{did_you_mean(str(split), loaded)}; set one of them"
-        )
+        near = did_you_mean(str(split), loaded)
+        raise source.split_error(f"has the splits {', '.join(loaded)}{near}; set one of them")
     return list(loaded[split])
 
 
@@ -157,8 +178,7 @@ def _load(source: Source) -> Any:
             problem = "no such file, and not in the hub's local cache; HF_HUB_OFFLINE=1: unset it"
             raise source.error(problem) from error
         if isinstance(error, ValueError) and "unknown split" in str(error).lower():
-            blame = f"{source.split_key} = {source.split}: {source.path}"
-            raise ConfigError(f"{blame}: {reason(error)}") from error
+            raise source.split_error(f"cannot be loaded ({reason(error)})") from error
         raise source.error(f"cannot be loaded ({reason(error)})") from error
 
 
@@ -171,11 +191,10 @@ def reason(error: BaseException) -> str:
 
 def _read_json(source: Source, file: Path) -> Table:
     """One object per line, or one list of objects."""
-    raw = file.read_bytes()
     try:
-        text = raw.decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = error.object.count(b"\n", 0, error.start) + 1
         raise source.error(f"{file.name}:{line} is not UTF-8 ({error.reason})") from error
     table, problems = Table(source, []), []
     is_list = text.lstrip().startswith("[")

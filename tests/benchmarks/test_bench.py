@@ -10,9 +10,8 @@ import pytest
 from rlswitch.benchmarks import charts, tables
 from rlswitch.benchmarks.experiment import Result, Sample
 from rlswitch.benchmarks.models import limits
-from rlswitch.benchmarks.settings import BenchSettings
+from rlswitch.benchmarks.settings import BenchSettings, settings_from_words
 
-from rlswitch.config.fields import settings_from_words
 from rlswitch.errors import ConfigError
 from rlswitch.switch.device import Device
 

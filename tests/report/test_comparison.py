@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlswitch.command.comparison import cells, mean_curve, read_points, write_comparison
-from rlswitch.command.jobs import Job
+from rlswitch.command.comparison import Job, cells, mean_curve, read_points, write_comparison
 
 ACC = "val/addition/acc"
 
