@@ -5,6 +5,7 @@ Of a model only the configuration is read.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from rlswitch.config.sections import TENANTS, ModelConfig
 from rlswitch.data.hub import builtin_model
 from rlswitch.engines.vllm.arguments import llm_arguments
-from rlswitch.planning.machine import GIB, DeviceFacts
+from rlswitch.planning.machine import GIB, DeviceFacts, gib, switch_seconds
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.training.logprobs import LOGITS_AT_ONCE
 from rlswitch.training.lora import add_adapters
 from rlswitch.training.models import outline
-from rlswitch.training.parking import parked_by_auto
+from rlswitch.training.parking import SLACK, parked_by_auto
 from rlswitch.training.publish import SHM, choose_directory
 
 ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
@@ -125,11 +126,8 @@ class Scoring:
         return found
 
 
-def largest_micro_batch(run: Run) -> int:
-    """Its tokens: trainer.micro_batch_tokens, or fewer if a whole minibatch at full length is smaller."""
-    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    rollouts = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
-    return min(run.trainer.micro_batch_tokens, rollouts * longest)
+def longest_rollout(run: Run) -> int:
+    return run.data.max_prompt_tokens + run.rollout.max_new_tokens
 
 
 def _empty_model(config: ModelConfig, key: str, kind: Any) -> Any:
@@ -155,138 +153,173 @@ class Row:
     parked: int = 0
     """Bytes in pinned host memory outside its owner's phase."""
 
-    @classmethod
-    def of_trainer(cls, name: str, size: int, parked: bool) -> Row:
-        return cls(name, UPDATE, size, 0, size) if parked else cls.always(name, size)
-
-    @classmethod
-    def always(cls, name: str, size: int) -> Row:
-        return cls(name, UPDATE, size, size)
-
     def at(self, phase: str) -> int:
         return self.awake if phase == self.phase else self.asleep
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Memory of a network in training, whole or by its adapters."""
+def trainer_rows(
+    run: Run, shape: ModelShape, dtype: str, facts: DeviceFacts, awake: int
+) -> tuple[str, list[Row]]:
+    """The trainer's memory beside an engine of `awake` bytes, after trainer.park with `auto` resolved."""
+    itemsize, cuda = getattr(torch, dtype).itemsize, facts.kind == "cuda"
+    networks = {"policy": (shape.parameters, 0)}
+    if run.algorithm.needs_critic:
+        networks["critic"] = shape.backbone, shape.hidden + 1
+    learned = {name: (shape.adapters or size) + head for name, (size, head) in networks.items()}
+    held = {name: 4 * count for name, count in learned.items()}  # float32
+    reference = itemsize * shape.parameters if run.algorithm.needs_reference else 0
+    if shape.adapters:  # the weights are frozen, and a reference without adapters
+        held = {name: held[name] + itemsize * size for name, (size, _) in networks.items()}
+        reference = 0
+    park = run.trainer.park if cuda else "nothing"
+    if park == "auto":
+        parameters, states = sum(held.values()) + reference, 8 * sum(learned.values())
+        park = parked_by_auto(parameters, states, awake, facts.total_bytes)
 
-    held: int
-    """Bytes of all its parameters."""
-    learned: int
-    """Number of parameters with gradients, in float32: all, or those of the adapters and a head."""
+    def resident(name: str, size: int, parked: bool = False) -> Row:
+        return Row(name, UPDATE, size, 0, size) if parked else Row(name, UPDATE, size, size)
 
-    @classmethod
-    def policy(cls, shape: ModelShape, itemsize: int) -> Trained:
-        return cls._of(shape.parameters, shape.adapters, itemsize, head=0)
+    rows = []
+    for name, count in learned.items():
+        rows += [
+            resident(f"{name} parameters", held[name], park == "everything"),
+            Row(f"{name} gradients, float32", UPDATE, 4 * count),
+            resident(f"{name} Adam states, float32", 8 * count, park != "nothing"),
+        ]
+    mixed = cuda and dtype == "bfloat16"  # as in training/trainer.py
+    minibatch = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
+    tokens = min(run.trainer.micro_batch_tokens, minibatch * longest_rollout(run))
+    size = shape.activation_bytes(tokens, 2 if mixed else 4, run.trainer.gradient_checkpointing)
+    return park, [
+        *rows,
+        resident(f"reference, {dtype}", reference, park == "everything"),
+        Row("activations and logits (estimate)", UPDATE, size),
+        resident("trainer's own (estimate)", TRAINER_OWN[facts.kind]),
+    ]
 
-    @classmethod
-    def critic(cls, shape: ModelShape, itemsize: int, run: Run) -> Trained:
-        if not run.algorithm.needs_critic:
-            return cls(0, 0)
-        return cls._of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
 
-    @classmethod
-    def _of(cls, parameters: int, adapters: int, itemsize: int, head: int) -> Trained:
-        learned = (adapters or parameters) + head
-        return cls(4 * learned + (itemsize * parameters if adapters else 0), learned)
+def weights_row(name: str, phase: str, size: int, level: str, facts: DeviceFacts) -> Row:
+    """Weights that sleep at `level`: on a CPU level 1 has nowhere to move them to."""
+    if level == "1" and facts.kind == "cuda":
+        return Row(name, phase, size, 0, size)
+    return Row(name, phase, size, 0 if level == "2" else size)
 
-    def rows(self, name: str, park: str) -> Iterator[Row]:
-        yield Row.of_trainer(f"{name} parameters", self.held, park == "everything")
-        yield Row(f"{name} gradients, float32", UPDATE, 4 * self.learned)
-        yield Row.of_trainer(f"{name} Adam states, float32", 8 * self.learned, park != "nothing")
+
+def scoring_rows(tenant: Scoring, engine: dict[str, Any], itemsize: int, facts: DeviceFacts) -> Iterator[Row]:
+    """Memory of a judge (an engine like the run's own) or a reward model."""
+    name, ranks = tenant.name, engine["tensor_parallel_size"] if tenant.has_engine else 1
+    weights = tenant.shape.parameters * itemsize // ranks
+    yield weights_row(f"{name} weights, {engine['dtype']}", name, weights, tenant.level, facts)
+    if tenant.has_engine:
+        yield Row(f"{name}'s KV cache", name, kv_cache_bytes(engine, weights, facts))
+        yield Row(f"{name}'s own (estimate)", name, ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Footprint:
-    """Bytes by owner, independent of parking and sleep level."""
+    """Predicted memory of a run on a machine after its first step, which allocates Adam's states."""
 
+    run: Run
+    shape: ModelShape
     facts: DeviceFacts
-    dtype: str
-    """What the engine computes in."""
-    itemsize: int
-    ranks: int
-    """GPUs that share the engine's weights."""
+    others: Sequence[Scoring]
+    rows: list[Row]
+    park: str
+    """trainer.park with `auto` resolved: nothing, optimizer or everything."""
+    directory: Path
+    """Where versions of the weights are published."""
+    published: int
+    """One version of the weights, in the engine's dtype."""
     weights: int
     """The engine's, on one GPU."""
     kv: int
-    own: int
-    """The engine's libraries, CUDA graphs and workspaces."""
-    start_bytes: int
+    freed: int
+    """Weights and KV cache that leave the device when the engine sleeps."""
+    kv_per_token: int
+    start: int
     """GPU memory that vLLM requires when it starts."""
-    published: int
-    """One version of the weights, in the engine's dtype."""
-    directory: Path
-    policy: Trained
-    critic: Trained
-    reference: int
-    activations: int
-    scoring: list[Row]
-    """Of the judge and the reward model."""
 
     @classmethod
-    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring]) -> Footprint:
+    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Footprint:
         engine = llm_arguments(run, run.model.path, Device(facts.kind))
-        itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
+        dtype, ranks, level = engine["dtype"], engine["tensor_parallel_size"], run.switch.level
+        itemsize = getattr(torch, dtype).itemsize
         published = shape.parameters * itemsize
         weights = published // ranks
-        mixed = facts.kind == "cuda" and engine["dtype"] == "bfloat16"  # as in training/trainer.py
+        kv = kv_cache_bytes(engine, weights, facts)
+        sleeping = [
+            weights_row(f"engine weights, {dtype}", ROLLOUT, weights, level, facts),
+            Row("KV cache", ROLLOUT, kv, kv if level == "0" else 0),
+        ]
+        rows = [
+            *sleeping,
+            Row("engine's own (estimate)", ROLLOUT, ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind]),
+            *(row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)),
+        ]
+        awake = Counter[str]()
+        for row in rows:
+            awake[row.phase] += row.awake
+        park, trainer = trainer_rows(run, shape, dtype, facts, max(awake.values()))
+        directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
+        in_memory = 2 * published if directory == SHM else 0  # the old one stays until the new one is loaded
+        device, host = (0, in_memory) if facts.kind == "cuda" else (in_memory, 0)
+        rows = [*trainer, *rows, Row(f"two published versions in {SHM}", "", 0, device, host)]
         return cls(
+            run=run,
+            shape=shape,
             facts=facts,
-            dtype=engine["dtype"],
-            itemsize=itemsize,
-            ranks=ranks,
-            weights=weights,
-            kv=kv_cache_bytes(engine, weights, facts),
-            own=ENGINE_OWN[facts.kind],
-            start_bytes=share_bytes(engine, facts),
+            others=others,
+            rows=[row for row in rows if row.awake or row.asleep or row.parked],
+            park=park,
+            directory=directory,
             published=published,
-            directory=choose_directory(run.switch.transport, published, Path(run.output_dir or "runs")),
-            policy=Trained.policy(shape, itemsize),
-            critic=Trained.critic(shape, itemsize, run),
-            reference=published if run.algorithm.needs_reference and not shape.adapters else 0,
-            activations=shape.activation_bytes(
-                largest_micro_batch(run), 2 if mixed else 4, run.trainer.gradient_checkpointing
-            ),
-            scoring=[row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)],
+            weights=weights,
+            kv=kv,
+            freed=sum(row.awake - row.asleep for row in sleeping),
+            kv_per_token=shape.kv_bytes_per_token(itemsize, ranks),
+            start=share_bytes(engine, facts),
         )
 
     @property
-    def in_memory(self) -> int:
-        """Host memory that published versions take: the old one stays until the new one is loaded."""
-        return 2 * self.published if self.directory == SHM else 0
+    def phases(self) -> list[str]:
+        return [ROLLOUT, *(tenant.name for tenant in self.others), UPDATE]
 
-    def kept_asleep(self, level: str) -> int:
-        """Bytes of the engine that stay on the device at `level`: a CPU has nowhere to move level 1 to."""
-        at_level_1 = 0 if self.facts.kind == "cuda" else self.weights
-        return {"0": self.weights + self.kv, "kv": self.weights, "1": at_level_1, "2": 0}[level]
+    @property
+    def parked_by_trainer(self) -> int:
+        return sum(row.parked for row in self.rows if row.phase == UPDATE)
 
-    def parking(self, park: str) -> str:
-        """trainer.park with `auto` resolved: nothing, optimizer or everything."""
-        if self.facts.kind != "cuda":
-            return "nothing"
-        if park != "auto":
-            return park
-        held = self.policy.held + self.critic.held + self.reference
-        states = 8 * (self.policy.learned + self.critic.learned)
-        awake = {ROLLOUT: self.weights + self.kv + self.own}
-        for row in self.scoring:
-            awake[row.phase] = awake.get(row.phase, 0) + row.awake
-        return parked_by_auto(held, states, max(awake.values()), self.facts.total_bytes)
+    @property
+    def limit(self) -> int:
+        """Upper bound on the sum of the rows in each phase."""
+        return min(int((1 - SLACK) * self.facts.total_bytes), self.facts.free_bytes)
 
-    def rows(self, park: str, level: str) -> Iterator[Row]:
-        kept, cuda = self.kept_asleep(level), self.facts.kind == "cuda"
-        on_host = self.weights if cuda and level == "1" else 0
-        yield from self.policy.rows("policy", park)
-        yield from self.critic.rows("critic", park)
-        yield Row.of_trainer(f"reference, {self.dtype}", self.reference, park == "everything")
-        yield Row("activations and logits (estimate)", UPDATE, self.activations)
-        yield Row(f"engine weights, {self.dtype}", ROLLOUT, self.weights, min(kept, self.weights), on_host)
-        yield Row("KV cache", ROLLOUT, self.kv, max(kept - self.weights, 0))
-        yield Row("engine's own (estimate)", ROLLOUT, self.own, ENGINE_ASLEEP[self.facts.kind])
-        yield from self.scoring
-        yield Row.always("trainer's own (estimate)", TRAINER_OWN[self.facts.kind])
-        yield Row.always(f"two published versions in {SHM}", 0 if cuda else self.in_memory)
+    def total(self, phase: str) -> int:
+        """Bytes on the device in a phase; in `parked`, those in host memory."""
+        return sum(row.parked if phase == "parked" else row.at(phase) for row in self.rows)
+
+    def seconds(self) -> dict[str, float]:
+        """Predicted seconds by phase of a round trip."""
+        level = self.run.switch.level
+        return switch_seconds(
+            self.facts, level, self.weights, self.kv, self.published, self.parked_by_trainer
+        )
+
+    def shortfalls(self) -> list[str]:
+        """What needs more memory than there is, one line each."""
+        free = self.facts.free_bytes
+        checks = [(f"the {phase}", self.total(phase), self.limit) for phase in self.phases]
+        checks.append(("one rollout's KV cache", self.run.max_model_len * self.kv_per_token, self.kv))
+        if self.facts.kind == "cuda":
+            checks.append(("vLLM at its start", self.start, free))
+            beside = sum(row.asleep for row in self.rows if row.phase == ROLLOUT)
+            for name in [it.name for it in self.others if it.has_engine]:  # started while the engine sleeps
+                checks.append((f"the {name}'s vLLM at its start", self.start, free - beside))
+            checks.append(("host memory", self.total("parked"), self.facts.host_free_bytes))
+        return [
+            f"{what} needs {gib(needs)} GiB and has {gib(has)} GiB"
+            for what, needs, has in checks
+            if needs > has
+        ]
 
 
 def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
@@ -295,20 +328,6 @@ def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> 
     if size is not None:
         return size
     return max(share_bytes(engine, facts) - weights - ENGINE_OWN[facts.kind], 0)
-
-
-def scoring_rows(tenant: Scoring, engine: dict[str, Any], itemsize: int, facts: DeviceFacts) -> Iterator[Row]:
-    """Memory of a judge (an engine like the run's own) or a reward model."""
-    name, ranks = tenant.name, engine["tensor_parallel_size"] if tenant.has_engine else 1
-    weights, cuda = tenant.shape.parameters * itemsize // ranks, facts.kind == "cuda"
-    on_host = weights if tenant.level == "1" else 0
-    # On a CPU level 1 has nowhere to move the weights to.
-    kept, parked = (0, on_host) if cuda else (on_host, 0)
-    yield Row(f"{name} weights, {engine['dtype']}", name, weights, kept, parked)
-    if tenant.has_engine:
-        yield Row(f"{name}'s KV cache", name, kv_cache_bytes(engine, weights, facts))
-        own, asleep = ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind]
-        yield Row(f"{name}'s own (estimate)", name, own, asleep)
 
 
 def share_bytes(engine: dict[str, Any], facts: DeviceFacts) -> int:
