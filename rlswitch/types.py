@@ -156,6 +156,11 @@ class Batch:
         return values.masked_fill(~self.loss_mask, 0.0)
 
     @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt and completion; [B]."""
+        return self.attention_mask.sum(-1)
+
+    @property
     def sampled_tokens(self) -> int:
         """How many tokens the policy sampled: the environment's and padding excluded."""
         return int(self.loss_mask.sum())
@@ -170,7 +175,7 @@ class Batch:
     def rows(self, index: Tensor) -> Batch:
         """The rollouts in `index` [N], trimmed to their longest sequence and completion."""
         chosen = {name: value[index] for name, value in self._tensors()}
-        width = int(chosen["attention_mask"].sum(-1).max())
+        width = int(self.lengths[index].max())
         depth = max(int(chosen["completion_mask"].sum(-1).max()), 1)
         sequence = ("token_ids", "attention_mask")
         return Batch(

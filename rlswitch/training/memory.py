@@ -76,7 +76,7 @@ class MemoryLimit:
         return first_line(error)
 
     def _halve(self, step: int, batch: Batch, reason: str) -> None:
-        longest = int(batch.attention_mask.sum(-1).max())
+        longest = int(batch.lengths.max())
         tried = min(self.tokens, batch.attention_mask.numel())
         if tried <= longest:
             raise RLSwitchError(
