@@ -4,8 +4,6 @@ Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T]
 elsewhere (padding, an environment's tokens) are ignored, and what is returned there is zero.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

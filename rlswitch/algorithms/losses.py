@@ -1,9 +1,7 @@
-"""Losses per token and the weights that turn them into one number: pure functions of tensors.
+"""Losses and KL per token, and the weights that turn them into one number: pure functions of tensors.
 
 Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T], the learned tokens.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -81,6 +79,35 @@ def value_loss(
         clipped = (limited_loss > loss).to(loss.dtype)
         loss = torch.maximum(loss, limited_loss)
     return loss, {"critic/vf_clip_ratio": clipped}
+
+
+def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    """KL(policy || reference) per token, estimated from the policy's samples; same shape as the arguments.
+
+    k1 and k3 are unbiased, k2 and k3 never negative. Schulman, "Approximating KL Divergence" (2020).
+    """
+    assert logprobs.shape == reference_logprobs.shape and logprobs.is_floating_point()
+    assert reference_logprobs.is_floating_point()
+    log_ratio = logprobs - reference_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return log_ratio**2 / 2
+    assert estimator == "k3", estimator
+    return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x can round below zero
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float, share: float) -> float:
+    """The next coefficient of a KL penalty that steers the divergence towards `target`.
+
+    It moves in proportion to the relative error, clipped to 20 %, and to `share`: the rollouts of the step
+    over the horizon. Source: Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
+
+    Example: adapted_coefficient(0.1, kl=0.3, target=0.1, share=0.5) == 0.1 * (1 + 0.2 * 0.5)
+    """
+    assert target > 0 and share > 0
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * min(share, 1.0))
 
 
 def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:

@@ -4,8 +4,6 @@ Pure functions of tensors. Shapes: B rollouts, T completion tokens padded on the
 [B, T], the learned tokens. Ratios are trainer over rollout, both at the version that sampled.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

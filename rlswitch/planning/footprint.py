@@ -3,13 +3,11 @@
 Of a model only the configuration is read.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -55,9 +53,7 @@ class ModelShape:
     vocabulary: int
 
     @classmethod
-    def read(
-        cls, config: ModelConfig, key: str = "model.path", kind: Any = AutoModelForCausalLM
-    ) -> ModelShape:
+    def read(cls, config: ModelConfig, key: str = "model.path", kind: Any = AutoModelForCausalLM) -> Self:
         """Builds the model that `key` names on the meta device: names and shapes, no weights."""
         model = _empty_model(config, key, kind)
         text = model.config.get_text_config()
@@ -113,7 +109,7 @@ class Scoring:
         return self.name == TENANTS["judge"]
 
     @classmethod
-    def read(cls, run: Run) -> list[Scoring]:
+    def read(cls, run: Run) -> list[Self]:
         """Those among the rewards of `run`."""
         judge, model, found = run.judge, run.reward_model, []
         if "judge" in run.reward.functions and judge.path is not None:
@@ -240,7 +236,7 @@ class Footprint:
     """GPU memory that vLLM requires when it starts."""
 
     @classmethod
-    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Footprint:
+    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Self:
         engine = llm_arguments(run, run.model.path, Device(facts.kind))
         dtype, ranks, level = engine["dtype"], engine["tensor_parallel_size"], run.switch.level
         itemsize = getattr(torch, dtype).itemsize

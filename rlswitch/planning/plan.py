@@ -4,8 +4,6 @@ No weights are loaded and nothing is written. Every number is a prediction: memo
 as GiB; seconds from rates measured here or published (machine.py).
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import json

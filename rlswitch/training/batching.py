@@ -1,7 +1,5 @@
 """Rollouts to tensors, minibatches to micro-batches within a token budget, rows to a model's inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

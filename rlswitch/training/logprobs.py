@@ -1,7 +1,5 @@
 """Log-probabilities and entropies of tokens under a causal language model."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint

@@ -4,8 +4,6 @@ A push carries the merged weights. The engine knows no adapters: it runs its pla
 may discard its weights.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections import Counter

@@ -1,7 +1,5 @@
 """What the trainer does when the device is out of memory: repeat the work in smaller parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 

@@ -1,7 +1,5 @@
 """The metrics of an update: sums over micro-batches, means over a step, statistics of its batch."""
 
-from __future__ import annotations
-
 import math
 from collections import defaultdict
 from collections.abc import Sequence

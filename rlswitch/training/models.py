@@ -1,7 +1,5 @@
 """Loads the trainer's networks: the policy, the critic, a frozen copy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

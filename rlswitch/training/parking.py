@@ -1,7 +1,5 @@
 """Moves the trainer's tensors to host memory while the engine holds the GPU, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch

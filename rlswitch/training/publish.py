@@ -3,8 +3,6 @@
 A path is never reused: an engine may have the old file mapped into memory (vllm#32718).
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

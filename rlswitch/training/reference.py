@@ -3,8 +3,6 @@
 Used through `with reference.model() as model`, in which the model computes as the reference.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """The optimizer, and the learning rate over a run: transformers' schedules by name."""
 
-from __future__ import annotations
-
 import inspect
 
 import torch

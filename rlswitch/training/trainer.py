@@ -3,8 +3,6 @@
 It knows no algorithm by name: an algorithm weights the tokens of a batch and gives each a loss.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
 
