@@ -246,7 +246,7 @@ def test_without_them_nothing_of_the_plan_changes(gpu_run) -> None:
 def test_auto_makes_room_for_the_judge_too(scored_run) -> None:
     run = scored_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
     facts = replace(GPU, total_bytes=80 * GIB, free_bytes=79 * GIB)
-    assert choose_level(run, ROUND, facts, {}) == "0"
+    assert choose_level(run, ROUND, facts, {}, []) == "0"
     assert choose_level(run, ROUND, facts, {}, Scoring.read(run)) == "kv"
 
 
@@ -397,7 +397,7 @@ def test_measuring_takes_a_moment_only() -> None:
 def test_auto_is_the_least_that_works_and_makes_room(gpu_run, free, unusable, level) -> None:
     run = gpu_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
     facts = replace(GPU, free_bytes=free * GIB)
-    assert choose_level(run, ROUND, facts, dict.fromkeys(unusable.split(), "it leaks")) == level
+    assert choose_level(run, ROUND, facts, dict.fromkeys(unusable.split(), "it leaks"), []) == level
 
 
 def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
@@ -406,7 +406,7 @@ def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
         facts = replace(GPU, free_bytes=free * GIB)
         chosen, deepest = (
             Footprint.of(_changed(run, {"switch.level": level}), ROUND, facts)
-            for level in (choose_level(run, ROUND, facts, {}), "2")
+            for level in (choose_level(run, ROUND, facts, {}, []), "2")
         )
         assert not chosen.shortfalls() or deepest.shortfalls()
 

@@ -25,10 +25,8 @@ Memory = dict[str, float]
 
 def sibling_problems(rollout: RolloutConfig) -> list[str]:
     """A rollout alone in its group equals its baseline."""
-    line = (
-        f"rollout.group_size = {rollout.group_size}: a group baseline needs siblings, every advantage would"
-    )
-    return [f"{line} be 0; set at least 2"] if rollout.group_size < 2 else []
+    what = "a group baseline needs siblings, every advantage would be 0; set at least 2"
+    return [f"rollout.group_size = {rollout.group_size}: {what}"] if rollout.group_size < 2 else []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -69,7 +67,6 @@ class Algorithm(ABC):
     mismatch_max: float = number(2.0, at_least=1)
     mismatch_min: float = number(0.5, above=0, at_most=1)
     entropy_coef: float = number(0.0, at_least=0)
-    """Weight of an entropy bonus."""
     whiten_advantages: bool = False
     """Normalise the advantages of a step's tokens to mean 0 and variance 1."""
     value_clip: float = number(0.2, at_least=0)
@@ -152,9 +149,8 @@ class Algorithm(ABC):
         from rlswitch.algorithms.losses import adapted_coefficient
 
         if self.kl_target > 0:
-            memory["kl_coef"] = adapted_coefficient(
-                self.current_kl_coef(memory), kl, self.kl_target, rollouts / self.kl_horizon
-            )
+            now, share = self.current_kl_coef(memory), rollouts / self.kl_horizon
+            memory["kl_coef"] = adapted_coefficient(now, kl, self.kl_target, share)
 
     @final
     def token_rewards(self, batch: Batch, memory: Memory) -> Tensor:
@@ -200,14 +196,10 @@ class Algorithm(ABC):
             bounds["dual_clip"] = self.dual_clip
             loss, metrics = losses.clipped_surrogate(log_ratio, advantages, **bounds)
         if self.mismatch_correction != "off":
-            weights = correction_weights(
-                old - batch.rollout_logprobs,
-                batch.loss_mask,
-                kind=self.mismatch_correction,
-                level=self.mismatch_level,
-                low=self.mismatch_min,
-                high=self.mismatch_max,
-            )
+            kind, level = self.mismatch_correction, self.mismatch_level
+            limits = {"low": self.mismatch_min, "high": self.mismatch_max}
+            gap = old - batch.rollout_logprobs
+            weights = correction_weights(gap, batch.loss_mask, kind=kind, level=level, **limits)
             loss = loss * weights
             metrics["mismatch/weight_mean"] = weights
         loss = loss - self.entropy_coef * batch.learned(entropy)

@@ -47,18 +47,14 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return (log_ratio.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
 
 
-def _ratio_metrics(
-    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> dict[str, Tensor]:
+def _ratio_metrics(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+    below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
+    clipped = {"": below | above, "_low": below, "_high": above}
     return {
         "actor/ratio_mean": ratio,
         "actor/ppo_kl": -log_ratio,
-        "actor/clip_ratio": (low | high).to(ratio.dtype),
-        "actor/clip_ratio_low": low.to(ratio.dtype),
-        "actor/clip_ratio_high": high.to(ratio.dtype),
+        **{f"actor/clip_ratio{side}": tokens.to(ratio.dtype) for side, tokens in clipped.items()},
     }
 
 
@@ -89,12 +85,9 @@ def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) 
     assert logprobs.shape == reference_logprobs.shape and logprobs.is_floating_point()
     assert reference_logprobs.is_floating_point()
     log_ratio = logprobs - reference_logprobs
-    if estimator == "k1":
-        return log_ratio
-    if estimator == "k2":
-        return log_ratio**2 / 2
-    assert estimator == "k3", estimator
-    return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x can round below zero
+    if estimator == "k3":
+        return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x can round below zero
+    return {"k1": log_ratio, "k2": log_ratio**2 / 2}[estimator]
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float, share: float) -> float:
@@ -119,15 +112,14 @@ def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
     """
     assert mask.dim() == 2 and mask.dtype == torch.bool
     ones = mask.to(torch.float32)
-    rollouts, lengths = mask.shape[0], ones.sum(-1, keepdim=True).clamp(min=1)
     if aggregation == "token-mean":
         return ones / ones.sum().clamp(min=1)
-    if aggregation == "seq-mean-token-sum":
-        return ones / rollouts
-    if aggregation == "seq-mean-token-mean":
-        return ones / lengths / rollouts
-    assert aggregation == "seq-mean-token-sum-norm", aggregation
-    return ones / max_length / rollouts
+    norms: dict[str, Tensor | int] = {
+        "seq-mean-token-sum": 1,
+        "seq-mean-token-mean": ones.sum(-1, keepdim=True).clamp(min=1),
+        "seq-mean-token-sum-norm": max_length,
+    }
+    return ones / norms[aggregation] / mask.shape[0]
 
 
 def weighted_sum(loss: Tensor, weights: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 Of a model only the configuration is read.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +54,11 @@ class ModelShape:
     @classmethod
     def read(cls, config: ModelConfig, key: str = "model.path", kind: Any = AutoModelForCausalLM) -> Self:
         """Builds the model that `key` names on the meta device: names and shapes, no weights."""
-        model = _empty_model(config, key, kind)
+        if module := builtin_model(config.path, key):
+            with torch.device("meta"):
+                model = module.build_model()
+        else:
+            model = outline(config, config.path, key, kind)
         text = model.config.get_text_config()
         heads, parameters, backbone = text.num_attention_heads, _count(model), _count(model.base_model)
         if config.lora_rank:
@@ -80,11 +83,10 @@ class ModelShape:
     def activation_bytes(self, tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Estimate of what a forward and backward holds beside parameters and gradients.
 
-        Per token and layer 26 hidden + itemsize (6 heads head_dim + 3 kv_heads head_dim + 4 mlp),
-        fitted to what autograd saves in Qwen3; with checkpointing 4 hidden; one layer more is at
-        work in the backward pass. Logits of every token, in float32, twice; the statistics of one
-        chunk of them (models.token_statistics), four times. `itemsize` below 4 is autocast: its
-        casts of the parameters are kept too.
+        Per token and layer 26 hidden + itemsize (6 heads head_dim + 3 kv_heads head_dim + 4 mlp), fitted to
+        what autograd saves in Qwen3; with checkpointing 4 hidden; one layer more is at work in the backward
+        pass. Logits of every token, in float32, twice; the statistics of one chunk of them, four times.
+        `itemsize` below 4 is autocast: its casts of the parameters are kept too.
         """
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = 26 * self.hidden + itemsize * (6 * width + 3 * kv_width + 4 * self.mlp)
@@ -120,18 +122,6 @@ class Scoring:
             shape = ModelShape.read(ModelConfig(path=model.path), "reward_model.path", kind)
             found.append(cls(name=TENANTS["reward_model"], shape=shape, level=model.level))
         return found
-
-
-def longest_rollout(run: Run) -> int:
-    return run.data.max_prompt_tokens + run.rollout.max_new_tokens
-
-
-def _empty_model(config: ModelConfig, key: str, kind: Any) -> Any:
-    module = builtin_model(config.path, key)
-    if module is None:
-        return outline(config, config.path, key, kind)
-    with torch.device("meta"):
-        return module.build_model()
 
 
 def _count(model: nn.Module) -> int:
@@ -184,7 +174,8 @@ def trainer_rows(
         ]
     mixed = cuda and dtype == "bfloat16"  # as in training/trainer.py
     minibatch = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
-    tokens = min(run.trainer.micro_batch_tokens, minibatch * longest_rollout(run))
+    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    tokens = min(run.trainer.micro_batch_tokens, minibatch * longest)
     size = shape.activation_bytes(tokens, 2 if mixed else 4, run.trainer.gradient_checkpointing)
     return park, [
         *rows,
@@ -218,7 +209,9 @@ class Footprint:
     run: Run
     shape: ModelShape
     facts: DeviceFacts
-    others: Sequence[Scoring]
+    phases: list[str]
+    engines: list[str]
+    """Further engines by phase, each started while the rollout engine sleeps."""
     rows: list[Row]
     park: str
     """trainer.park with `auto` resolved: nothing, optimizer or everything."""
@@ -252,10 +245,9 @@ class Footprint:
             Row("engine's own (estimate)", ROLLOUT, ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind]),
             *(row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)),
         ]
-        awake = Counter[str]()
-        for row in rows:
-            awake[row.phase] += row.awake
-        park, trainer = trainer_rows(run, shape, dtype, facts, max(awake.values()))
+        phases = [ROLLOUT, *(tenant.name for tenant in others)]
+        awake = max(sum(row.awake for row in rows if row.phase == phase) for phase in phases)
+        park, trainer = trainer_rows(run, shape, dtype, facts, awake)
         directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
         in_memory = 2 * published if directory == SHM else 0  # the old one stays until the new one is loaded
         device, host = (0, in_memory) if facts.kind == "cuda" else (in_memory, 0)
@@ -264,7 +256,8 @@ class Footprint:
             run=run,
             shape=shape,
             facts=facts,
-            others=others,
+            phases=[*phases, UPDATE],
+            engines=[it.name for it in others if it.has_engine],
             rows=[row for row in rows if row.awake or row.asleep or row.parked],
             park=park,
             directory=directory,
@@ -275,10 +268,6 @@ class Footprint:
             kv_per_token=shape.kv_bytes_per_token(itemsize, ranks),
             start=share_bytes(engine, facts),
         )
-
-    @property
-    def phases(self) -> list[str]:
-        return [ROLLOUT, *(tenant.name for tenant in self.others), UPDATE]
 
     @property
     def parked_by_trainer(self) -> int:
@@ -295,10 +284,8 @@ class Footprint:
 
     def seconds(self) -> dict[str, float]:
         """Predicted seconds by phase of a round trip."""
-        level = self.run.switch.level
-        return switch_seconds(
-            self.facts, level, self.weights, self.kv, self.published, self.parked_by_trainer
-        )
+        sizes = self.weights, self.kv, self.published, self.parked_by_trainer
+        return switch_seconds(self.facts, self.run.switch.level, *sizes)
 
     def shortfalls(self) -> list[str]:
         """What needs more memory than there is, one line each."""
@@ -308,22 +295,17 @@ class Footprint:
         if self.facts.kind == "cuda":
             checks.append(("vLLM at its start", self.start, free))
             beside = sum(row.asleep for row in self.rows if row.phase == ROLLOUT)
-            for name in [it.name for it in self.others if it.has_engine]:  # started while the engine sleeps
+            for name in self.engines:
                 checks.append((f"the {name}'s vLLM at its start", self.start, free - beside))
             checks.append(("host memory", self.total("parked"), self.facts.host_free_bytes))
-        return [
-            f"{what} needs {gib(needs)} GiB and has {gib(has)} GiB"
-            for what, needs, has in checks
-            if needs > has
-        ]
+        line = "{} needs {} GiB and has {} GiB"
+        return [line.format(what, gib(needs), gib(has)) for what, needs, has in checks if needs > has]
 
 
 def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
     """Size of the KV cache: as configured, or the rest of the engine's share of the GPU."""
-    size = engine.get("kv_cache_memory_bytes")
-    if size is not None:
-        return size
-    return max(share_bytes(engine, facts) - weights - ENGINE_OWN[facts.kind], 0)
+    size, rest = engine.get("kv_cache_memory_bytes"), share_bytes(engine, facts) - weights
+    return max(rest - ENGINE_OWN[facts.kind], 0) if size is None else size
 
 
 def share_bytes(engine: dict[str, Any], facts: DeviceFacts) -> int:

@@ -20,7 +20,7 @@ from rich.table import Table
 from rlswitch.engines.vllm.arguments import CPU_KV_CACHE_GIB
 from rlswitch.engines.vllm.local import NO_KV_LEVEL, can_release_kv_cache
 from rlswitch.errors import ConfigError
-from rlswitch.planning.footprint import Footprint, ModelShape, Scoring, longest_rollout
+from rlswitch.planning.footprint import Footprint, ModelShape, Scoring
 from rlswitch.planning.machine import GIB, DeviceFacts, gib
 from rlswitch.records.provenance import versions
 from rlswitch.run import Run
@@ -69,14 +69,10 @@ def unusable_levels(run: Run, facts: DeviceFacts) -> dict[str, str]:
 
 
 def refuted_levels(model: str, device: str, file: Path = VERDICTS) -> dict[str, str]:
-    """Levels that did not work with this model, this vLLM and this device, and why; none if not probed.
-
-    Example: refuted_levels("Qwen/Qwen3-0.6B", "CPU") == {"kv": "the answer changed"}
-    """
+    """Levels that did not work with this model, this vLLM and this device, and why; none if not probed."""
     try:
-        found = json.loads(file.read_text())
+        found, now = json.loads(file.read_text()), versions()
         same = found["settings"]["model"] == model and found["hardware"]["device"] == device
-        now = versions()
         same = same and all(found["versions"].get(name) == now.get(name) for name in VLLM)
         rows = found["verdicts"] if same else []
         return {row["level"]: row["why"] for row in rows if row["transport"] == "none" and not row["works"]}
@@ -85,11 +81,7 @@ def refuted_levels(model: str, device: str, file: Path = VERDICTS) -> dict[str, 
 
 
 def choose_level(
-    run: Run,
-    shape: ModelShape,
-    facts: DeviceFacts,
-    unusable: Mapping[str, str],
-    others: Sequence[Scoring] = (),
+    run: Run, shape: ModelShape, facts: DeviceFacts, unusable: Mapping[str, str], others: Sequence[Scoring]
 ) -> str:
     """The shallowest level that leaves room for the other tenants: whatever stays need not be reloaded.
 
@@ -117,11 +109,12 @@ def make_plan(run: Run, facts: DeviceFacts, unusable: Mapping[str, str] = Mappin
 
 def remedies(run: Run, facts: DeviceFacts) -> Iterator[dict[str, Any]]:
     """Settings that change what fits: few before many, mild before drastic."""
+    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
     budgets = [run.trainer.micro_batch_tokens >> n for n in range(1, 20)]
     values: dict[str, list[Any]] = {
         "switch.level": ["2"],
         "trainer.park": ["optimizer", "everything"] if facts.kind == "cuda" else [],
-        "trainer.micro_batch_tokens": [tokens for tokens in budgets if tokens >= longest_rollout(run)],
+        "trainer.micro_batch_tokens": [tokens for tokens in budgets if tokens >= longest],
         "trainer.gradient_checkpointing": [True],
     }
     if facts.kind == "cuda" and run.engine.kv_cache_gib is None:
@@ -162,8 +155,7 @@ def render(plan: Plan, run: Run) -> Iterator[RenderableType]:
     rollouts, whole = run.rollout.num_prompts * run.rollout.group_size, run.max_model_len
     tokens = size.kv // size.kv_per_token
     yield (
-        f"trainer.park = {run.trainer.park}: parks {size.park},"
-        f" {size.parked_by_trainer / GIB:.2f} GiB\n"
+        f"trainer.park = {run.trainer.park}: parks {size.park}, {size.parked_by_trainer / GIB:.2f} GiB\n"
         f"switch.level = {run.switch.level}: level {size.run.switch.level}, sleeping frees"
         f" {gib(size.freed)} GiB\n"
         f"switch.transport = {run.switch.transport}: {gib(size.published)} GiB a push,"

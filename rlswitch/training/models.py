@@ -62,13 +62,18 @@ def check_model(run: Run, path: str) -> None:
         lora.add_adapters(model, run.model, path, causal=True)
 
 
-def load_trained(config: ModelConfig, path: str, frozen_dtype: torch.dtype, *, causal: bool) -> nn.Module:
+def load_trained(run: Run, path: str, frozen_dtype: torch.dtype, *, causal: bool) -> nn.Module:
     """A network in float32: in bfloat16 small updates would be lost. With or without its language-model head.
 
     With LoRA the weights are frozen, in `frozen_dtype`, and the adapters in float32.
     """
-    model = load_model(config, path, frozen_dtype if config.lora_rank else torch.float32, causal=causal)
-    return lora.add_adapters(model, config, path, causal=causal) if config.lora_rank else model
+    dtype = frozen_dtype if run.model.lora_rank else torch.float32
+    model: nn.Module = load_model(run.model, path, dtype, causal=causal)
+    if run.model.lora_rank:
+        model = lora.add_adapters(model, run.model, path, causal=causal)
+    if run.trainer.gradient_checkpointing:
+        checkpoint_gradients(model)
+    return model
 
 
 def load_model(config: ModelConfig, path: str, dtype: torch.dtype, *, causal: bool) -> PreTrainedModel:

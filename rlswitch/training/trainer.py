@@ -5,6 +5,7 @@ It knows no algorithm by name: an algorithm weights the tokens of a batch and gi
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ from rlswitch.training.batching import micro_batches, minibatches, to_batch
 from rlswitch.training.logprobs import check_packing, policy_logprobs, sequence_logprobs
 from rlswitch.training.memory import MemoryLimit
 from rlswitch.training.metrics import Sums, batch_metrics, means
-from rlswitch.training.models import Critic, checkpoint_gradients, load_model, load_trained
+from rlswitch.training.models import Critic, load_model, load_trained
 from rlswitch.training.parking import Parking
 from rlswitch.training.publish import Publisher
 from rlswitch.training.reference import FrozenModel, OtherAdapter
@@ -55,24 +56,19 @@ class Trainer:
         self.skipped: list[str] = []
         """Why optimizer steps of the last update were skipped."""
         self.limit = MemoryLimit(run.trainer.micro_batch_tokens, self.device, should_reduce_batch_size, log)
-        is_mixed = self.device.kind == "cuda" and engine_dtype == torch.bfloat16
+        cuda = self.device.kind == "cuda"
+        is_mixed = cuda and engine_dtype == torch.bfloat16
         frozen_dtype = engine_dtype if is_mixed else torch.float32  # only autocast can join two dtypes
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if is_mixed else "no", cpu=self.device.kind == "cpu"
-        )
+        self.accelerator = Accelerator(mixed_precision="bf16" if is_mixed else "no", cpu=not cuda)
         algorithm, model, config = run.algorithm, run.model, run.trainer
         self.critic: nn.Module | None = None
         self.reference: FrozenModel | OtherAdapter | None = None
         with torch.random.fork_rng():  # the same seed starts the same adapters
             torch.manual_seed(run.seed)
-            self.policy = load_trained(model, model_path, frozen_dtype, causal=True)
+            self.policy = load_trained(run, model_path, frozen_dtype, causal=True)
             if algorithm.needs_critic:
-                backbone = load_trained(model, model_path, frozen_dtype, causal=False)
+                backbone = load_trained(run, model_path, frozen_dtype, causal=False)
                 self.critic = Critic(backbone, config.packing)
-        if config.gradient_checkpointing:
-            checkpoint_gradients(self.policy)
-            if self.critic is not None:
-                checkpoint_gradients(self.critic.backbone)
         if algorithm.needs_reference and model.lora_rank:
             self.reference = OtherAdapter(self.policy)
         elif algorithm.needs_reference:
@@ -88,8 +84,6 @@ class Trainer:
                 check_packing(self.unwrapped_policy.eval(), canary, 0.5 if is_mixed else 1e-3)
         self.parking = Parking(config.park, self.device, self._modules, self.optimizer)
 
-    # -- as a tenant ---------------------------------------------------------------------------
-
     def acquire(self, weights: PolicyWeights | None) -> None:
         with self.ledger.phase("onload", [os.getpid()]) as phase:
             phase.bytes = self.parking.bring_back()
@@ -102,8 +96,6 @@ class Trainer:
 
     def unreleased(self) -> str | None:
         return self.parking.unreleased()
-
-    # -- weights -------------------------------------------------------------------------------
 
     def publish(self) -> PolicyWeights:
         """The current version with its canary, written once."""
@@ -124,8 +116,6 @@ class Trainer:
     def unwrapped_policy(self) -> PreTrainedModel:
         """The policy, adapters included, without accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.policy)
-
-    # -- training ------------------------------------------------------------------------------
 
     def prepare(self, groups: Sequence[Group]) -> Batch:
         """Tensors with old log-probabilities (see updates_once), reference log-probabilities and values.
@@ -204,9 +194,8 @@ class Trainer:
         """One optimizer step on the rollouts `chosen` [N] of the batch, skipped if it would not be finite."""
         minibatch = batch.rows(chosen)
         minibatch.weights = self.run.algorithm.loss_weights(minibatch, self.run.rollout.max_new_tokens)
-        sums = self.limit.shrinking(
-            self.version + 1, minibatch, lambda: self._accumulate(batch, chosen, minibatch)
-        )
+        accumulate = partial(self._accumulate, batch, chosen, minibatch)
+        sums = self.limit.shrinking(self.version + 1, minibatch, accumulate)
         if broken := sums.not_finite():
             self.skipped.append(", ".join(broken))
         else:
