@@ -28,6 +28,7 @@ from rlswitch.planning.plan import (
 )
 from rlswitch.records.provenance import versions
 from rlswitch.training.parking import SLACK, parked_by_auto
+from rlswitch.training.publish import SHM
 
 GPU = DeviceFacts(
     kind="cuda",
@@ -263,6 +264,16 @@ def test_on_a_cpu_nothing_is_parked_and_level_1_frees_the_kv_cache_only(make_run
     assert (plan.park, plan.total("parked")) == ("nothing", 0)
     assert plan.freed == GIB // 4
     assert plan.limit == CPU.free_bytes
+
+
+@pytest.mark.parametrize(("facts", "phase"), [(GPU, "parked"), (CPU, "update")])
+def test_versions_in_shared_memory_count_where_that_memory_is(make_run, monkeypatch, facts, phase) -> None:
+    run = make_run(trainer={"park": "nothing"}, switch={"transport": "disk"})
+    on_disk = Footprint.of(run, ROUND, facts)
+    monkeypatch.setattr("rlswitch.planning.footprint.choose_directory", lambda *_: SHM)
+    in_memory = Footprint.of(run, ROUND, facts)
+    grown = {it: in_memory.total(it) - on_disk.total(it) for it in ("parked", "update")}
+    assert grown == dict.fromkeys(grown, 0) | {phase: 2 * on_disk.published}
 
 
 def test_auto_parks_only_what_would_not_fit() -> None:
