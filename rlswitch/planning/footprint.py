@@ -154,7 +154,7 @@ def trainer_rows(
     learned = {name: (shape.adapters or size) + head for name, (size, head) in networks.items()}
     held = {name: 4 * count for name, count in learned.items()}  # float32
     reference = itemsize * shape.parameters if run.algorithm.needs_reference else 0
-    if shape.adapters:  # the weights are frozen, and a reference without adapters
+    if shape.adapters:  # the frozen weights are the reference too
         held = {name: held[name] + itemsize * size for name, (size, _) in networks.items()}
         reference = 0
     park = run.trainer.park if cuda else "nothing"
@@ -167,22 +167,17 @@ def trainer_rows(
 
     rows = []
     for name, count in learned.items():
-        rows += [
-            resident(f"{name} parameters", held[name], park == "everything"),
-            Row(f"{name} gradients, float32", UPDATE, 4 * count),
-            resident(f"{name} Adam states, float32", 8 * count, park != "nothing"),
-        ]
+        rows.append(resident(f"{name} parameters", held[name], park == "everything"))
+        rows.append(Row(f"{name} gradients, float32", UPDATE, 4 * count))
+        rows.append(resident(f"{name} Adam states, float32", 8 * count, park != "nothing"))
     mixed = cuda and dtype == "bfloat16"  # as in training/trainer.py
     minibatch = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
     longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
     tokens = min(run.trainer.micro_batch_tokens, minibatch * longest)
     size = shape.activation_bytes(tokens, 2 if mixed else 4, run.trainer.gradient_checkpointing)
-    return park, [
-        *rows,
-        resident(f"reference, {dtype}", reference, park == "everything"),
-        Row("activations and logits (estimate)", UPDATE, size),
-        resident("trainer's own (estimate)", TRAINER_OWN[facts.kind]),
-    ]
+    rows.append(resident(f"reference, {dtype}", reference, park == "everything"))
+    rows.append(Row("activations and logits (estimate)", UPDATE, size))
+    return park, [*rows, resident("trainer's own (estimate)", TRAINER_OWN[facts.kind])]
 
 
 def weights_row(name: str, phase: str, size: int, level: str, facts: DeviceFacts) -> Row:
