@@ -1,7 +1,5 @@
 """The errors that rlswitch raises on purpose."""
 
-from __future__ import annotations
-
 
 class RLSwitchError(Exception):
     """Root of every error that rlswitch raises on purpose."""

@@ -1,7 +1,5 @@
 """The seed of every sample."""
 
-from __future__ import annotations
-
 import hashlib
 
 

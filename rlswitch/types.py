@@ -23,7 +23,6 @@ class Prompt:
     epoch: int = 0
     """Pass over the dataset: one step can hold the same prompt from two passes."""
     messages: str | list[dict[str, str]]
-    """The text or the chat messages, as the reward functions see them."""
     token_ids: list[int]
     columns: dict[str, Any] = field(default_factory=dict)
     """The dataset's other columns (an answer, a test case), passed to the reward functions."""
@@ -31,11 +30,7 @@ class Prompt:
 
 @dataclass(kw_only=True, slots=True)
 class Rollout:
-    """One completion of one prompt, sampled by the engine at one policy version.
-
-    Example: Rollout(prompt=p, sample=3, token_ids=[7, 9, 1], logprobs=[-0.1, -0.2, -0.0],
-        text="79", finish_reason="stop", policy_version=12)
-    """
+    """One completion of one prompt, sampled by the engine at one policy version."""
 
     prompt: Prompt
     sample: int
@@ -45,8 +40,7 @@ class Rollout:
     logprobs: list[float]
     """The engine's log-probability of each token, at the sampling temperature; ignored where not learned."""
     learned: list[bool] | None = None
-    """False at tokens that the policy did not sample (an environment's, a tool's): context, never trained on.
-    None: the policy sampled every token."""
+    """False at tokens of an environment or a tool: context, never trained on. None: all were sampled."""
     text: str
     finish_reason: str
     """`stop` (end of sequence) or `length` (cut at rollout.max_new_tokens)."""
@@ -152,8 +146,13 @@ class Batch:
         return [name for name, value in self._tensors() if not value.isfinite().all()]
 
     def learned(self, values: Tensor) -> Tensor:
-        """`values` [B, T] with zero off the loss mask, whatever stood there; no gradient passes there."""
+        """`values` [B, T] with zero off the loss mask; no gradient passes there."""
         return values.masked_fill(~self.loss_mask, 0.0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt and completion; [B]."""
+        return self.attention_mask.sum(-1)
 
     @property
     def sampled_tokens(self) -> int:
@@ -169,16 +168,13 @@ class Batch:
 
     def rows(self, index: Tensor) -> Batch:
         """The rollouts in `index` [N], trimmed to their longest sequence and completion."""
+        width, depth = int(self.lengths[index].max()), int(self.completion_mask[index].sum(-1).max())
+        limits = {"token_ids": width, "attention_mask": width}
         chosen = {name: value[index] for name, value in self._tensors()}
-        width = int(chosen["attention_mask"].sum(-1).max())
-        depth = max(int(chosen["completion_mask"].sum(-1).max()), 1)
-        sequence = ("token_ids", "attention_mask")
-        return Batch(
-            **{
-                name: value[:, : width if name in sequence else depth] if value.dim() == 2 else value
-                for name, value in chosen.items()
-            }
-        )
+        for name, value in chosen.items():
+            if value.dim() == 2:
+                chosen[name] = value[:, : limits.get(name, max(depth, 1))]
+        return Batch(**chosen)
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         named = [(item.name, getattr(self, item.name)) for item in fields(self)]

@@ -4,8 +4,6 @@ Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T]
 elsewhere (padding, an environment's tokens) are ignored, and what is returned there is zero.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,8 @@ def group_relative(rewards: Tensor, group: Tensor, *, scale_by_std: bool) -> Ten
     A group whose rewards are all equal gets exactly zero.
     """
     assert rewards.dim() == group.dim() == 1 and rewards.is_floating_point()
-    num_groups = int(group.max()) + 1
     wide = rewards.double()  # the sum of equal float32 rewards is exact, so is their mean
-    size = torch.zeros(num_groups, dtype=wide.dtype, device=wide.device)
-    size.index_add_(0, group, torch.ones_like(wide))
+    size = torch.bincount(group).double()
     mean = torch.zeros_like(size).index_add_(0, group, wide) / size
     centred = wide - mean[group]
     if not scale_by_std:

@@ -13,24 +13,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, final
 
 from rlswitch.config.fields import choice, number
+from rlswitch.config.sections import RolloutConfig
+from rlswitch.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlswitch.config.sections import RolloutConfig
-    from rlswitch.types import Batch
 
 Memory = dict[str, float]
 """State of an algorithm between steps, by name: a running baseline, an adapted coefficient."""
 
 
-def sibling_problems(rollout: RolloutConfig) -> Iterator[str]:
+def sibling_problems(rollout: RolloutConfig) -> list[str]:
     """A rollout alone in its group equals its baseline."""
-    if rollout.group_size < 2:
-        yield (
-            f"rollout.group_size = {rollout.group_size}: a group baseline needs siblings, every"
-            " advantage would be 0; set at least 2"
-        )
+    what = "a group baseline needs siblings, every advantage would be 0; set at least 2"
+    return [f"rollout.group_size = {rollout.group_size}: {what}"] if rollout.group_size < 2 else []
 
 
 @dataclass(kw_only=True, slots=True)
@@ -60,7 +56,7 @@ class Algorithm(ABC):
     kl_target: float = number(0.0, at_least=0)
     """KL per token that an adaptive coefficient aims for, starting at kl_coef; 0: it stays kl_coef."""
     kl_horizon: int = number(10_000, at_least=1)
-    """Rollouts over which the coefficient adapts (kl.adapted_coefficient); fewer: faster changes."""
+    """Rollouts over which the coefficient adapts (losses.adapted_coefficient); fewer: faster changes."""
     reference_refresh: int = number(0, at_least=0)
     """Copy the policy to the reference after every so many steps; 0: keep the initial policy."""
     mismatch_correction: str = choice("off", "tis", "mis", "icepop")
@@ -71,7 +67,6 @@ class Algorithm(ABC):
     mismatch_max: float = number(2.0, at_least=1)
     mismatch_min: float = number(0.5, above=0, at_most=1)
     entropy_coef: float = number(0.0, at_least=0)
-    """Weight of an entropy bonus."""
     whiten_advantages: bool = False
     """Normalise the advantages of a step's tokens to mean 0 and variance 1."""
     value_clip: float = number(0.2, at_least=0)
@@ -82,7 +77,7 @@ class Algorithm(ABC):
     """Rounds of further prompts to replace groups whose rewards are all equal (DAPO); 0: keep them."""
 
     @abstractmethod
-    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
+    def problems(self, rollout: RolloutConfig) -> list[str]:
         """Why this algorithm cannot learn from such rollouts, one line each."""
 
     @abstractmethod
@@ -151,21 +146,20 @@ class Algorithm(ABC):
     @final
     def end_step(self, memory: Memory, kl: float, rollouts: int) -> None:
         """Adapts the KL coefficient to a step of `rollouts` whose divergence per token was `kl`."""
-        from rlswitch.algorithms.kl import adapted_coefficient
+        from rlswitch.algorithms.losses import adapted_coefficient
 
         if self.kl_target > 0:
-            memory["kl_coef"] = adapted_coefficient(
-                self.current_kl_coef(memory), kl, self.kl_target, rollouts / self.kl_horizon
-            )
+            now, share = self.current_kl_coef(memory), rollouts / self.kl_horizon
+            memory["kl_coef"] = adapted_coefficient(now, kl, self.kl_target, share)
 
     @final
     def token_rewards(self, batch: Batch, memory: Memory) -> Tensor:
         """The reward on the last learned token, less the KL penalty on every one if kl_in=reward; [B, T]."""
         from rlswitch.algorithms.advantages import rewards_at_last_token
-        from rlswitch.algorithms.kl import kl_divergence
+        from rlswitch.algorithms.losses import kl_divergence
 
         rewards = rewards_at_last_token(batch.rewards, batch.loss_mask)
-        if self.needs_reference and self.kl_in == "reward":
+        if self.needs_old_logprobs:
             kl = kl_divergence(batch.old_logprobs, batch.reference_logprobs, self.kl_estimator)
             rewards = rewards - self.current_kl_coef(memory) * batch.learned(kl)
         return rewards
@@ -188,34 +182,30 @@ class Algorithm(ABC):
 
         Learned tokens alone count: others get no gradient, and nothing there changes a loss or a metric.
         """
-        from rlswitch.algorithms.kl import kl_divergence
-        from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
+        from rlswitch.algorithms import losses
         from rlswitch.algorithms.mismatch import correction_weights
 
         logprobs, old = batch.learned(logprobs), batch.learned(batch.old_logprobs)
         advantages, log_ratio = batch.learned(batch.advantages), logprobs - old
         if self.ratio_level == "sequence":
-            log_ratio = sequence_log_ratio(log_ratio, batch.loss_mask)
+            log_ratio = losses.sequence_log_ratio(log_ratio, batch.loss_mask)
         bounds = {"clip_low": self.ratio_clip_low, "clip_high": self.ratio_clip_high}
         if self.surrogate == "weighted":
-            loss, metrics = weighted_surrogate(logprobs, log_ratio, advantages, **bounds)
+            loss, metrics = losses.weighted_surrogate(logprobs, log_ratio, advantages, **bounds)
         else:
-            loss, metrics = clipped_surrogate(log_ratio, advantages, dual_clip=self.dual_clip, **bounds)
+            bounds["dual_clip"] = self.dual_clip
+            loss, metrics = losses.clipped_surrogate(log_ratio, advantages, **bounds)
         if self.mismatch_correction != "off":
-            weights = correction_weights(
-                old - batch.rollout_logprobs,
-                batch.loss_mask,
-                kind=self.mismatch_correction,
-                level=self.mismatch_level,
-                low=self.mismatch_min,
-                high=self.mismatch_max,
-            )
+            kind, level = self.mismatch_correction, self.mismatch_level
+            limits = {"low": self.mismatch_min, "high": self.mismatch_max}
+            gap = old - batch.rollout_logprobs
+            weights = correction_weights(gap, batch.loss_mask, kind=kind, level=level, **limits)
             loss = loss * weights
             metrics["mismatch/weight_mean"] = weights
         loss = loss - self.entropy_coef * batch.learned(entropy)
         if self.needs_reference:
             reference = batch.learned(batch.reference_logprobs)
-            kl = kl_divergence(logprobs, reference, self.kl_estimator)
+            kl = losses.kl_divergence(logprobs, reference, self.kl_estimator)
             metrics["actor/kl_ref"] = kl
             if self.kl_in == "loss":
                 loss = loss + self.current_kl_coef(memory) * kl

@@ -5,17 +5,15 @@ Its variants are YAML files in conf/algorithm/: dapo, dr_grpo, gspo, cispo.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm, Memory, sibling_problems
+from rlswitch.config.sections import RolloutConfig
+from rlswitch.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlswitch.config.sections import RolloutConfig
-    from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -25,8 +23,8 @@ class GRPO(Algorithm):
     scale_by_std: bool = True
     """Divide by the group's standard deviation (False: Dr.GRPO, arXiv:2503.20783)."""
 
-    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
-        yield from sibling_problems(rollout)
+    def problems(self, rollout: RolloutConfig) -> list[str]:
+        return sibling_problems(rollout)
 
     def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import group_relative

@@ -1,9 +1,7 @@
-"""Losses per token and the weights that turn them into one number: pure functions of tensors.
+"""Losses and KL per token, and the weights that turn them into one number: pure functions of tensors.
 
 Shapes: B rollouts, T completion tokens padded on the right; mask is bool [B, T], the learned tokens.
 """
-
-from __future__ import annotations
 
 import torch
 from torch import Tensor
@@ -49,18 +47,14 @@ def sequence_log_ratio(log_ratio: Tensor, mask: Tensor) -> Tensor:
     return (log_ratio.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
 
 
-def _ratio_metrics(
-    log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
-) -> dict[str, Tensor]:
+def _ratio_metrics(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> dict[str, Tensor]:
     ratio = log_ratio.exp()
-    low = (ratio < 1 - clip_low) & (advantages < 0)
-    high = (ratio > 1 + clip_high) & (advantages > 0)
+    below, above = (ratio < 1 - low) & (advantages < 0), (ratio > 1 + high) & (advantages > 0)
+    clipped = {"": below | above, "_low": below, "_high": above}
     return {
         "actor/ratio_mean": ratio,
         "actor/ppo_kl": -log_ratio,
-        "actor/clip_ratio": (low | high).to(ratio.dtype),
-        "actor/clip_ratio_low": low.to(ratio.dtype),
-        "actor/clip_ratio_high": high.to(ratio.dtype),
+        **{f"actor/clip_ratio{side}": tokens.to(ratio.dtype) for side, tokens in clipped.items()},
     }
 
 
@@ -83,6 +77,32 @@ def value_loss(
     return loss, {"critic/vf_clip_ratio": clipped}
 
 
+def kl_divergence(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    """KL(policy || reference) per token, estimated from the policy's samples; same shape as the arguments.
+
+    k1 and k3 are unbiased, k2 and k3 never negative. Schulman, "Approximating KL Divergence" (2020).
+    """
+    assert logprobs.shape == reference_logprobs.shape and logprobs.is_floating_point()
+    assert reference_logprobs.is_floating_point()
+    log_ratio = logprobs - reference_logprobs
+    if estimator == "k3":
+        return (-log_ratio).expm1() + log_ratio  # exp(-x) - 1 + x can round below zero
+    return {"k1": log_ratio, "k2": log_ratio**2 / 2}[estimator]
+
+
+def adapted_coefficient(coefficient: float, kl: float, target: float, share: float) -> float:
+    """The next coefficient of a KL penalty that steers the divergence towards `target`.
+
+    It moves in proportion to the relative error, clipped to 20 %, and to `share`: the rollouts of the step
+    over the horizon. Source: Ziegler et al. 2019 (arXiv:1909.08593, section 2.2).
+
+    Example: adapted_coefficient(0.1, kl=0.3, target=0.1, share=0.5) == 0.1 * (1 + 0.2 * 0.5)
+    """
+    assert target > 0 and share > 0
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * min(share, 1.0))
+
+
 def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
     """Weight of each token in the loss of a minibatch, [B, T], for `weighted_sum`.
 
@@ -92,15 +112,14 @@ def token_weights(mask: Tensor, aggregation: str, max_length: int) -> Tensor:
     """
     assert mask.dim() == 2 and mask.dtype == torch.bool
     ones = mask.to(torch.float32)
-    rollouts, lengths = mask.shape[0], ones.sum(-1, keepdim=True).clamp(min=1)
     if aggregation == "token-mean":
         return ones / ones.sum().clamp(min=1)
-    if aggregation == "seq-mean-token-sum":
-        return ones / rollouts
-    if aggregation == "seq-mean-token-mean":
-        return ones / lengths / rollouts
-    assert aggregation == "seq-mean-token-sum-norm", aggregation
-    return ones / max_length / rollouts
+    norms: dict[str, Tensor | int] = {
+        "seq-mean-token-sum": 1,
+        "seq-mean-token-mean": ones.sum(-1, keepdim=True).clamp(min=1),
+        "seq-mean-token-sum-norm": max_length,
+    }
+    return ones / norms[aggregation] / mask.shape[0]
 
 
 def weighted_sum(loss: Tensor, weights: Tensor) -> Tensor:

@@ -4,8 +4,6 @@ Pure functions of tensors. Shapes: B rollouts, T completion tokens padded on the
 [B, T], the learned tokens. Ratios are trainer over rollout, both at the version that sampled.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -38,10 +36,9 @@ def correction_weights(
 
     `log_ratio` is log trainer - log rollout. At level "sequence" the ratio is the product over the
     completion's learned tokens. Kinds:
-    tis: ratio, at most `high` (truncated importance sampling, Yao et al. 2025, "Your Efficient RL
-    Framework Secretly Brings You Off-Policy RL Training");
-    mis: ratio, 0 above `high` (masked importance sampling, Liu et al. 2025, "When Speed Kills
-    Stability");
+    tis: ratio, at most `high` (truncated importance sampling, Yao et al. 2025, "Your Efficient RL Framework
+    Secretly Brings You Off-Policy RL Training");
+    mis: ratio, 0 above `high` (masked importance sampling, Liu et al. 2025, "When Speed Kills Stability");
     icepop: ratio, 0 outside `low`..`high` (Ling team 2025, arXiv:2510.18855).
     """
     assert log_ratio.shape == mask.shape and mask.dim() == 2 and mask.dtype == torch.bool
@@ -52,9 +49,5 @@ def correction_weights(
     ratio = log_ratio.exp()
     if kind == "tis":
         return ratio.clamp(max=high) * mask
-    kept = ratio <= high
-    if kind == "icepop":
-        kept = kept & (ratio >= low)
-    else:
-        assert kind == "mis", kind
-    return torch.where(kept & mask, ratio, torch.zeros_like(ratio))
+    floor = {"mis": 0.0, "icepop": low}[kind]
+    return torch.where(mask & (floor <= ratio) & (ratio <= high), ratio, 0.0)

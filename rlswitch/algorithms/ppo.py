@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from rlswitch.algorithms.base import Algorithm, Memory
 from rlswitch.config.fields import choice, number
+from rlswitch.config.sections import RolloutConfig
+from rlswitch.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlswitch.config.sections import RolloutConfig
-    from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -32,16 +30,11 @@ class PPO(Algorithm):
     gae_lambda: float = number(0.95, at_least=0, at_most=1)
     whiten_advantages: bool = True
 
-    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
-        return iter(())
+    def problems(self, rollout: RolloutConfig) -> list[str]:
+        return []
 
     def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import gae
 
-        return gae(
-            self.token_rewards(batch, memory),
-            batch.values,
-            batch.loss_mask,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-        )
+        rewards, mask = self.token_rewards(batch, memory), batch.loss_mask
+        return gae(rewards, batch.values, mask, gamma=self.gamma, gae_lambda=self.gae_lambda)

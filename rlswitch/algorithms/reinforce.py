@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm, Memory
 from rlswitch.config.fields import number
+from rlswitch.config.sections import RolloutConfig
+from rlswitch.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlswitch.config.sections import RolloutConfig
-    from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -24,8 +22,8 @@ class Reinforce(Algorithm):
     baseline_decay: float = number(0.9, at_least=0, below=1)
     """Share of the baseline that a step keeps; 0: the baseline is the mean reward of the last step."""
 
-    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
-        return iter(())
+    def problems(self, rollout: RolloutConfig) -> list[str]:
+        return []
 
     def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         scores = self.token_rewards(batch, memory).sum(-1)

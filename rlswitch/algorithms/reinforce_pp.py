@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm, Memory, sibling_problems
 from rlswitch.config.fields import choice, number
+from rlswitch.config.sections import RolloutConfig
+from rlswitch.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlswitch.config.sections import RolloutConfig
-    from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,9 +25,8 @@ class ReinforcePP(Algorithm):
     group_baseline: bool = False
     """Subtract the group's mean reward first (the paper's REINFORCE++-baseline)."""
 
-    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
-        if self.group_baseline:
-            yield from sibling_problems(rollout)
+    def problems(self, rollout: RolloutConfig) -> list[str]:
+        return sibling_problems(rollout) if self.group_baseline else []
 
     def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import discounted_returns, group_relative, rewards_at_last_token

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlswitch.algorithms.base import Algorithm, Memory, sibling_problems
 from rlswitch.config.fields import choice
+from rlswitch.config.sections import RolloutConfig
+from rlswitch.types import Batch
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rlswitch.config.sections import RolloutConfig
-    from rlswitch.types import Batch
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,8 +21,8 @@ class RLOO(Algorithm):
     kl_in: str = choice("reward", "loss")
     kl_estimator: str = choice("k1", "k2", "k3")
 
-    def problems(self, rollout: RolloutConfig) -> Iterator[str]:
-        yield from sibling_problems(rollout)
+    def problems(self, rollout: RolloutConfig) -> list[str]:
+        return sibling_problems(rollout)
 
     def advantages(self, batch: Batch, memory: Memory) -> tuple[Tensor, Tensor | None]:
         from rlswitch.algorithms.advantages import leave_one_out

@@ -3,12 +3,10 @@
 Of a model only the configuration is read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import transformers
@@ -18,14 +16,14 @@ from transformers import AutoModelForCausalLM
 from rlswitch.config.sections import ModelConfig
 from rlswitch.data.hub import builtin_model
 from rlswitch.engines.vllm.arguments import llm_arguments
-from rlswitch.planning.machine import GIB, DeviceFacts
+from rlswitch.planning.machine import GIB, DeviceFacts, gib, switch_seconds
 from rlswitch.planning.policy import policy_spec
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.training.logprobs import LOGITS_AT_ONCE
 from rlswitch.training.lora import add_adapters
 from rlswitch.training.models import outline
-from rlswitch.training.parking import parked_by_auto
+from rlswitch.training.parking import SLACK, parked_by_auto
 from rlswitch.training.publish import SHM, choose_directory
 
 ENGINE_OWN = {"cuda": 3 * GIB, "cpu": int(0.66 * GIB)}
@@ -56,11 +54,13 @@ class ModelShape:
     vocabulary: int
 
     @classmethod
-    def read(
-        cls, config: ModelConfig, key: str = "model.path", kind: Any = AutoModelForCausalLM
-    ) -> ModelShape:
+    def read(cls, config: ModelConfig, key: str = "model.path", kind: Any = AutoModelForCausalLM) -> Self:
         """Builds the model that `key` names on the meta device: names and shapes, no weights."""
-        model = _empty_model(config, key, kind)
+        if module := builtin_model(config.path, key):
+            with torch.device("meta"):
+                model = module.build_model()
+        else:
+            model = outline(config, config.path, key, kind)
         text = model.config.get_text_config()
         heads, parameters, backbone = text.num_attention_heads, _count(model), _count(model.base_model)
         if config.lora_rank:
@@ -85,11 +85,10 @@ class ModelShape:
     def activation_bytes(self, tokens: int, itemsize: int, checkpointing: bool) -> int:
         """Estimate of what a forward and backward holds beside parameters and gradients.
 
-        Per token and layer 26 hidden + itemsize (6 heads head_dim + 3 kv_heads head_dim + 4 mlp),
-        fitted to what autograd saves in Qwen3; with checkpointing 4 hidden; one layer more is at
-        work in the backward pass. Logits of every token, in float32, twice; the statistics of one
-        chunk of them (models.token_statistics), four times. `itemsize` below 4 is autocast: its
-        casts of the parameters are kept too.
+        Per token and layer 26 hidden + itemsize (6 heads head_dim + 3 kv_heads head_dim + 4 mlp), fitted to
+        what autograd saves in Qwen3; with checkpointing 4 hidden; one layer more is at work in the backward
+        pass. Logits of every token, in float32, twice; the statistics of one chunk of them, four times.
+        `itemsize` below 4 is autocast: its casts of the parameters are kept too.
         """
         width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
         layer = 26 * self.hidden + itemsize * (6 * width + 3 * kv_width + 4 * self.mlp)
@@ -101,17 +100,18 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scoring:
-    """A tenant that only scores."""
+    """A tenant that only scores: a judge or a reward model."""
 
     name: str
     """Its name in switch.jsonl, and of its phase."""
     shape: ModelShape
     level: str
+
     has_engine: bool
     """Whether it has a KV cache and workspaces besides its weights."""
 
     @classmethod
-    def read(cls, run: Run) -> list[Scoring]:
+    def read(cls, run: Run) -> list[Self]:
         """Those among the rewards of `run`."""
         return [
             cls(
@@ -125,21 +125,6 @@ class Scoring:
             for reward, it in run.tenants.items()
             if it.path is not None
         ]
-
-
-def largest_micro_batch(run: Run) -> int:
-    """Its tokens: trainer.micro_batch_tokens, or fewer if a whole minibatch at full length is smaller."""
-    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
-    rollouts = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
-    return min(run.trainer.micro_batch_tokens, rollouts * longest)
-
-
-def _empty_model(config: ModelConfig, key: str, kind: Any) -> Any:
-    module = builtin_model(config.path, key)
-    if module is None:
-        return outline(config, config.path, key, kind)
-    with torch.device("meta"):
-        return module.build_model()
 
 
 def _count(model: nn.Module) -> int:
@@ -157,161 +142,169 @@ class Row:
     parked: int = 0
     """Bytes in pinned host memory outside its owner's phase."""
 
-    @classmethod
-    def of_trainer(cls, name: str, size: int, parked: bool) -> Row:
-        return cls(name, UPDATE, size, 0, size) if parked else cls.always(name, size)
-
-    @classmethod
-    def always(cls, name: str, size: int) -> Row:
-        return cls(name, UPDATE, size, size)
-
     def at(self, phase: str) -> int:
         return self.awake if phase == self.phase else self.asleep
 
 
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """Memory of a network in training, whole or by its adapters."""
+def trainer_rows(
+    run: Run, shape: ModelShape, dtype: str, facts: DeviceFacts, awake: int
+) -> tuple[str, list[Row]]:
+    """The trainer's memory beside an engine of `awake` bytes, after trainer.park with `auto` resolved."""
+    itemsize, cuda = getattr(torch, dtype).itemsize, facts.kind == "cuda"
+    networks = {"policy": (shape.parameters, 0)}
+    if run.algorithm.needs_critic:
+        networks["critic"] = shape.backbone, shape.hidden + 1
+    learned = {name: (shape.adapters or size) + head for name, (size, head) in networks.items()}
+    held = {name: 4 * count for name, count in learned.items()}  # float32
+    reference = itemsize * shape.parameters if run.algorithm.needs_reference else 0
+    if shape.adapters:  # the frozen weights are the reference too
+        held = {name: held[name] + itemsize * size for name, (size, _) in networks.items()}
+        reference = 0
+    park = run.trainer.park if cuda else "nothing"
+    if park == "auto":
+        parameters, states = sum(held.values()) + reference, 8 * sum(learned.values())
+        park = parked_by_auto(parameters, states, awake, facts.total_bytes)
 
-    held: int
-    """Bytes of all its parameters."""
-    learned: int
-    """Number of parameters with gradients, in float32: all, or those of the adapters and a head."""
+    def resident(name: str, size: int, parked: bool = False) -> Row:
+        return Row(name, UPDATE, size, 0, size) if parked else Row(name, UPDATE, size, size)
 
-    @classmethod
-    def policy(cls, shape: ModelShape, itemsize: int) -> Trained:
-        return cls._of(shape.parameters, shape.adapters, itemsize, head=0)
-
-    @classmethod
-    def critic(cls, shape: ModelShape, itemsize: int, run: Run) -> Trained:
-        if not run.algorithm.needs_critic:
-            return cls(0, 0)
-        return cls._of(shape.backbone, shape.adapters, itemsize, head=shape.hidden + 1)
-
-    @classmethod
-    def _of(cls, parameters: int, adapters: int, itemsize: int, head: int) -> Trained:
-        learned = (adapters or parameters) + head
-        return cls(4 * learned + (itemsize * parameters if adapters else 0), learned)
-
-    def rows(self, name: str, park: str) -> Iterator[Row]:
-        yield Row.of_trainer(f"{name} parameters", self.held, park == "everything")
-        yield Row(f"{name} gradients, float32", UPDATE, 4 * self.learned)
-        yield Row.of_trainer(f"{name} Adam states, float32", 8 * self.learned, park != "nothing")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Footprint:
-    """Bytes by owner, independent of parking and sleep level."""
-
-    facts: DeviceFacts
-    dtype: str
-    """What the engine computes in."""
-    itemsize: int
-    ranks: int
-    """GPUs that share the engine's weights."""
-    weights: int
-    """The engine's, on one GPU."""
-    kv: int
-    own: int
-    """The engine's libraries, CUDA graphs and workspaces."""
-    start_bytes: int
-    """GPU memory that vLLM requires when it starts."""
-    published: int
-    """One version of the weights, in the engine's dtype."""
-    directory: Path
-    policy: Trained
-    critic: Trained
-    reference: int
-    activations: int
-    scoring: list[Row]
-    """Of the judge and the reward model."""
-
-    @classmethod
-    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring]) -> Footprint:
-        device = Device(facts.kind)
-        engine = llm_arguments(policy_spec(run, run.model.path, device), device)
-        itemsize, ranks = getattr(torch, engine["dtype"]).itemsize, engine["tensor_parallel_size"]
-        published = shape.parameters * itemsize
-        weights = published // ranks
-        mixed = facts.kind == "cuda" and engine["dtype"] == "bfloat16"  # as in training/trainer.py
-        return cls(
-            facts=facts,
-            dtype=engine["dtype"],
-            itemsize=itemsize,
-            ranks=ranks,
-            weights=weights,
-            kv=kv_cache_bytes(engine, weights, facts),
-            own=ENGINE_OWN[facts.kind],
-            start_bytes=share_bytes(engine, facts),
-            published=published,
-            directory=choose_directory(run.switch.transport, published, Path(run.output_dir or "runs")),
-            policy=Trained.policy(shape, itemsize),
-            critic=Trained.critic(shape, itemsize, run),
-            reference=published if run.algorithm.needs_reference and not shape.adapters else 0,
-            activations=shape.activation_bytes(
-                largest_micro_batch(run), 2 if mixed else 4, run.trainer.gradient_checkpointing
-            ),
-            scoring=[row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)],
-        )
-
-    @property
-    def in_memory(self) -> int:
-        """Host memory that published versions take: the old one stays until the new one is loaded."""
-        return 2 * self.published if self.directory == SHM else 0
-
-    def kept_asleep(self, level: str) -> int:
-        """Bytes of the engine that stay on the device at `level`: a CPU has nowhere to move level 1 to."""
-        at_level_1 = 0 if self.facts.kind == "cuda" else self.weights
-        return {"0": self.weights + self.kv, "kv": self.weights, "1": at_level_1, "2": 0}[level]
-
-    def parking(self, park: str) -> str:
-        """trainer.park with `auto` resolved: nothing, optimizer or everything."""
-        if self.facts.kind != "cuda":
-            return "nothing"
-        if park != "auto":
-            return park
-        held = self.policy.held + self.critic.held + self.reference
-        states = 8 * (self.policy.learned + self.critic.learned)
-        awake = {ROLLOUT: self.weights + self.kv + self.own}
-        for row in self.scoring:
-            awake[row.phase] = awake.get(row.phase, 0) + row.awake
-        return parked_by_auto(held, states, max(awake.values()), self.facts.total_bytes)
-
-    def rows(self, park: str, level: str) -> Iterator[Row]:
-        kept, cuda = self.kept_asleep(level), self.facts.kind == "cuda"
-        on_host = self.weights if cuda and level == "1" else 0
-        yield from self.policy.rows("policy", park)
-        yield from self.critic.rows("critic", park)
-        yield Row.of_trainer(f"reference, {self.dtype}", self.reference, park == "everything")
-        yield Row("activations and logits (estimate)", UPDATE, self.activations)
-        yield Row(f"engine weights, {self.dtype}", ROLLOUT, self.weights, min(kept, self.weights), on_host)
-        yield Row("KV cache", ROLLOUT, self.kv, max(kept - self.weights, 0))
-        yield Row("engine's own (estimate)", ROLLOUT, self.own, ENGINE_ASLEEP[self.facts.kind])
-        yield from self.scoring
-        yield Row.always("trainer's own (estimate)", TRAINER_OWN[self.facts.kind])
-        yield Row.always(f"two published versions in {SHM}", 0 if cuda else self.in_memory)
+    rows = []
+    for name, count in learned.items():
+        rows.append(resident(f"{name} parameters", held[name], park == "everything"))
+        rows.append(Row(f"{name} gradients, float32", UPDATE, 4 * count))
+        rows.append(resident(f"{name} Adam states, float32", 8 * count, park != "nothing"))
+    mixed = cuda and dtype == "bfloat16"  # as in training/trainer.py
+    minibatch = run.rollout.num_prompts * run.rollout.group_size // run.trainer.minibatches
+    longest = run.data.max_prompt_tokens + run.rollout.max_new_tokens
+    tokens = min(run.trainer.micro_batch_tokens, minibatch * longest)
+    size = shape.activation_bytes(tokens, 2 if mixed else 4, run.trainer.gradient_checkpointing)
+    rows.append(resident(f"reference, {dtype}", reference, park == "everything"))
+    rows.append(Row("activations and logits (estimate)", UPDATE, size))
+    return park, [*rows, resident("trainer's own (estimate)", TRAINER_OWN[facts.kind])]
 
 
-def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
-    """Size of the KV cache: as configured, or the rest of the engine's share of the GPU."""
-    size = engine.get("kv_cache_memory_bytes")
-    if size is not None:
-        return size
-    return max(share_bytes(engine, facts) - weights - ENGINE_OWN[facts.kind], 0)
+def weights_row(name: str, phase: str, size: int, level: str, facts: DeviceFacts) -> Row:
+    """Weights that sleep at `level`: on a CPU level 1 has nowhere to move them to."""
+    if level == "1" and facts.kind == "cuda":
+        return Row(name, phase, size, 0, size)
+    return Row(name, phase, size, 0 if level == "2" else size)
 
 
 def scoring_rows(tenant: Scoring, engine: dict[str, Any], itemsize: int, facts: DeviceFacts) -> Iterator[Row]:
     """Memory of a judge (an engine like the run's own) or a reward model."""
     name, ranks = tenant.name, engine["tensor_parallel_size"] if tenant.has_engine else 1
-    weights, cuda = tenant.shape.parameters * itemsize // ranks, facts.kind == "cuda"
-    on_host = weights if tenant.level == "1" else 0
-    # On a CPU level 1 has nowhere to move the weights to.
-    kept, parked = (0, on_host) if cuda else (on_host, 0)
-    yield Row(f"{name} weights, {engine['dtype']}", name, weights, kept, parked)
+    weights = tenant.shape.parameters * itemsize // ranks
+    yield weights_row(f"{name} weights, {engine['dtype']}", name, weights, tenant.level, facts)
     if tenant.has_engine:
         yield Row(f"{name}'s KV cache", name, kv_cache_bytes(engine, weights, facts))
-        own, asleep = ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind]
-        yield Row(f"{name}'s own (estimate)", name, own, asleep)
+        yield Row(f"{name}'s own (estimate)", name, ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """Predicted memory of a run on a machine after its first step, which allocates Adam's states."""
+
+    run: Run
+    shape: ModelShape
+    facts: DeviceFacts
+    phases: list[str]
+    engines: list[str]
+    """Further engines by phase, each started while the rollout engine sleeps."""
+    rows: list[Row]
+    park: str
+    """trainer.park with `auto` resolved: nothing, optimizer or everything."""
+    directory: Path
+    """Where versions of the weights are published."""
+    published: int
+    """One version of the weights, in the engine's dtype."""
+    weights: int
+    """The engine's, on one GPU."""
+    kv: int
+    freed: int
+    """Weights and KV cache that leave the device when the engine sleeps."""
+    kv_per_token: int
+    start: int
+    """GPU memory that vLLM requires when it starts."""
+
+    @classmethod
+    def of(cls, run: Run, shape: ModelShape, facts: DeviceFacts, others: Sequence[Scoring] = ()) -> Self:
+        target = Device(facts.kind)
+        engine = llm_arguments(policy_spec(run, run.model.path, target), target)
+        dtype, ranks, level = engine["dtype"], engine["tensor_parallel_size"], run.switch.level
+        itemsize = getattr(torch, dtype).itemsize
+        published = shape.parameters * itemsize
+        weights = published // ranks
+        kv = kv_cache_bytes(engine, weights, facts)
+        sleeping = [
+            weights_row(f"engine weights, {dtype}", ROLLOUT, weights, level, facts),
+            Row("KV cache", ROLLOUT, kv, kv if level == "0" else 0),
+        ]
+        rows = [
+            *sleeping,
+            Row("engine's own (estimate)", ROLLOUT, ENGINE_OWN[facts.kind], ENGINE_ASLEEP[facts.kind]),
+            *(row for tenant in others for row in scoring_rows(tenant, engine, itemsize, facts)),
+        ]
+        phases = [ROLLOUT, *(tenant.name for tenant in others)]
+        awake = max(sum(row.awake for row in rows if row.phase == phase) for phase in phases)
+        park, trainer = trainer_rows(run, shape, dtype, facts, awake)
+        directory = choose_directory(run.switch.transport, published, Path(run.output_dir or "runs"))
+        in_memory = 2 * published if directory == SHM else 0  # the old one stays until the new one is loaded
+        device, host = (0, in_memory) if facts.kind == "cuda" else (in_memory, 0)
+        rows = [*trainer, *rows, Row(f"two published versions in {SHM}", "", 0, device, host)]
+        return cls(
+            run=run,
+            shape=shape,
+            facts=facts,
+            phases=[*phases, UPDATE],
+            engines=[it.name for it in others if it.has_engine],
+            rows=[row for row in rows if row.awake or row.asleep or row.parked],
+            park=park,
+            directory=directory,
+            published=published,
+            weights=weights,
+            kv=kv,
+            freed=sum(row.awake - row.asleep for row in sleeping),
+            kv_per_token=shape.kv_bytes_per_token(itemsize, ranks),
+            start=share_bytes(engine, facts),
+        )
+
+    @property
+    def parked_by_trainer(self) -> int:
+        return sum(row.parked for row in self.rows if row.phase == UPDATE)
+
+    @property
+    def limit(self) -> int:
+        """Upper bound on the sum of the rows in each phase."""
+        return min(int((1 - SLACK) * self.facts.total_bytes), self.facts.free_bytes)
+
+    def total(self, phase: str) -> int:
+        """Bytes on the device in a phase; in `parked`, those in host memory."""
+        return sum(row.parked if phase == "parked" else row.at(phase) for row in self.rows)
+
+    def seconds(self) -> dict[str, float]:
+        """Predicted seconds by phase of a round trip."""
+        sizes = self.weights, self.kv, self.published, self.parked_by_trainer
+        return switch_seconds(self.facts, self.run.switch.level, *sizes)
+
+    def shortfalls(self) -> list[str]:
+        """What needs more memory than there is, one line each."""
+        free = self.facts.free_bytes
+        checks = [(f"the {phase}", self.total(phase), self.limit) for phase in self.phases]
+        checks.append(("one rollout's KV cache", self.run.max_model_len * self.kv_per_token, self.kv))
+        if self.facts.kind == "cuda":
+            checks.append(("vLLM at its start", self.start, free))
+            beside = sum(row.asleep for row in self.rows if row.phase == ROLLOUT)
+            for name in self.engines:
+                checks.append((f"the {name}'s vLLM at its start", self.start, free - beside))
+            checks.append(("host memory", self.total("parked"), self.facts.host_free_bytes))
+        line = "{} needs {} GiB and has {} GiB"
+        return [line.format(what, gib(needs), gib(has)) for what, needs, has in checks if needs > has]
+
+
+def kv_cache_bytes(engine: dict[str, Any], weights: int, facts: DeviceFacts) -> int:
+    """Size of the KV cache: as configured, or the rest of the engine's share of the GPU."""
+    size, rest = engine.get("kv_cache_memory_bytes"), share_bytes(engine, facts) - weights
+    return max(rest - ENGINE_OWN[facts.kind], 0) if size is None else size
 
 
 def share_bytes(engine: dict[str, Any], facts: DeviceFacts) -> int:

@@ -3,11 +3,10 @@
 Memory is in bytes, rates in GB/s (1e9 bytes).
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import psutil
 import torch
@@ -40,7 +39,7 @@ class DeviceFacts:
     """Within host memory, to a freshly allocated target."""
 
     @classmethod
-    def measure(cls) -> DeviceFacts:
+    def measure(cls) -> Self:
         """Measures this machine; its copy rates take a fraction of a second."""
         device = Device.detect()
         free, source = device.free_bytes(), torch.ones(PROBE_BYTES, dtype=torch.uint8)

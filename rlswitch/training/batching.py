@@ -1,7 +1,5 @@
 """Rollouts to tensors, minibatches to micro-batches within a token budget, rows to a model's inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,33 +14,26 @@ def to_batch(groups: Sequence[Group], pad_token_id: int, device: torch.device) -
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     sequences = [r.prompt.token_ids + r.token_ids for r in rollouts]
     learned = [r.learned or [True] * len(r.token_ids) for r in rollouts]
-    token_ids = pad_right(sequences, pad_token_id, torch.long)
-    group_index = [i for i, group in enumerate(groups) for _ in group.rollouts]
     batch = Batch(
-        token_ids=token_ids,
+        token_ids=pad_right(sequences, pad_token_id, torch.long),
         attention_mask=pad_right([[1] * len(s) for s in sequences], 0, torch.long),
         prompt_lengths=torch.tensor([len(r.prompt.token_ids) for r in rollouts]),
         completion_mask=pad_right([[True] * len(r.token_ids) for r in rollouts], False, torch.bool),
         loss_mask=pad_right(learned, False, torch.bool),
         rollout_logprobs=pad_right([r.logprobs for r in rollouts], 0.0, torch.float32),
         rewards=torch.tensor([r.reward for r in rollouts], dtype=torch.float32),
-        group=torch.tensor(group_index),
+        group=torch.tensor([i for i, group in enumerate(groups) for _ in group.rollouts]),
         truncated=torch.tensor([r.finish_reason == "length" for r in rollouts]),
     )
     batch.rollout_logprobs = batch.learned(batch.rollout_logprobs)
     return batch.to(device)
 
 
-def micro_batches(batch: Batch, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
-    """Row indices [N] of each micro-batch: neighbours in length, padded size within the budget.
+def micro_batches(lengths: Tensor, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
+    """Indices [N] into `lengths` [B] by micro-batch: neighbours in length, padded size within the budget.
 
-    When `packed`, only the tokens themselves count. A rollout longer than the budget is a micro-batch alone.
+    When `packed`, only the tokens themselves count. A row longer than the budget is a micro-batch alone.
     """
-    return within_budget(batch.attention_mask.sum(-1), token_budget, packed)
-
-
-def within_budget(lengths: Tensor, token_budget: int, packed: bool = False) -> Iterator[Tensor]:
-    """micro_batches for rows of these lengths [B]."""
     order = torch.argsort(lengths, descending=True, stable=True)
     sizes = lengths[order].tolist()
     start = 0
@@ -70,6 +61,7 @@ class Layout:
     positions: Tensor  # [N] index into the R * L positions of the one that predicts each token
     rows: Tensor  # [N] its rollout
     columns: Tensor  # [N] its place in the completion
+    targets: Tensor  # [N] the token itself
 
     def spread(self, values: Tensor, batch: Batch) -> Tensor:
         """Values [N] to [B, T], zero off the loss mask."""
@@ -83,31 +75,18 @@ def lay_out(batch: Batch, packed: bool) -> Layout:
     Without an attention mask transformers separates packed rollouts by their position ids.
     """
     rows, columns = batch.loss_mask.nonzero(as_tuple=True)
-    within = completion_positions(batch)[rows, columns]
+    within = batch.prompt_lengths[rows] - 1 + columns
+    targets = batch.token_ids[rows, within + 1]
     if not packed:
         inputs = {"input_ids": batch.token_ids, "attention_mask": batch.attention_mask}
-        return Layout(inputs, rows * batch.token_ids.shape[1] + within, rows, columns)
+        return Layout(inputs, rows * batch.token_ids.shape[1] + within, rows, columns, targets)
     real = batch.attention_mask.bool()
-    lengths = batch.attention_mask.sum(-1)
-    starts = lengths.cumsum(0) - lengths
+    starts = batch.lengths.cumsum(0) - batch.lengths
     inputs = {
         "input_ids": batch.token_ids[real][None],
         "position_ids": (batch.attention_mask.cumsum(-1) - 1)[real][None],
     }
-    return Layout(inputs, starts[rows] + within, rows, columns)
-
-
-def completion_positions(batch: Batch) -> Tensor:
-    """Index into the sequence [B, T] of the position that predicts each completion token."""
-    steps = torch.arange(batch.completion_mask.shape[1], device=batch.token_ids.device)
-    positions = batch.prompt_lengths[:, None] - 1 + steps
-    return positions.clamp(max=batch.token_ids.shape[1] - 1)
-
-
-def completion_tokens(batch: Batch) -> Tensor:
-    """The completion tokens [B, T]; past a completion's end the values are arbitrary."""
-    last = batch.token_ids.shape[1] - 1
-    return batch.token_ids.gather(1, (completion_positions(batch) + 1).clamp(max=last))
+    return Layout(inputs, starts[rows] + within, rows, columns, targets)
 
 
 def pad_right(rows: Sequence[Sequence], fill: object, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,11 @@
 """Log-probabilities and entropies of tokens under a causal language model."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rlswitch.errors import ConfigError
-from rlswitch.training.batching import completion_tokens, lay_out
+from rlswitch.training.batching import lay_out
 from rlswitch.types import Batch
 
 LOGITS_AT_ONCE = 1 << 26  # logits handled at once: bounds the float32 copies to 256 MiB
@@ -31,8 +29,7 @@ def policy_logprobs(
         chosen = logits[0]
     else:
         chosen = logits[layout.rows, layout.positions % width - (width - logits.shape[1])]
-    targets = completion_tokens(batch)[layout.rows, layout.columns]
-    logprobs, entropy = token_statistics(chosen, targets, temperature)
+    logprobs, entropy = token_statistics(chosen, layout.targets, temperature)
     return layout.spread(logprobs, batch), layout.spread(entropy, batch)
 
 
@@ -79,17 +76,14 @@ def check_packing(model: nn.Module, sequences: list[list[int]], tolerance: float
     The log-probabilities of `sequences`, one at a time and packed, may differ by `tolerance`.
     """
     device = next(model.parameters()).device
-    tokens = [token for row in sequences for token in row]
-    positions = [place for row in sequences for place in range(len(row))]
-    inputs = {"input_ids": [tokens], "position_ids": [positions]}
+    rows = [torch.tensor(row, device=device) for row in sequences]
+    places = torch.cat([torch.arange(len(row), device=device) for row in sequences])
     with torch.no_grad():
-        logits = model(
-            **{name: torch.tensor(rows, device=device) for name, rows in inputs.items()}, use_cache=False
-        ).logits[0]
+        logits = model(input_ids=torch.cat(rows)[None], position_ids=places[None], use_cache=False).logits[0]
     gaps = []
     parts = logits.split([len(row) for row in sequences])
-    for row, part, alone in zip(sequences, parts, sequence_logprobs(model, sequences), strict=True):
-        packed, _ = token_statistics(part[:-1], torch.tensor(row[1:], device=device), 1.0)
+    for row, part, alone in zip(rows, parts, sequence_logprobs(model, sequences), strict=True):
+        packed, _ = token_statistics(part[:-1], row[1:], 1.0)
         gaps.append(float((packed - torch.tensor(alone, device=device)).abs().max()))
     if not all(gap <= tolerance for gap in gaps):
         raise ConfigError(

@@ -4,8 +4,6 @@ A push carries the merged weights. The engine knows no adapters: it runs its pla
 may discard its weights.
 """
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections import Counter
@@ -106,12 +104,11 @@ def save_adapter(model: PeftModel, directory: Path) -> None:
 
 def load_adapter(model: PeftModel, directory: Path) -> None:
     """Loads a saved adapter into one of the same shape and scale. Raises ConfigError."""
-    ours, wrong = model.peft_config[ADAPTER], []
+    ours = model.peft_config[ADAPTER].to_dict()
     try:
         saved = json.loads((directory / "adapter_config.json").read_text())
-        for name in ("r", "lora_alpha"):
-            if saved[name] != getattr(ours, name):
-                wrong.append(f"it has {name} {saved[name]}, the run {getattr(ours, name)}")
+        scale = [name for name in ("r", "lora_alpha") if saved[name] != ours[name]]
+        wrong = [f"it has {name} {saved[name]}, the run {ours[name]}" for name in scale]
         if not wrong:
             result: Any = set_peft_model_state_dict(model, load_file(directory / WEIGHTS))
             wrong = [*result.unexpected_keys, *(key for key in result.missing_keys if LORA in key)]
@@ -126,7 +123,7 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
 
 def adapter_copy(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the adapters' tensors by name."""
-    return {name: tensor.detach().clone() for name, tensor in _adapter(model)}
+    return {name: tensor.detach().clone() for name, tensor in _adapter(model).items()}
 
 
 @contextmanager
@@ -146,9 +143,9 @@ def adapter_replaced(model: Any, adapter: dict[str, Tensor] | None) -> Iterator[
 
 def _put(model: nn.Module, adapter: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in _adapter(model):
+        for name, tensor in _adapter(model).items():
             tensor.copy_(adapter[name])
 
 
-def _adapter(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from ((name, tensor) for name, tensor in model.named_parameters() if LORA in name)
+def _adapter(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in model.named_parameters() if LORA in name}

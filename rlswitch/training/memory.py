@@ -1,7 +1,5 @@
 """What the trainer does when the device is out of memory: repeat the work in smaller parts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -76,7 +74,7 @@ class MemoryLimit:
         return first_line(error)
 
     def _halve(self, step: int, batch: Batch, reason: str) -> None:
-        longest = int(batch.attention_mask.sum(-1).max())
+        longest = int(batch.lengths.max())
         tried = min(self.tokens, batch.attention_mask.numel())
         if tried <= longest:
             raise RLSwitchError(

@@ -1,7 +1,5 @@
 """Loads the trainer's networks: the policy, the critic, a frozen copy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -50,9 +48,8 @@ def outline(
                 trust_remote_code=model.trust_remote_code,
             )
     except Exception as error:  # a configuration or a model's own code can raise anything
-        if model.attn_implementation and (
-            isinstance(error, ImportError) or "attn_implementation" in str(error)
-        ):
+        named = isinstance(error, ImportError) or "attn_implementation" in str(error)
+        if model.attn_implementation and named:
             raise _attention_error(model, error) from error
         raise unreadable(model, key, error) from error
 
@@ -65,31 +62,24 @@ def check_model(run: Run, path: str) -> None:
         lora.add_adapters(model, run.model, path, causal=True)
 
 
-def load_policy(config: ModelConfig, path: str, frozen_dtype: torch.dtype) -> nn.Module:
-    """The causal language model in float32: in bfloat16 small updates would be lost.
+def load_trained(run: Run, path: str, frozen_dtype: torch.dtype, *, causal: bool) -> nn.Module:
+    """A network in float32: in bfloat16 small updates would be lost. With or without its language-model head.
 
     With LoRA the weights are frozen, in `frozen_dtype`, and the adapters in float32.
     """
-    if config.lora_rank == 0:
-        return load_causal(config, path, torch.float32)
-    return lora.add_adapters(load_causal(config, path, frozen_dtype), config, path, causal=True)
+    dtype = frozen_dtype if run.model.lora_rank else torch.float32
+    model: nn.Module = load_model(run.model, path, dtype, causal=causal)
+    if run.model.lora_rank:
+        model = lora.add_adapters(model, run.model, path, causal=causal)
+    if run.trainer.gradient_checkpointing:
+        checkpoint_gradients(model)
+    return model
 
 
-def load_causal(config: ModelConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
-    return _load(AutoModelForCausalLM, config, path, dtype)
-
-
-def load_critic(config: ModelConfig, path: str, frozen_dtype: torch.dtype, packed: bool) -> Critic:
-    """A value model in the dtypes of load_policy; with LoRA only adapters and head are trained."""
-    if config.lora_rank == 0:
-        return Critic(_load(AutoModel, config, path, torch.float32), packed)
-    backbone = _load(AutoModel, config, path, frozen_dtype)
-    return Critic(lora.add_adapters(backbone, config, path, causal=False), packed)
-
-
-def _load(auto_class: Any, config: ModelConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(config: ModelConfig, path: str, dtype: torch.dtype, *, causal: bool) -> PreTrainedModel:
+    """The model in `path`, with or without its language-model head. Raises ConfigError."""
     try:
-        return auto_class.from_pretrained(
+        return (AutoModelForCausalLM if causal else AutoModel).from_pretrained(
             path,
             dtype=dtype,
             attn_implementation=config.attn_implementation,

@@ -1,7 +1,5 @@
 """Moves the trainer's tensors to host memory while the engine holds the GPU, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -26,8 +24,7 @@ class Parking:
         parts: Callable[[], Iterator[nn.Module]],
         optimizer: torch.optim.Optimizer,
     ):
-        self.policy, self.device = policy, device
-        self.parts, self.optimizer = parts, optimizer
+        self.policy, self.device, self.parts, self.optimizer = policy, device, parts, optimizer
         self.engine_bytes = 0
         """What the awake engine needs; set once it is measured."""
         self.pinned: dict[int, Tensor] = {}
@@ -39,11 +36,9 @@ class Parking:
             return 0
         self.parked = [t for t in self._chosen() if t.device.type == "cuda"]
         for tensor in self.parked:
-            buffer = self.pinned.get(id(tensor))
-            if buffer is None:
-                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
-                self.pinned[id(tensor)] = buffer
-            buffer.copy_(tensor.data, non_blocking=True)
+            if id(tensor) not in self.pinned:
+                self.pinned[id(tensor)] = torch.empty_like(tensor.data, device="cpu", pin_memory=True)
+            self.pinned[id(tensor)].copy_(tensor.data, non_blocking=True)
         if self.parked:
             torch.cuda.synchronize()
         for tensor in self.parked:
@@ -64,8 +59,7 @@ class Parking:
         if self.device.kind != "cuda" or self.policy != "everything":
             return None
         held = torch.cuda.memory_allocated()
-        limit = SLACK * self.device.total_bytes()
-        if held <= limit:
+        if held <= SLACK * self.device.total_bytes():
             return None
         return f"{held / 2**30:.2f} GiB of tensors are still on the GPU after everything was parked"
 
@@ -78,11 +72,10 @@ class Parking:
             if isinstance(value, Tensor) and value.dim() > 0
         ]
         policy = self.policy
-        if policy == "auto" and self.device.kind == "cuda":
-            policy = parked_by_auto(
-                nbytes(parameters), nbytes(states), self.engine_bytes, self.device.total_bytes()
-            )
-        return {"optimizer": states, "everything": parameters + states}.get(policy, [])
+        if policy == "auto":
+            sizes = nbytes(parameters), nbytes(states)
+            policy = parked_by_auto(*sizes, self.engine_bytes, self.device.total_bytes())
+        return {"nothing": [], "optimizer": states, "everything": parameters + states}[policy]
 
 
 def parked_by_auto(parameters: int, states: int, engine: int, device: int) -> str:
@@ -94,4 +87,4 @@ def parked_by_auto(parameters: int, states: int, engine: int, device: int) -> st
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)

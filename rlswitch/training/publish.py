@@ -3,8 +3,6 @@
 A path is never reused: an engine may have the old file mapped into memory (vllm#32718).
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil
@@ -116,8 +114,6 @@ def _is_locked(path: Path) -> bool:
     try:
         with path.open("r+") as file:  # NFS locks need write access
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # no lock file, or a file system without locks
-        return False
+    except OSError as error:  # otherwise there is no lock file, or the file system has no locks
+        return isinstance(error, BlockingIOError)
     return False

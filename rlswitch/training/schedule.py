@@ -1,9 +1,6 @@
 """The optimizer, and the learning rate over a run: transformers' schedules by name."""
 
-from __future__ import annotations
-
 import inspect
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,16 +40,15 @@ def build_schedule(run: Run, optimizer: Optimizer) -> LambdaLR:
     name = {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule)
     build = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
     takes = inspect.signature(build).parameters
-    given: dict[str, Any] = {"num_warmup_steps": config.warmup_steps}
+    given = {"num_warmup_steps": config.warmup_steps}
     if "num_training_steps" in takes:
         given["num_training_steps"] = run.num_steps * config.epochs * config.minibatches
     free = [key for key in takes if key not in OURS]
     for key in config.lr_schedule_kwargs:
         if key not in free:
-            known = ", ".join(free) or "nothing"
             raise ConfigError(
                 f"trainer.lr_schedule_kwargs.{key}: the schedule {config.lr_schedule} does not take it; it"
-                f" takes {known}"
+                f" takes {', '.join(free) or 'nothing'}"
             )
     try:
         return build(optimizer, **given, **config.lr_schedule_kwargs)

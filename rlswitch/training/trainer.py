@@ -3,10 +3,9 @@
 It knows no algorithm by name: an algorithm weights the tokens of a batch and gives each a loss.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -23,11 +22,11 @@ from rlswitch.switch.ledger import Ledger
 from rlswitch.training.batching import micro_batches, minibatches, to_batch
 from rlswitch.training.logprobs import check_packing, policy_logprobs, sequence_logprobs
 from rlswitch.training.memory import MemoryLimit
-from rlswitch.training.metrics import Sums, Totals, batch_metrics
-from rlswitch.training.models import checkpoint_gradients, load_critic, load_policy
+from rlswitch.training.metrics import Sums, batch_metrics, means
+from rlswitch.training.models import Critic, load_model, load_trained
 from rlswitch.training.parking import Parking
 from rlswitch.training.publish import Publisher
-from rlswitch.training.reference import load_reference
+from rlswitch.training.reference import FrozenModel, OtherAdapter
 from rlswitch.training.schedule import build_optimizer, build_schedule
 from rlswitch.types import Batch, Canary, Group, PolicyWeights
 
@@ -57,24 +56,24 @@ class Trainer:
         self.skipped: list[str] = []
         """Why optimizer steps of the last update were skipped."""
         self.limit = MemoryLimit(run.trainer.micro_batch_tokens, self.device, should_reduce_batch_size, log)
-        is_mixed = self.device.kind == "cuda" and engine_dtype == torch.bfloat16
+        cuda = self.device.kind == "cuda"
+        is_mixed = cuda and engine_dtype == torch.bfloat16
         frozen_dtype = engine_dtype if is_mixed else torch.float32  # only autocast can join two dtypes
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if is_mixed else "no", cpu=self.device.kind == "cpu"
-        )
+        self.accelerator = Accelerator(mixed_precision="bf16" if is_mixed else "no", cpu=not cuda)
         algorithm, model, config = run.algorithm, run.model, run.trainer
-        self.critic = self.reference = None
+        self.critic: nn.Module | None = None
+        self.reference: FrozenModel | OtherAdapter | None = None
         with torch.random.fork_rng():  # the same seed starts the same adapters
             torch.manual_seed(run.seed)
-            self.policy = load_policy(model, model_path, frozen_dtype)
+            self.policy = load_trained(run, model_path, frozen_dtype, causal=True)
             if algorithm.needs_critic:
-                self.critic = load_critic(model, model_path, frozen_dtype, config.packing)
-        if config.gradient_checkpointing:
-            checkpoint_gradients(self.policy)
-            if self.critic is not None:
-                checkpoint_gradients(self.critic.backbone)
-        if algorithm.needs_reference:
-            self.reference = load_reference(model, model_path, engine_dtype, self.device.torch, self.policy)
+                backbone = load_trained(run, model_path, frozen_dtype, causal=False)
+                self.critic = Critic(backbone, config.packing)
+        if algorithm.needs_reference and model.lora_rank:
+            self.reference = OtherAdapter(self.policy)
+        elif algorithm.needs_reference:
+            frozen = load_model(model, model_path, engine_dtype, causal=True)
+            self.reference = FrozenModel(frozen.to(self.device.torch), self.policy)
         self.optimizer = build_optimizer(config, self.policy, self.critic)
         self.schedule = build_schedule(run, self.optimizer)
         self.policy, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
@@ -84,8 +83,6 @@ class Trainer:
             with self.accelerator.autocast():
                 check_packing(self.unwrapped_policy.eval(), canary, 0.5 if is_mixed else 1e-3)
         self.parking = Parking(config.park, self.device, self._modules, self.optimizer)
-
-    # -- as a tenant ---------------------------------------------------------------------------
 
     def acquire(self, weights: PolicyWeights | None) -> None:
         with self.ledger.phase("onload", [os.getpid()]) as phase:
@@ -99,8 +96,6 @@ class Trainer:
 
     def unreleased(self) -> str | None:
         return self.parking.unreleased()
-
-    # -- weights -------------------------------------------------------------------------------
 
     def publish(self) -> PolicyWeights:
         """The current version with its canary, written once."""
@@ -121,8 +116,6 @@ class Trainer:
     def unwrapped_policy(self) -> PreTrainedModel:
         """The policy, adapters included, without accelerate's wrapper."""
         return self.accelerator.unwrap_model(self.policy)
-
-    # -- training ------------------------------------------------------------------------------
 
     def prepare(self, groups: Sequence[Group]) -> Batch:
         """Tensors with old log-probabilities (see updates_once), reference log-probabilities and values.
@@ -154,14 +147,14 @@ class Trainer:
 
         Skips an optimizer step that would not be finite, and a whole batch that is not.
         """
-        totals = Totals()
+        steps: list[Sums] = []
         self.skipped = [f"{name} is not finite" for name in batch.not_finite()]
         with self.ledger.work("update"):
             if not self.skipped:
-                self._train(batch, totals)
+                self._train(batch, steps)
         metrics = {"actor/skipped_updates": float(len(self.skipped))}
-        if means := totals.means():
-            metrics |= means | batch_metrics(batch)
+        if steps:
+            metrics |= means(steps) | batch_metrics(batch)
         self.version += 1
         metrics |= {f"algorithm/{name}": value for name, value in self.memory.items()}
         if self.reference is not None:
@@ -183,7 +176,7 @@ class Trainer:
         config = self.run.trainer
         return config.epochs == config.minibatches == 1 and not self.run.algorithm.needs_old_logprobs
 
-    def _train(self, batch: Batch, totals: Totals) -> None:
+    def _train(self, batch: Batch, steps: list[Sums]) -> None:
         config = self.run.trainer
         if self.updates_once:
             batch.old_logprobs = torch.zeros_like(batch.rollout_logprobs)  # until _accumulate writes them
@@ -193,22 +186,21 @@ class Trainer:
             seed = request_seed(self.run.seed, self.version, -1, epoch)
             count = min(config.minibatches, len(batch))  # rollouts without a reward are missing
             for rows in minibatches(len(batch), count, seed):
-                self._step(batch, rows.to(self.device.torch), totals)
+                self._step(batch, rows.to(self.device.torch), steps)
         for part in self._trained.values():
             part.eval()
 
-    def _step(self, batch: Batch, chosen: Tensor, totals: Totals) -> None:
+    def _step(self, batch: Batch, chosen: Tensor, steps: list[Sums]) -> None:
         """One optimizer step on the rollouts `chosen` [N] of the batch, skipped if it would not be finite."""
         minibatch = batch.rows(chosen)
         minibatch.weights = self.run.algorithm.loss_weights(minibatch, self.run.rollout.max_new_tokens)
-        sums = self.limit.shrinking(
-            self.version + 1, minibatch, lambda: self._accumulate(batch, chosen, minibatch)
-        )
+        accumulate = partial(self._accumulate, batch, chosen, minibatch)
+        sums = self.limit.shrinking(self.version + 1, minibatch, accumulate)
         if broken := sums.not_finite():
             self.skipped.append(", ".join(broken))
         else:
             self._apply(minibatch, sums)
-            totals.add(sums)
+            steps.append(sums)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _accumulate(self, batch: Batch, chosen: Tensor, minibatch: Batch) -> Sums:
@@ -218,7 +210,7 @@ class Trainer:
         """
         sums, config = Sums(), self.run.trainer
         self.optimizer.zero_grad(set_to_none=True)
-        for index in micro_batches(minibatch, self.limit.tokens, config.packing):
+        for index in micro_batches(minibatch.lengths, self.limit.tokens, config.packing):
             rows = minibatch.rows(index)
             logprobs, entropy = self._logprobs(rows)
             if self.updates_once:
@@ -259,7 +251,7 @@ class Trainer:
 
         def evaluate() -> Tensor:
             with torch.no_grad(), self.accelerator.autocast():
-                for index in micro_batches(batch, self.limit.tokens, self.run.trainer.packing):
+                for index in micro_batches(batch.lengths, self.limit.tokens, self.run.trainer.packing):
                     values = score(batch.rows(index))
                     result[index, : values.shape[1]] = values.float()
             return result

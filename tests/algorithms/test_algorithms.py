@@ -13,8 +13,13 @@ from torch import Tensor
 
 from rlswitch.algorithms.advantages import gae, group_relative, rewards_at_last_token, whiten
 from rlswitch.algorithms.grpo import GRPO
-from rlswitch.algorithms.kl import adapted_coefficient, kl_divergence
-from rlswitch.algorithms.losses import clipped_surrogate, token_weights, value_loss
+from rlswitch.algorithms.losses import (
+    adapted_coefficient,
+    clipped_surrogate,
+    kl_divergence,
+    token_weights,
+    value_loss,
+)
 from rlswitch.algorithms.mismatch import correction_weights, mismatch_metrics
 from rlswitch.algorithms.ppo import PPO
 from rlswitch.run import OPTIONS

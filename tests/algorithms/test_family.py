@@ -13,8 +13,12 @@ from torch import Tensor
 
 from rlswitch.algorithms.advantages import discounted_returns, gae, group_relative, leave_one_out
 from rlswitch.algorithms.grpo import GRPO
-from rlswitch.algorithms.kl import kl_divergence
-from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, weighted_surrogate
+from rlswitch.algorithms.losses import (
+    clipped_surrogate,
+    kl_divergence,
+    sequence_log_ratio,
+    weighted_surrogate,
+)
 from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.command.compose import Source, compose_run

@@ -10,8 +10,13 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from rlswitch.algorithms.grpo import GRPO
-from rlswitch.algorithms.kl import kl_divergence
-from rlswitch.algorithms.losses import clipped_surrogate, sequence_log_ratio, value_loss, weighted_surrogate
+from rlswitch.algorithms.losses import (
+    clipped_surrogate,
+    kl_divergence,
+    sequence_log_ratio,
+    value_loss,
+    weighted_surrogate,
+)
 from rlswitch.training.logprobs import token_statistics
 from rlswitch.types import Batch
 

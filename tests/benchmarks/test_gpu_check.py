@@ -17,9 +17,7 @@ from rlswitch.benchmarks import gpu_check, gpu_judges, gpu_programs, gpu_stages
 from rlswitch.benchmarks.gpu_check import Result, run_command
 from rlswitch.benchmarks.gpu_findings import FAIL, LOG, PASS, SKIPPED, Limits, Outputs, Verdict
 from rlswitch.benchmarks.gpu_stages import STAGES, Context, Stage, chosen, stage_problems
-from rlswitch.benchmarks.settings import GpuCheckSettings, words_from_flags
-
-from rlswitch.config.fields import settings_from_words
+from rlswitch.benchmarks.settings import GpuCheckSettings, settings_from_words, words_from_flags
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30

@@ -16,19 +16,19 @@ from transformers import Qwen3ForCausalLM
 from rlswitch.command import cli
 from rlswitch.config.sections import ModelConfig
 from rlswitch.errors import ConfigError
-from rlswitch.planning.footprint import ModelShape, Scoring
+from rlswitch.planning.footprint import Footprint, ModelShape, Scoring
 from rlswitch.planning.machine import GIB, DeviceFacts, switch_seconds
 from rlswitch.planning.plan import (
     _changed,
     choose_level,
     make_plan,
-    predict,
     refuted_levels,
     render,
     show,
 )
 from rlswitch.records.provenance import versions
 from rlswitch.training.parking import SLACK, parked_by_auto
+from rlswitch.training.publish import SHM
 
 GPU = DeviceFacts(
     kind="cuda",
@@ -177,7 +177,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
 
 def test_rows_by_hand(gpu_run) -> None:
     run = gpu_run("ppo", options={"kl_coef": 0.1}, trainer={"park": "nothing"})
-    plan = predict(run, ROUND, GPU)
+    plan = Footprint.of(run, ROUND, GPU)
     found = rows(plan)
     critic = 4 * (9 * 10**8 + 1001)
     held = {
@@ -194,19 +194,17 @@ def test_rows_by_hand(gpu_run) -> None:
     engine = ["engine weights", "KV cache", "engine's own (estimate)"]
     assert sum(found[name].at("rollout") for name in engine) == int(0.85 * 140 * GIB)
     assert plan.total("update") == sum(row.at("update") for row in plan.rows)
-    assert plan.kv_tokens == found["KV cache"].at("rollout") // 20_000
-    without = rows(predict(gpu_run("grpo"), ROUND, GPU))
+    assert (plan.kv, plan.kv_per_token) == (found["KV cache"].at("rollout"), 20_000)
+    without = rows(Footprint.of(gpu_run("grpo"), ROUND, GPU))
     assert not any("critic" in name or "reference" in name for name in without)
 
 
 @pytest.mark.parametrize(("level", "stays"), [("2", 0), ("1", 0), ("kv", 1), ("0", 2)])
 def test_what_sleeping_frees_is_what_does_not_stay(gpu_run, level, stays) -> None:
-    plan = predict(gpu_run(switch={"level": level}), ROUND, GPU)
+    plan = Footprint.of(gpu_run(switch={"level": level}), ROUND, GPU)
     weights, kv = (rows(plan)[name] for name in ("engine weights", "KV cache"))
     assert [weights.at("update") > 0, kv.at("update") > 0] == [stays >= 1, stays >= 2]
-    assert plan.freed_bytes == weights.at("rollout") + kv.at("rollout") - weights.at("update") - kv.at(
-        "update"
-    )
+    assert plan.freed == weights.at("rollout") + kv.at("rollout") - weights.at("update") - kv.at("update")
 
 
 @pytest.fixture
@@ -228,7 +226,7 @@ def scored_run(gpu_run, qwen):
 @pytest.mark.parametrize("level", ["1", "2"])
 def test_judge_and_reward_model_have_a_phase_each_and_leave_the_device(scored_run, level) -> None:
     run = scored_run(level)
-    plan = predict(run, ROUND, GPU, Scoring.read(run))
+    plan = Footprint.of(run, ROUND, GPU, Scoring.read(run))
     assert plan.phases == ["rollout", "judge", "reward model", "update"]
     found, weights = rows(plan), 2 * 596_049_920
     assert [found["judge weights"].at(phase) for phase in plan.phases] == [0, weights, 0, 0]
@@ -249,23 +247,33 @@ def test_without_them_nothing_of_the_plan_changes(gpu_run) -> None:
 def test_auto_makes_room_for_the_judge_too(scored_run) -> None:
     run = scored_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
     facts = replace(GPU, total_bytes=80 * GIB, free_bytes=79 * GIB)
-    assert choose_level(run, ROUND, facts, {}) == "0"
+    assert choose_level(run, ROUND, facts, {}, []) == "0"
     assert choose_level(run, ROUND, facts, {}, Scoring.read(run)) == "kv"
 
 
 def test_a_judge_that_cannot_start_beside_a_sleeping_engine_is_named(scored_run) -> None:
     run = scored_run(switch={"level": "0"}, engine={"gpu_memory_utilization": 0.65})
     facts = replace(GPU, total_bytes=20 * GIB, free_bytes=16 * GIB)
-    names = [shortfall.what for shortfall in predict(run, ROUND, facts, Scoring.read(run)).shortfalls]
-    assert "the judge's vLLM at its start" in names
+    lines = Footprint.of(run, ROUND, facts, Scoring.read(run)).shortfalls()
+    assert any(line.startswith("the judge's vLLM at its start needs ") for line in lines)
 
 
 def test_on_a_cpu_nothing_is_parked_and_level_1_frees_the_kv_cache_only(make_run) -> None:
     run = make_run(trainer={"park": "everything"}, switch={"level": "1", "transport": "disk"})
-    plan = predict(run, ROUND, CPU)
+    plan = Footprint.of(run, ROUND, CPU)
     assert (plan.park, plan.total("parked")) == ("nothing", 0)
-    assert plan.freed_bytes == GIB // 4
-    assert plan.limit_bytes == CPU.free_bytes
+    assert plan.freed == GIB // 4
+    assert plan.limit == CPU.free_bytes
+
+
+@pytest.mark.parametrize(("facts", "phase"), [(GPU, "parked"), (CPU, "update")])
+def test_versions_in_shared_memory_count_where_that_memory_is(make_run, monkeypatch, facts, phase) -> None:
+    run = make_run(trainer={"park": "nothing"}, switch={"transport": "disk"})
+    on_disk = Footprint.of(run, ROUND, facts)
+    monkeypatch.setattr("rlswitch.planning.footprint.choose_directory", lambda *_: SHM)
+    in_memory = Footprint.of(run, ROUND, facts)
+    grown = {it: in_memory.total(it) - on_disk.total(it) for it in ("parked", "update")}
+    assert grown == dict.fromkeys(grown, 0) | {phase: 2 * on_disk.published}
 
 
 def test_auto_parks_only_what_would_not_fit() -> None:
@@ -279,13 +287,13 @@ def test_auto_parks_only_what_would_not_fit() -> None:
 @pytest.mark.parametrize(("billions", "park"), [(0.6, "nothing"), (2, "optimizer"), (6, "everything")])
 def test_the_plan_parks_as_the_trainer_will(gpu_run, billions, park) -> None:
     size = int(billions * 10**9)
-    plan = predict(gpu_run(), replace(ROUND, parameters=size, backbone=size), GPU)
+    plan = Footprint.of(gpu_run(), replace(ROUND, parameters=size, backbone=size), GPU)
     assert plan.park == park
     expected = {"nothing": 0, "optimizer": 8 * size, "everything": 12 * size}[park]
     assert plan.total("parked") == expected
-    assert plan.total("rollout") <= plan.limit_bytes
-    assert plan.seconds["offload"] == pytest.approx(expected / 40e9)
-    assert plan.seconds["onload"] == pytest.approx(expected / 50e9)
+    assert plan.total("rollout") <= plan.limit
+    assert plan.seconds()["offload"] == pytest.approx(expected / 40e9)
+    assert plan.seconds()["onload"] == pytest.approx(expected / 50e9)
 
 
 # ---- seconds
@@ -333,14 +341,14 @@ def test_seconds_by_hand() -> None:
 def test_advice_is_short_and_makes_it_fit(gpu_run, qwen, settings, facts, keys) -> None:
     run = gpu_run(**settings | {"model": {"path": qwen(SMALL | {"num_hidden_layers": 110})}})
     plan = make_plan(run, facts)
-    assert plan.shortfalls
+    assert plan.footprint.shortfalls()
     assert plan.advice.keys() == keys
-    assert not make_plan(_changed(run, plan.advice), facts).shortfalls
+    assert not make_plan(_changed(run, plan.advice), facts).footprint.shortfalls()
 
 
 def test_what_fits_needs_no_advice(gpu_run, qwen) -> None:
     plan = make_plan(gpu_run(model={"path": qwen(SMALL)}), GPU)
-    assert (plan.shortfalls, plan.advice, plan.park) == ([], {}, "nothing")
+    assert (plan.footprint.shortfalls(), plan.advice, plan.footprint.park) == ([], {}, "nothing")
 
 
 def test_what_can_never_fit_is_one_line_after_the_table(gpu_run, qwen, monkeypatch, capsys) -> None:
@@ -400,7 +408,7 @@ def test_measuring_takes_a_moment_only() -> None:
 def test_auto_is_the_least_that_works_and_makes_room(gpu_run, free, unusable, level) -> None:
     run = gpu_run(switch={"level": "auto"}, engine={"kv_cache_gib": 40.0, "gpu_memory_utilization": 0.2})
     facts = replace(GPU, free_bytes=free * GIB)
-    assert choose_level(run, ROUND, facts, dict.fromkeys(unusable.split(), "it leaks")) == level
+    assert choose_level(run, ROUND, facts, dict.fromkeys(unusable.split(), "it leaks"), []) == level
 
 
 def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
@@ -408,16 +416,16 @@ def test_auto_never_falls_short_where_level_2_would_not(gpu_run) -> None:
     for free in range(20, 140, 5):
         facts = replace(GPU, free_bytes=free * GIB)
         chosen, deepest = (
-            predict(_changed(run, {"switch.level": level}), ROUND, facts)
-            for level in (choose_level(run, ROUND, facts, {}), "2")
+            Footprint.of(_changed(run, {"switch.level": level}), ROUND, facts)
+            for level in (choose_level(run, ROUND, facts, {}, []), "2")
         )
-        assert not chosen.shortfalls or deepest.shortfalls
+        assert not chosen.shortfalls() or deepest.shortfalls()
 
 
 def test_the_plan_says_what_auto_came_to(make_run) -> None:
     run = make_run(switch={"level": "auto"})
     plan = make_plan(run, CPU)
-    assert plan.level == "0" and run.switch.level == "auto"
+    assert plan.footprint.run.switch.level == "0" and run.switch.level == "auto"
     assert "switch.level = auto: level 0, sleeping frees" in "".join(
         part for part in render(plan, run) if isinstance(part, str)
     )
@@ -438,7 +446,7 @@ def test_auto_heeds_what_the_probe_has_seen_fail(make_run, tmp_path, monkeypatch
     unusable = refuted_levels(run.model.path, CPU.name)
     assert unusable == {"0": "the answer changed"}
     plan = make_plan(run, CPU, unusable)
-    assert plan.level == "kv"
+    assert plan.footprint.run.switch.level == "kv"
     assert "level 0 is ruled out: the answer changed" in [*render(plan, run)]
     for other in (("another/model", CPU.name), (run.model.path, "another GPU")):
         assert refuted_levels(*other) == {}

@@ -17,7 +17,7 @@ from rlswitch.errors import ConfigError
 from rlswitch.planning.footprint import ModelShape
 from rlswitch.training import lora
 from rlswitch.training.logprobs import policy_logprobs, sequence_logprobs
-from rlswitch.training.models import load_policy
+from rlswitch.training.models import load_trained
 from rlswitch.training.schedule import trained
 from rlswitch.training.trainer import Trainer
 
@@ -116,7 +116,7 @@ def test_a_push_leaves_what_is_trained_as_it_was_to_the_last_bit(build, make_gro
 
 def test_frozen_weights_take_the_engines_dtype_and_adapters_stay_in_float32(make_run):
     run = make_run(model={"lora_rank": 4})
-    policy = load_policy(run.model, run.model.path, torch.bfloat16)
+    policy = load_trained(run, run.model.path, torch.bfloat16, causal=True)
     dtypes = {name: parameter.dtype for name, parameter in policy.named_parameters()}
     assert {d for name, d in dtypes.items() if lora.LORA in name} == {torch.float32}
     assert {d for name, d in dtypes.items() if lora.LORA not in name} == {torch.bfloat16}
@@ -222,7 +222,7 @@ def test_an_adapter_of_another_rank_or_scale_is_refused_in_one_line(build, make_
 def test_unknown_layers_are_named(make_run):
     run = make_run(model={"lora_rank": 4, "lora_targets": ["no_such_layer"]})
     with pytest.raises(ConfigError, match=r"^model\.lora_targets = \['no_such_layer'\]"):
-        load_policy(run.model, run.model.path, torch.float32)
+        load_trained(run, run.model.path, torch.float32, causal=True)
 
 
 @pytest.mark.parametrize(
@@ -233,10 +233,10 @@ def test_layers_that_a_push_could_not_carry_merged_are_refused(make_run, target:
         run = make_run(tie=tie, model={"lora_rank": 4, "lora_targets": ["q_proj", target]})
         if tie or target == "embed_tokens":
             with pytest.raises(ConfigError, match=rf"model\.lora_targets = .*: {target} ") as caught:
-                load_policy(run.model, run.model.path, torch.float32)
+                load_trained(run, run.model.path, torch.float32, causal=True)
             assert why in str(caught.value) or tie
         else:
-            load_policy(run.model, run.model.path, torch.float32)
+            load_trained(run, run.model.path, torch.float32, causal=True)
 
 
 def test_a_step_works_whatever_the_engine_computes_in(make_run, make_trainer, make_groups):

@@ -30,7 +30,7 @@ from rlswitch.rewards.scores import Score
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.text import first_line, prompt_text
-from rlswitch.training.batching import pad_right, within_budget
+from rlswitch.training.batching import micro_batches, pad_right
 from rlswitch.training.parking import nbytes
 from rlswitch.types import PolicyWeights, Prompt, Rollout
 
@@ -172,7 +172,7 @@ class RewardModel(RewardTenant):
         assert self._awake and self._model is not None, "it scores only while it has the device"
         logits = torch.zeros(len(rows))
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        for index in within_budget(lengths, self.source.micro_batch_tokens):
+        for index in micro_batches(lengths, self.source.micro_batch_tokens):
             chosen = [rows[i] for i in index.tolist()]
             tokens = pad_right(chosen, self._padding(chosen), torch.long).to(self.device.torch)
             mask = pad_right([[1] * len(row) for row in chosen], 0, torch.long).to(self.device.torch)
