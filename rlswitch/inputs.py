@@ -27,7 +27,7 @@ from rlswitch.errors import ConfigError
 from rlswitch.processes.fork_server import prepare
 from rlswitch.records.trackers import tracker_problems
 from rlswitch.rewards.models.tenant import check_tenants
-from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.workers.resolve import check_exists
 from rlswitch.run import Run
 from rlswitch.types import Prompt
@@ -47,7 +47,7 @@ class Inputs:
     held_out: list[Prompt]
     first: list[Prompt]
     """A few training prompts to check and measure with."""
-    scorer: Scorer
+    rewards: Rewards
 
 
 def check_inputs(run: Run) -> None:
@@ -70,18 +70,18 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     tables = read_tables(run)
     model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, log)
     step_size = run.rollout.num_prompts * run.rollout.group_size
-    scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
+    rewards = Rewards(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
     try:
         for table in tables if run.evaluation.every else tables[:1]:
-            scorer.check_columns([_untokenized(table, run.data.prompt_key)])
+            rewards.check_columns([_untokenized(table, run.data.prompt_key)])
         if run.engine.fork_server and run.engine.is_started_here:
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
         first = prompts.take(NUM_FIRST)
         check_tenants(run, [*first, *held_out])
-        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, rewards=rewards)
     finally:
-        scorer.close()
+        rewards.close()
 
 
 def tokenize(

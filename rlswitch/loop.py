@@ -26,7 +26,7 @@ def train(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
             session.log(evaluate(session))
 
         while trainer.version < run.num_steps:
-            session.begin_step()
+            session.ledger.step = trainer.version + 1
             switch.give_to(engine, trainer.publish())  # wake, reload, prove, reset the prefix cache
             with session.abandonable():  # a stop signal need not wait for rollouts
                 groups = collect(session)
@@ -57,19 +57,21 @@ def collect(session: Session) -> list[Group]:
     for again in range(1 + rounds):
         if again:
             session.switch.give_to(session.engine, session.trainer.publish())  # a judge may have it
-        for group in sample(session, wanted - len(kept)):
+        for group in sample(session, wanted - len(kept), is_refill=again > 0):
             (kept if group.is_informative or not rounds else spare).append(group)
         if len(kept) == wanted:
             break
     return [*kept, *spare][:wanted]
 
 
-def sample(session: Session, num_prompts: int) -> list[Group]:
-    """The groups of the next `num_prompts` prompts, scored."""
+def sample(session: Session, num_prompts: int, is_refill: bool) -> list[Group]:
+    """The groups of the next `num_prompts` prompts, scored; of a refill all rollouts may fail."""
     run = session.run
     sampling = run.sampling(run.rollout.group_size, step=session.trainer.version)
     with session.ledger.work("rollout"):
         groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
     with session.ledger.work("reward"):
-        session.rewards.score(groups, session.switch)  # functions beside, models in turn on the device
+        session.rewards.score(
+            groups, session.switch, may_all_fail=is_refill
+        )  # functions beside, models in turn on the device
     return groups

@@ -49,11 +49,6 @@ class Session:
     has_saved: bool = False
     """Whether this process saved a checkpoint."""
 
-    def begin_step(self) -> None:
-        """From here on times, hand-overs and rewards belong to the next step."""
-        self.ledger.step = self.trainer.version + 1
-        self.rewards.begin_step()
-
     def log(
         self,
         metrics: dict[str, float],
@@ -145,15 +140,10 @@ class Session:
         sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *self.rewards.pids]
-        device = self.ledger.device
-        if device.kind == "cuda":
-            device_bytes = device.total_bytes() - device.free_bytes()
-        else:
-            device_bytes = resident_bytes(pids)
         return {
             "perf/rollout_tokens_per_s": sampled / metrics["timing_s/rollout"],
             "perf/train_tokens_per_s": trained * self.run.trainer.epochs / update,
             "perf/samples_per_s": len(batch) / metrics["timing_s/step"],
-            "perf/max_device_gib": device_bytes / 2**30,
+            "perf/max_device_gib": self.ledger.device.used_bytes(pids) / 2**30,
             "perf/host_rss_gib": resident_bytes(pids) / 2**30,
         }

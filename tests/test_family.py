@@ -19,7 +19,7 @@ from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.command.compose import Source, compose_run
 from rlswitch.loop import collect
-from rlswitch.rewards.scorer import overlong_penalty
+from rlswitch.rewards.rewards import overlong_penalty
 from rlswitch.types import Batch, Group, Prompt
 
 

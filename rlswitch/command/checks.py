@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -65,6 +66,9 @@ def reward_problems(run: Run) -> Iterator[str]:
             f"reward.weights = {run.reward.weights}: {len(run.reward.weights)} weights for"
             f" {len(run.reward.functions)} functions; give one for each, or [] for all 1"
         )
+    for weight in run.reward.weights:
+        if not math.isfinite(weight):
+            yield f"reward.weights = {run.reward.weights}: {weight} is not a finite number"
     if run.reward.overlong_buffer > run.rollout.max_new_tokens:
         yield (
             f"reward.overlong_buffer = {run.reward.overlong_buffer}: longer than rollout.max_new_tokens"

@@ -6,8 +6,9 @@ and is proven at every wake-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,10 +24,9 @@ from rlswitch.rewards.models.template import (
     template_problems,
 )
 from rlswitch.rewards.models.tenant import RewardTenant, StartTenant, TenantSpec
-from rlswitch.rewards.scores import Score
 from rlswitch.run import Run
 from rlswitch.text import shortened
-from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling
+from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,12 +108,6 @@ class Judge(RewardTenant):
         return Score(value=value, extra=extra)
 
 
-def settings_problems(run: Run) -> Iterator[str]:
-    """A line for each mistake in judge.prompt and judge.pattern."""
-    yield from template_problems(run.judge.prompt)
-    yield from pattern_problems(run.judge.pattern)
-
-
 def check_judge(run: Run, path: str, prompts: Sequence[Prompt]) -> tuple[PreTrainedTokenizerBase, int]:
     """Tokenizer of the judge in `path`, and the context length in tokens that its engine gets.
 
@@ -176,4 +170,8 @@ def prepare_judge(
     return start
 
 
-SPEC = TenantSpec(check=check_judge, prepare=prepare_judge, problems=settings_problems)
+SPEC = TenantSpec(
+    check=check_judge,
+    prepare=prepare_judge,
+    problems=lambda run: chain(template_problems(run.judge.prompt), pattern_problems(run.judge.pattern)),
+)

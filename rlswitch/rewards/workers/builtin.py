@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import ConfigError
 from rlswitch.rewards.functions import Format, exact_match, length, math
 from rlswitch.rewards.sandbox.code import CodeReward
@@ -15,29 +15,17 @@ ONE_BY_ONE = {"code"}
 """Built-in functions that score one rollout per call: a program may use up the whole timeout."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Settings:
-    """What the functions depend on beside their entries in reward.functions."""
-
-    format_pattern: str | None
-    timeout_s: float
-    memory_bytes: int
-    allow_unsandboxed: bool
-    taken_names: tuple[str, ...] = ()
-    """Of the tenants: a function with such a name gets a suffix."""
+def make_format(config: RewardConfig) -> Format:
+    assert config.format_pattern is not None, "command/checks.py requires it"
+    return Format(config.format_pattern)
 
 
-def make_format(settings: Settings) -> Format:
-    assert settings.format_pattern is not None, "command/checks.py requires it"
-    return Format(settings.format_pattern)
-
-
-def make_code(settings: Settings) -> CodeReward:
+def make_code(config: RewardConfig) -> CodeReward:
     limits = Limits(
-        seconds=min(10.0, settings.timeout_s / (2 * PATIENCE)), memory_bytes=settings.memory_bytes
+        seconds=min(10.0, config.timeout_s / (2 * PATIENCE)), memory_bytes=int(config.memory_gib * 2**30)
     )
     try:
-        sandbox = Sandbox(limits, settings.allow_unsandboxed)
+        sandbox = Sandbox(limits, config.allow_unsandboxed)
     except SandboxError as error:
         raise ConfigError(
             f"reward.functions = code: {error}; what the model writes would run with this user's rights and"
@@ -49,11 +37,11 @@ def make_code(settings: Settings) -> CodeReward:
     return CodeReward(sandbox)
 
 
-BUILTIN: Mapping[str, Callable[[Settings], Callable[..., Any]]] = {
-    "exact_match": lambda settings: exact_match,
-    "math": lambda settings: math,
+BUILTIN: Mapping[str, Callable[[RewardConfig], Callable[..., Any]]] = {
+    "exact_match": lambda config: exact_match,
+    "math": lambda config: math,
     "format": make_format,
-    "length": lambda settings: length,
+    "length": lambda config: length,
     "code": make_code,
 }
 """How to make each, by name."""

@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from rlswitch.config.fields import did_you_mean
-from rlswitch.config.sections import TENANTS
+from rlswitch.config.sections import TENANTS, RewardConfig
 from rlswitch.data.rows import nearest_file
 from rlswitch.errors import ConfigError
-from rlswitch.rewards.workers.builtin import BUILTIN, Settings
+from rlswitch.rewards.workers.builtin import BUILTIN
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """Arguments of every function, beside the dataset's columns."""
@@ -60,27 +60,28 @@ class Function:
         return False
 
 
-def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function], list[str]]:
+def resolve(entries: Sequence[str], config: RewardConfig) -> tuple[list[Function], list[str]]:
     """The functions under unique names, and a line for each entry that is not one."""
     functions: list[Function] = []
     problems: list[str] = []
+    tenants = TENANTS.keys() & config.functions
     for entry in entries:
         try:
-            name, call = _find(entry, settings)
+            name, call = _find(entry, config)
         except ConfigError as error:
             problems += error.problems
         else:
-            unique = _unique(name, {*settings.taken_names, *(other.name for other in functions)})
+            unique = _unique(name, tenants | {other.name for other in functions})
             functions.append(Function(unique, entry, call))
     return functions, problems
 
 
-def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
+def _find(entry: str, config: RewardConfig) -> tuple[str, Callable[..., Any]]:
     blame = f"reward.functions = {entry}:"
     check_exists(entry)
     place, colon, name = entry.rpartition(":")
     if not colon:
-        return entry, BUILTIN[entry](settings)
+        return entry, BUILTIN[entry](config)
     try:
         module = _load_file(_file(place)) if place.endswith(".py") else import_module(place)
         call = getattr(module, name, None)
