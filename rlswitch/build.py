@@ -66,7 +66,7 @@ def open_session(run: Run, inputs: Inputs, stop_signals: StopSignals) -> Iterato
 
 def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack) -> Session:
     """All parts of a run, with the trainer holding the device; `stack` closes them."""
-    models = inspect_models(run, inputs, print)
+    models = inspect_models(run, inputs)
     run = replace(run, switch=replace(run.switch, level=level_of(run)))  # auto: decided here
     assert run.output_dir is not None, "the command line names it"
     output_dir, device = Path(run.output_dir), Device.detect()
@@ -110,13 +110,13 @@ def build(run: Run, inputs: Inputs, stop_signals: StopSignals, stack: ExitStack)
     )
 
 
-def inspect_models(run: Run, inputs: Inputs, log: Callable[[str], None]) -> Models:
+def inspect_models(run: Run, inputs: Inputs) -> Models:
     """Makes or downloads the models. Raises ConfigError for what could not be built or started later."""
     check_schedule(run)
-    path = resolve_model(replace(run.model, path=inputs.model_path), log)
+    path = resolve_model(replace(run.model, path=inputs.model_path), print)
     check_model(run, path)
     tokenizer = load_tokenizer(run.model, path)
-    tenants = prepare_tenants(run, [*inputs.first, *inputs.held_out], tokenizer, log)
+    tenants = prepare_tenants(run, [*inputs.first, *inputs.held_out], tokenizer, print)
     check_engine(policy_spec(run, path, Device.detect()), run.model.path)
     return Models(path=path, tokenizer=tokenizer, tenants=tenants)
 

@@ -246,7 +246,7 @@ def test_without_isolation_nothing_runs_unless_told(monkeypatch):
     monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
     with pytest.raises(SandboxError, match="the sandbox could not be set up"):
         Sandbox(LIMITS)
-    assert Sandbox(LIMITS, allow_unsandboxed=True).missing is not None
+    assert Sandbox(LIMITS, allow_unsandboxed=True).missing
 
 
 # ---- the reward
@@ -309,7 +309,7 @@ def test_the_code_reward_of_a_run_names_its_outcomes(tmp_path, request):
 
 
 def test_the_code_reward_refuses_to_run_without_isolation(monkeypatch):
-    from rlswitch.rewards.workers.builtin import make_code
+    from rlswitch.rewards.workers.resolve import make_code
 
     monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
     with pytest.raises(ConfigError, match=r"reward\.allow_unsandboxed=true"):

@@ -22,6 +22,7 @@ from rlswitch.engines.start import start_engine
 from rlswitch.errors import EngineError
 from rlswitch.inputs import Inputs
 from rlswitch.planning.policy import policy_spec
+from rlswitch.rewards.functions import last_message
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
@@ -37,7 +38,7 @@ GOLD, SAMPLED, SAMPLES = 64, 4, 2
 
 def show(run: Run, inputs: Inputs) -> None:
     """Prints how the rewards score gold answers and a few samples; trains nothing."""
-    models = inspect_models(run, inputs, print)
+    models = inspect_models(run, inputs)
     console = Console(highlight=False)
     prompts = inputs.held_out or inputs.first
     scored = {"gold answers": gold(prompts[:GOLD], models.tokenizer)}
@@ -111,8 +112,6 @@ def render(scored: dict[str, list[Group]], rewards: Rewards) -> Iterator[Rendera
     samples = Table("prompt", "completion", *rewards.names, box=box.SIMPLE)
     for rollout in (it for group in scored.get("the model's", []) for it in group.rollouts):
         scores = [f"{rollout.rewards[it]:.3f}" if it in rollout.rewards else "" for it in rewards.names]
-        messages = rollout.prompt.messages
-        prompt = messages if isinstance(messages, str) else messages[-1]["content"]
-        samples.add_row(prompt[-80:], rollout.text[-80:], *scores)
+        samples.add_row(last_message(rollout.prompt.messages)[-80:], rollout.text[-80:], *scores)
     if samples.rows:
         yield samples

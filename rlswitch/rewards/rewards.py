@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlswitch.config.sections import TENANTS, RewardConfig
 from rlswitch.errors import ConfigError, RewardError
-from rlswitch.rewards.functions import Completion
+from rlswitch.rewards.functions import last_message
 from rlswitch.rewards.metrics import length_metrics, reward_metrics
 from rlswitch.rewards.models.tenant import RewardTenant
 from rlswitch.rewards.workers.pool import NamedScore, Pool
@@ -170,9 +170,8 @@ class Rewards:
     def _error_lines(self, rollouts: Sequence[Rollout], scores: Sequence[dict[str, Score]]) -> Iterator[str]:
         entries = dict(zip(self.names, self._config.functions, strict=True))
         for rollout, of_row in zip(rollouts, scores, strict=True):
-            messages = rollout.prompt.messages
-            text = messages if isinstance(messages, str) else messages[-1]["content"]
-            row = f"row {rollout.prompt.index}, sample {rollout.sample} (prompt {shortened(repr(text), 60)})"
+            text = shortened(repr(last_message(rollout.prompt.messages)), 60)
+            row = f"row {rollout.prompt.index}, sample {rollout.sample} (prompt {text})"
             for name, score in of_row.items():
                 if score.error:
                     yield f"reward '{entries[name]}' {score.error} for {row}"
@@ -195,13 +194,10 @@ def _arguments(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
     prompts = [rollout.prompt for rollout in rollouts]
     return {
         "prompts": [prompt.messages for prompt in prompts],
-        "completions": [_completion(rollout) for rollout in rollouts],
+        "completions": [
+            it.text if isinstance(it.prompt.messages, str) else [{"role": "assistant", "content": it.text}]
+            for it in rollouts
+        ],
         "completion_ids": [list(rollout.token_ids) for rollout in rollouts],
         **{name: [prompt.columns[name] for prompt in prompts] for name in _passed(prompts[0].columns)},
     }
-
-
-def _completion(rollout: Rollout) -> Completion:
-    if isinstance(rollout.prompt.messages, str):
-        return rollout.text
-    return [{"role": "assistant", "content": rollout.text}]

@@ -13,8 +13,8 @@ from typing import Any
 
 from rlswitch.config.sections import TENANTS, RewardConfig
 from rlswitch.errors import ConfigError, RewardError
-from rlswitch.rewards.workers.builtin import ONE_BY_ONE
 from rlswitch.rewards.workers.process import Lost, WorkerProcess
+from rlswitch.rewards.workers.resolve import ONE_BY_ONE
 from rlswitch.types import Score
 
 LOAD_SECONDS = 600.0

@@ -40,8 +40,8 @@ def main(fd: int) -> None:
                 return
             if verb == "load":
                 functions, problems = resolve(*rest)
-                reply: dict[str, Any] = {"problems": problems, "names": [f.name for f in functions]}
-                reply["is_async"] = [f.is_async for f in functions]
+                names, is_async = [f.name for f in functions], [f.is_async for f in functions]
+                reply: dict[str, Any] = {"problems": problems, "names": names, "is_async": is_async}
             elif verb == "check":
                 found = (function.signature_problem(rest[0]) for function in functions)
                 reply = {"problems": [problem for problem in found if problem]}
