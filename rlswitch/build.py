@@ -3,8 +3,6 @@
 claim the run directory -> start the rollout engine and the models among the rewards -> build the trainer
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager

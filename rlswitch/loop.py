@@ -4,8 +4,6 @@ trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--
    \\__________________ one accelerator, one holder at a time (the switch) _________________/
 """
 
-from __future__ import annotations
-
 from rlswitch import evaluation
 from rlswitch.build import open_session
 from rlswitch.evaluation import evaluate

@@ -1,7 +1,5 @@
 """The parts of one run, and what the loop does with all of them: log, save, stop."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -67,11 +65,11 @@ class Session:
             "training/epoch": self.prompts.epoch,
         }
         advantages: list[float] = []
-        if groups and batch is not None and batch.advantages is not None:
+        if batch is not None:
             metrics |= self.rewards.metrics(groups) | self._throughput(groups, batch, metrics)
             advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
-        if groups:
+        if batch is not None:
             self.health.check(step, metrics, self.trainer.skipped, groups)
         if end := self.health.end:
             self.save()  # there may be nothing more to learn

@@ -3,8 +3,6 @@
 It writes no files. A reward that gives the reference answers less than full marks is better found here.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing

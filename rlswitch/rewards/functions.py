@@ -8,8 +8,6 @@ all of one length, like the returned list. None means not applicable: left out o
 exception in place of a number means that this row has no reward, and says why.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import signal

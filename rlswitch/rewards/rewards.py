@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlswitch.config.sections import TENANTS, RewardConfig
 from rlswitch.errors import ConfigError, RewardError
 from rlswitch.rewards.functions import last_message
-from rlswitch.rewards.metrics import length_metrics, reward_metrics
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.models.tenant import RewardTenant
 from rlswitch.rewards.workers.pool import NamedScore, Pool
 from rlswitch.rewards.workers.resolve import GIVEN
@@ -28,6 +28,10 @@ NAMED, CAUSES = 5, 3
 NOTHING_APPLIES = (
     "returned None, as every function did (leave such rows out of the dataset, or return a number)"
 )
+
+
+Scores = dict[str, Score]
+"""Of one rollout, by name of the reward."""
 
 
 class Pending(NamedTuple):
@@ -67,7 +71,8 @@ class Rewards:
         """As Rollout.rewards and the metrics name them, in the order of reward.functions."""
         self.correctness = [*self._pool.names, *self.names][0]
         """The reward that decides whether an answer is correct: the first function, else the first model."""
-        self._weights = config.weights or [1.0] * len(self.names)
+        weights = config.weights or [1.0] * len(self.names)
+        self._weights = dict(zip(self.names, weights, strict=True))
 
     def close(self) -> None:
         """Ends the workers and every process that they started."""
@@ -95,7 +100,8 @@ class Rewards:
         The last model keeps the device. Raises RewardError, and changes no rollout, when more than
         reward.max_error_rate of them have no reward, or all unless `may_all_fail`.
         """
-        self._collect(self.submit(groups), switch, self.tenants, may_all_fail)
+        pending = self.submit(groups)
+        self._fill_in(pending, self._scores(pending, switch, self.tenants), may_all_fail)
 
     def submit(self, groups: Sequence[Group]) -> Pending:
         """Starts the functions and returns at once."""
@@ -106,24 +112,20 @@ class Rewards:
 
     def collect_correctness(self, pending: Pending, switch: Switch) -> None:
         """Like `score` for submitted groups, but asks no model except the one that decides correctness."""
-        self._collect(pending, switch, [it for it in self.tenants if it.reward == self.correctness])
+        deciding = [tenant for tenant in self.tenants if tenant.reward == self.correctness]
+        self._fill_in(pending, self._scores(pending, switch, deciding))
 
     def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
         """Rewards, errors, and lengths in tokens of scored groups."""
-        return reward_metrics(groups, self.names) | length_metrics(groups)
+        return reward_metrics(groups, self.names)
 
-    def _collect(
-        self,
-        pending: Pending,
-        switch: Switch,
-        tenants: Sequence[RewardTenant],
-        may_all_fail: bool = False,
-    ) -> None:
+    def _scores(self, pending: Pending, switch: Switch, tenants: Sequence[RewardTenant]) -> list[Scores]:
+        """Asks `tenants` and waits for the functions: the scores of each rollout."""
         by_model: list[NamedScore] = []
         for tenant in tenants:
             switch.give_to(tenant)
             by_model += [(tenant.reward, *it) for it in enumerate(tenant.score(pending.rollouts))]
-        scores: list[dict[str, Score]] = [{} for _ in pending.rollouts]
+        scores: list[Scores] = [{} for _ in pending.rollouts]
         by_function = chain.from_iterable(call.result() for call in pending.calls)
         for name, row, score in chain(by_function, by_model):
             scores[row][name] = score
@@ -131,41 +133,38 @@ class Rewards:
             for of_row in scores:
                 if all(score.value is None and not score.error for score in of_row.values()):
                     of_row[self.names[0]] = Score(error=NOTHING_APPLIES)
-        self._check_error_rate(pending.rollouts, scores, may_all_fail)
-        for rollout, of_row in zip(pending.rollouts, scores, strict=True):
-            self._fill_in(rollout, of_row)
+        return scores
+
+    def _fill_in(self, pending: Pending, scores: list[Scores], may_all_fail: bool = False) -> None:
+        rollouts, rate = pending.rollouts, self._config.max_error_rate
+        lines = list(self._error_lines(rollouts, scores))
+        failed = sum(any(score.error for score in of_row.values()) for of_row in scores)
+        too_many = failed > rate * max(len(rollouts), self._step_size)
+        if too_many or (failed == len(rollouts) > 0 and not may_all_fail):
+            raise RewardError(
+                f"{failed} of {len(rollouts)} rollouts have no reward, more than reward.max_error_rate ="
+                f" {rate:g} allows: {'; '.join(lines[:CAUSES])}{'; ...' if lines[CAUSES:] else ''}"
+            )
+        for rollout, of_row in zip(rollouts, scores, strict=True):
+            values = {name: of_row[name].value for name in self.names if name in of_row}
+            rollout.rewards = {name: value for name, value in values.items() if value is not None}
+            rollout.reward = self._total(rollout)
+            rollout.errors = {name: score.error for name, score in of_row.items() if score.error}
+            rollout.extra = dict(chain.from_iterable(score.extra.items() for score in of_row.values()))
         for group in pending.groups:
             group.failed += [rollout for rollout in group.rollouts if rollout.errors]
             group.rollouts = [rollout for rollout in group.rollouts if not rollout.errors]
-        lines = list(self._error_lines(pending.rollouts, scores))
         for line in lines[:NAMED]:
             self.log(f"warning: {line}; left out")
         if lines[NAMED:]:
             self.log(f"warning: {len(lines) - NAMED} more rewards failed and were left out")
 
-    def _fill_in(self, rollout: Rollout, scores: dict[str, Score]) -> None:
-        rollout.errors = {name: score.error for name, score in scores.items() if score.error}
-        rollout.extra = dict(chain.from_iterable(score.extra.items() for score in scores.values()))
-        values = {name: scores[name].value for name in self.names if name in scores}
-        rollout.rewards = {name: value for name, value in values.items() if value is not None}
-        weights = dict(zip(self.names, self._weights, strict=True))
-        rollout.reward = math.fsum(weights[name] * value for name, value in rollout.rewards.items())
+    def _total(self, rollout: Rollout) -> float:
+        """The weighted sum of a rollout's rewards, less what an overlong completion costs."""
+        total = math.fsum(self._weights[name] * value for name, value in rollout.rewards.items())
         if buffer := self._config.overlong_buffer:
-            rollout.reward -= overlong_penalty(len(rollout.token_ids), self._max_new_tokens, buffer)
-
-    def _check_error_rate(
-        self, rollouts: Sequence[Rollout], scores: Sequence[dict[str, Score]], may_all_fail: bool
-    ) -> None:
-        failed = sum(any(score.error for score in of_row.values()) for of_row in scores)
-        all_failed = failed == len(rollouts) > 0 and not may_all_fail
-        allowed = self._config.max_error_rate * max(len(rollouts), self._step_size)
-        if failed > allowed or all_failed:
-            lines = list(self._error_lines(rollouts, scores))
-            raise RewardError(
-                f"{failed} of {len(rollouts)} rollouts have no reward, more than reward.max_error_rate ="
-                f" {self._config.max_error_rate:g} allows: {'; '.join(lines[:CAUSES])}"
-                f"{'; ...' if lines[CAUSES:] else ''}"
-            )
+            total -= overlong_penalty(len(rollout.token_ids), self._max_new_tokens, buffer)
+        return total
 
     def _error_lines(self, rollouts: Sequence[Rollout], scores: Sequence[dict[str, Score]]) -> Iterator[str]:
         entries = dict(zip(self.names, self._config.functions, strict=True))

@@ -4,8 +4,6 @@ Between its turns the weights are in host memory (level 1) or only in their file
 back they are fingerprinted like a push: a file that changed meanwhile is rejected.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -73,9 +71,6 @@ class Classifier:
             raise self._unusable(f"has no {', '.join(missing[:3])}: its scores would be made up")
         model.config.get_text_config().use_cache = False
         return model.eval().requires_grad_(False)
-
-    def start(self, ledger: Ledger) -> RewardModel:
-        return RewardModel(self, ledger)
 
     def _unusable(self, why: str) -> ConfigError:
         return ConfigError(

@@ -66,8 +66,10 @@ def find_classifier(
 def prepare_reward_model(
     run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
 ) -> StartTenant:
+    from rlswitch.rewards.models.classifier import RewardModel  # loads torch
+
     classifier = find_classifier(run, prompts, policy, log)
-    return lambda ledger, *_: classifier.start(ledger)
+    return lambda ledger, *_: RewardModel(classifier, ledger)
 
 
 SPEC = TenantSpec(check=check_reward_model, prepare=prepare_reward_model)

@@ -1,7 +1,5 @@
 """The built-in reward for programs: the share of the dataset's tests that the completion's code passes."""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

@@ -6,8 +6,6 @@ environment: six variables, and no descriptor but the first three
 files: the interpreter and /usr, read-only, and a private /tmp in memory
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

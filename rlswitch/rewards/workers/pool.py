@@ -1,7 +1,5 @@
 """The reward functions, called in worker processes: a call that fails costs its own rows only."""
 
-from __future__ import annotations
-
 import math
 import threading
 import time

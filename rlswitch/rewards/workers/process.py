@@ -1,7 +1,5 @@
 """A worker process as the trainer sees it, and the supervisor that ends everything the worker starts."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

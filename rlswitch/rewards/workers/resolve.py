@@ -1,7 +1,5 @@
 """Finds the functions that reward.functions names, built-in or not, and what they can be called with."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import sys

@@ -9,8 +9,6 @@ A message is a pickled tuple that begins with a verb:
 A result is {"error": why}, or {"scores": [...], "bad": [(row, why)], "extra": {column: [...]}}.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import math
