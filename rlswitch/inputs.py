@@ -73,7 +73,7 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     rewards = Rewards(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
     try:
         for table in tables if run.evaluation.every else tables[:1]:
-            rewards.check_columns([_untokenized(table, run.data.prompt_key)])
+            rewards.check_columns([name for name in table.rows[0] if name != run.data.prompt_key])
         if run.engine.fork_server and run.engine.is_started_here:
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
@@ -115,9 +115,3 @@ def _check_rows(source: Source, prompt_key: str) -> None:
 def _check_trackers(names: Sequence[str]) -> None:
     if problems := tracker_problems(names):
         raise ConfigError(*problems)
-
-
-def _untokenized(table: Table, prompt_key: str) -> Prompt:
-    """The first row: all rows have the same columns."""
-    columns = dict(table.rows[0])
-    return Prompt(index=0, messages=columns.pop(prompt_key), token_ids=[], columns=columns)

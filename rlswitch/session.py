@@ -48,10 +48,7 @@ class Session:
     """Whether this process saved a checkpoint."""
 
     def log(
-        self,
-        metrics: dict[str, float],
-        groups: Sequence[Group] = (),
-        batch: Batch | None = None,
+        self, metrics: dict[str, float], groups: Sequence[Group] = (), batch: Batch | None = None
     ) -> None:
         """Writes one record: `metrics`, and those of switch, engine, rewards and data.
 
@@ -66,7 +63,7 @@ class Session:
         }
         advantages: list[float] = []
         if batch is not None:
-            metrics |= self.rewards.metrics(groups) | self._throughput(groups, batch, metrics)
+            metrics |= self.rewards.metrics(groups) | self._throughput(batch, metrics)
             advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
         if batch is not None:
@@ -132,14 +129,12 @@ class Session:
         same = not self.has_saved or self.run.resume in ("auto", resume.CHANGED)
         return "run the same command again" if same else "run the same command with resume=auto"
 
-    def _throughput(
-        self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
-    ) -> dict[str, float]:
-        sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
+    def _throughput(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
+        trained = int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *self.rewards.pids]
         return {
-            "perf/rollout_tokens_per_s": sampled / metrics["timing_s/rollout"],
+            "perf/rollout_tokens_per_s": batch.sampled_tokens / metrics["timing_s/rollout"],
             "perf/train_tokens_per_s": trained * self.run.trainer.epochs / update,
             "perf/samples_per_s": len(batch) / metrics["timing_s/step"],
             "perf/max_device_gib": self.ledger.device.used_bytes(pids) / 2**30,

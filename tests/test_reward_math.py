@@ -33,7 +33,7 @@ def score():
     def run(entry: str, group: Group, **settings) -> list[float]:
         rewards = Rewards(RewardConfig(functions=[entry], **settings))
         try:
-            rewards.check_columns([group.prompt])
+            rewards.check_columns([*group.prompt.columns])
             rewards.score([group], None)
         finally:
             rewards.close()

@@ -308,14 +308,14 @@ def narrow(completions): ...
     rewards = rewards(source, "exact_match", "needs", "closed", "narrow", "length")
     prompt = group(0, ["7"]).prompt
     with pytest.raises(ConfigError) as caught:
-        rewards.check_columns([prompt])
+        rewards.check_columns([*prompt.columns])
     needs, narrow = caught.value.problems
     assert "missing a required argument: 'solution'" in needs and "answer" in needs
     assert ":narrow: cannot be called" in narrow
     prompt.columns["solution"] = "7"
     prompt.columns["completions"] = "x"
     with pytest.raises(ConfigError) as caught:
-        rewards.check_columns([prompt])
+        rewards.check_columns([*prompt.columns])
     assert "column 'completions'" in caught.value.problems[0]
     assert [":closed:" in line for line in caught.value.problems] == [False, True, False]
 

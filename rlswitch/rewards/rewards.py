@@ -16,7 +16,7 @@ from rlswitch.rewards.models.tenant import RewardTenant
 from rlswitch.rewards.workers.pool import NamedScore, Pool
 from rlswitch.rewards.workers.resolve import GIVEN
 from rlswitch.text import shortened
-from rlswitch.types import Group, Prompt, Rollout, Score
+from rlswitch.types import Group, Rollout, Score
 
 if TYPE_CHECKING:  # loads torch
     from rlswitch.switch.switch import Switch
@@ -82,9 +82,8 @@ class Rewards:
     def pids(self) -> list[int]:
         return [pid for tenant in self.tenants for pid in tenant.pids]
 
-    def check_columns(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ConfigError where a function cannot be called with the columns of `prompts`."""
-        columns = list(dict.fromkeys(name for prompt in prompts for name in prompt.columns))
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raises ConfigError where a function cannot be called with these columns of the dataset."""
         problems = [
             f"data.path: column '{name}' has the name of an argument of reward functions; rename it"
             for name in columns

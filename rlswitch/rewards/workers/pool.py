@@ -73,10 +73,13 @@ class Pool:
         """A line for each function that cannot be called with these columns."""
         if not self._entries:
             return []
+        worker = self._free_worker()
         try:
-            return self._ask(("check", columns), LOAD_SECONDS)["problems"]
+            problems = self._ask(worker, ("check", columns), LOAD_SECONDS)["problems"]
         except Lost as lost:
             raise RewardError(f"reward.functions = {self._entries}: the process with them {lost}") from lost
+        self._idle.append(worker)
+        return problems
 
     def submit(self, group_sizes: Sequence[int], arguments: Arguments) -> list[Future[list[NamedScore]]]:
         """Calls every function on every row, in the background; the rows of a group stay in one call.
@@ -105,7 +108,7 @@ class Pool:
         alone = [(i,) for i, is_async in enumerate(self._is_async) if not is_async]
         for functions in filter(None, [*alone, waiting]):
             one_by_one = self._entries[functions[0]] in ONE_BY_ONE
-            for rows in zip(range(ends[-1])) if one_by_one else filter(None, chunks):
+            for rows in [(row,) for row in range(ends[-1])] if one_by_one else filter(None, chunks):
                 yield functions, rows
 
     def _call(self, job: Job, functions: Indices, rows: Indices, after: str = "") -> list[NamedScore]:
@@ -116,10 +119,11 @@ class Pool:
         if after and job.retry_seconds <= 0:
             error = f"{after} (it or another of {len(rows)} that were tried together)"
             return [(self.names[function], row, Score(error=error)) for function in functions for row in rows]
+        worker, message = self._free_worker(), ("score", functions, job.arguments(rows))
         began = time.monotonic()
         try:
-            message = ("score", functions, job.arguments(rows))
-            results = self._ask(message, self._config.timeout_s)["results"]
+            results = self._ask(worker, message, self._config.timeout_s)["results"]
+            self._idle.append(worker)
         except Lost as lost:
             results = [{"error": str(lost)}] * len(functions)
         job.retry_seconds -= time.monotonic() - began if after else 0.0
@@ -135,18 +139,13 @@ class Pool:
                     scores += self._call(job, (function,), rows[i : i + size], result["error"])
         return scores
 
-    # -- who calls it --------------------------------------------------------------------------
-
-    def _ask(self, message: tuple[Any, ...], seconds: float) -> dict[str, Any]:
-        """The answer of an idle worker, or of a new one. Raises Lost, and RewardError once it is closed."""
+    def _free_worker(self) -> WorkerProcess:
         with self._lock:
             worker = self._idle.pop() if self._idle else None
-        worker = worker or self._start_another()
-        reply = self._ask_worker(worker, message, seconds)
-        self._idle.append(worker)
-        return reply
+        return worker or self._start()[0]
 
-    def _ask_worker(self, worker: WorkerProcess, message: tuple[Any, ...], seconds: float) -> dict[str, Any]:
+    def _ask(self, worker: WorkerProcess, message: tuple[Any, ...], seconds: float) -> dict[str, Any]:
+        """The answer of `worker`, which is ended without one. Raises Lost, or RewardError once closed."""
         try:
             return worker.ask(message, seconds)
         except Lost:
@@ -157,23 +156,21 @@ class Pool:
                 raise RewardError(CLOSED) from None
             raise
 
-    def _start_another(self) -> WorkerProcess:
-        worker, loaded = self._start()
-        if loaded["problems"] or loaded["names"] != self.names:
-            changed = "; ".join(loaded["problems"]) or f"their names are {', '.join(loaded['names'])} now"
-            raise RewardError(f"reward.functions = {self._entries}: changed since the run began: {changed}")
-        return worker
-
     def _start(self) -> tuple[WorkerProcess, dict[str, Any]]:
         with self._lock:
             if self._closed:
                 raise RewardError(CLOSED)
             worker = WorkerProcess(int(self._config.memory_gib * 2**30), self._log)
             self._workers.add(worker)
+        blame = f"reward.functions = {self._entries}"
         try:
-            return worker, self._ask_worker(worker, ("load", self._entries, self._config), LOAD_SECONDS)
+            loaded = self._ask(worker, ("load", self._entries, self._config), LOAD_SECONDS)
         except Lost as lost:
-            raise RewardError(f"reward.functions = {self._entries}: importing them {lost}") from lost
+            raise RewardError(f"{blame}: importing them {lost}") from lost
+        if self.names and (loaded["problems"] or loaded["names"] != self.names):
+            changed = "; ".join(loaded["problems"]) or f"their names are {', '.join(loaded['names'])} now"
+            raise RewardError(f"{blame}: changed since the run began: {changed}")
+        return worker, loaded
 
 
 def _score(result: Mapping[str, Any], i: int) -> Score:
