@@ -175,4 +175,5 @@ class Pool:
 
 def _score(result: Mapping[str, Any], i: int) -> Score:
     extra = {column: values[i] for column, values in result["extra"].items()}
-    return Score(value=result["scores"][i], error=dict(result["bad"]).get(i, ""), extra=extra)
+    value, error = result["scores"][i]
+    return Score(value=value, error=error, extra=extra)
