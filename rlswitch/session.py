@@ -16,6 +16,7 @@ from rlswitch.errors import Preempted, RLSwitchError
 from rlswitch.processes.signals import Abandoned, StopSignals
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.run import Run
 from rlswitch.switch.device import resident_bytes
@@ -63,7 +64,7 @@ class Session:
         }
         advantages: list[float] = []
         if batch is not None:
-            metrics |= self.rewards.metrics(groups) | self._throughput(batch, metrics)
+            metrics |= reward_metrics(groups, self.rewards.names) | self._throughput(batch, metrics)
             advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
         if batch is not None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import ConfigError
 from rlswitch.rewards.functions import exact_match
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.types import Group, Prompt, Rollout
 
@@ -159,7 +160,7 @@ def test_none_is_left_out_of_the_sum_the_rewards_and_the_mean(rewards):
     first, second = scored.rollouts
     assert (first.reward, first.rewards) == (1.0, {"exact_match": 1.0})
     assert (second.reward, second.rewards) == (2.0, {"exact_match": 0.0, "some": 4.0})
-    metrics = rewards.metrics([scored])
+    metrics = reward_metrics([scored], rewards.names)
     assert metrics["reward/some/mean"] == 4.0
     assert metrics["reward/exact_match/mean"] == 0.5
 
@@ -334,7 +335,7 @@ def test_metrics_by_hand(rewards):
     rewards = rewards("", "exact_match", "length", weights=[1.0, -0.5])
     groups = [group(0, ["7", "7"]), group(2, ["7", "1234"], finish="length")]
     rewards.score(groups, None)
-    assert rewards.metrics(groups) == pytest.approx(
+    assert reward_metrics(groups, rewards.names) == pytest.approx(
         {
             "reward/mean": (0.5 + 0.5 + 0.5 - 2.0) / 4,
             "reward/std": math.sqrt(3 * 0.625**2 + 1.875**2) / 2,

@@ -22,6 +22,7 @@ from rlswitch.command.checks import tenant_problems
 from rlswitch.config.sections import TENANTS, RewardConfig, TenantConfig
 from rlswitch.errors import ConfigError, RewardError
 from rlswitch.evaluation import evaluate
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.models.tenant import RewardTenant, check_tenants, prepare_tenants
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.run import Run
@@ -88,7 +89,7 @@ def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(re
     assert list(first.rewards.items()) == [("reward_model", 0.5), ("exact_match", 1.0), ("judge", 0.0)]
     assert (first.reward, second.reward) == (6.0, 105.0)
     assert second.extra == {"reward_model": "8", "judge": "8"}
-    metrics = rewards.metrics(groups)
+    metrics = reward_metrics(groups, rewards.names)
     assert metrics["reward/judge/mean"] == 0.5 and metrics["reward/reward_model/error_rate"] == 0.0
 
 
@@ -99,7 +100,7 @@ def test_a_model_without_an_answer_is_an_error_like_a_functions(rewards, switch,
     asked(rewards, switch, tenants, scored)
     assert [it.text for it in scored.rollouts] == ["7"]
     assert [it.errors for it in scored.failed] == [{"judge": "fell silent"}]
-    assert rewards.metrics([scored])["reward/judge/error_rate"] == 0.5
+    assert reward_metrics([scored], rewards.names)["reward/judge/error_rate"] == 0.5
     with pytest.raises(
         RewardError, match=r"reward 'judge' fell silent for row 3, sample 1 \(prompt '1\+6='\)"
     ):
@@ -347,5 +348,5 @@ def test_a_new_tenant_takes_its_turn_and_scores(with_lookup, switch, tmp_path, r
     ]
     assert [rollout.reward for rollout in scored.rollouts] == [2.25, 4.0]
     assert scored.failed[0].errors == {"lookup": "is not listed"}
-    assert rewards.metrics([scored])["reward/lookup/mean"] == 2.125
+    assert reward_metrics([scored], rewards.names)["reward/lookup/mean"] == 2.125
     assert log == ["warning: reward 'lookup' is not listed for row 3, sample 2 (prompt '1+6='); left out"]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rlswitch.config.sections import TENANTS, RewardConfig
 from rlswitch.errors import ConfigError, RewardError
 from rlswitch.rewards.functions import last_message
-from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.models.tenant import RewardTenant
 from rlswitch.rewards.workers.pool import NamedScore, Pool
 from rlswitch.rewards.workers.resolve import GIVEN
@@ -113,10 +112,6 @@ class Rewards:
         """Like `score` for submitted groups, but asks no model except the one that decides correctness."""
         deciding = [tenant for tenant in self.tenants if tenant.reward == self.correctness]
         self._fill_in(pending, self._scores(pending, switch, deciding))
-
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Rewards, errors, and lengths in tokens of scored groups."""
-        return reward_metrics(groups, self.names)
 
     def _scores(self, pending: Pending, switch: Switch, tenants: Sequence[RewardTenant]) -> list[Scores]:
         """Asks `tenants` and waits for the functions: the scores of each rollout."""

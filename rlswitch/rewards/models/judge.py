@@ -6,7 +6,7 @@ and is proven at every wake-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from rlswitch.rewards.models.template import (
     read_score,
     template_problems,
 )
-from rlswitch.rewards.models.tenant import RewardTenant, StartTenant, TenantSpec
+from rlswitch.rewards.models.tenant import Log, RewardTenant, StartTenant, TenantSpec
 from rlswitch.run import Run
 from rlswitch.text import shortened
 from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling, Score
@@ -76,9 +76,8 @@ class Judge(RewardTenant):
         for index, text in enumerate(dict.fromkeys(texts)):  # identical questions are sent once
             token_ids = encode_question(text, self.engine.tokenizer)
             if len(token_ids) > self._longest:
-                scores[text] = Score(
-                    error=f"needs a question of {len(token_ids)} tokens, there is room for {self._longest}"
-                )
+                error = f"needs a question of {len(token_ids)} tokens, there is room for {self._longest}"
+                scores[text] = Score(error=error)
             else:
                 unanswered.append(Prompt(index=index, messages=text, token_ids=token_ids))
         for attempt in range(1 + self._config.retries):
@@ -139,7 +138,7 @@ def encode_question(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prepare_judge(
-    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, say: Callable[[str], None]
+    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
 ) -> StartTenant:
     """Finds the judge's model; its engine gets room for questions about `prompts`. Raises ConfigError."""
     from rlswitch.engines.spec import engine_spec  # these load torch
@@ -148,7 +147,7 @@ def prepare_judge(
 
     assert run.judge.path is not None, "command/checks.py requires it"
     model = ModelConfig(path=run.judge.path, dtype=run.model.dtype)
-    path = resolve_model(model, say, "judge.path")
+    path = resolve_model(model, log, "judge.path")
     tokenizer, length = check_judge(run, path, prompts)
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
     spec = engine_spec(
@@ -162,9 +161,9 @@ def prepare_judge(
         seed=run.seed,
     )
 
-    def start(ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]) -> Judge:
+    def start(ledger: Ledger, output_dir: Path, scratch: Path, log: Log) -> Judge:
         log_path = output_dir / "judge.log"
-        engine = start_engine(spec, tokenizer, ledger, log_path, scratch, frozen=True, log=say)
+        engine = start_engine(spec, tokenizer, ledger, log_path, scratch, frozen=True, log=log)
         return Judge(run.judge, engine, length)
 
     return start
