@@ -68,8 +68,6 @@ def sample(session: Session, num_prompts: int, is_refill: bool) -> list[Group]:
     sampling = run.sampling(run.rollout.group_size, step=session.trainer.version)
     with session.ledger.work("rollout"):
         groups = session.engine.generate(session.prompts.take(num_prompts), sampling)
-    with session.ledger.work("reward"):
-        session.rewards.score(
-            groups, session.switch, may_all_fail=is_refill
-        )  # functions beside, models in turn on the device
+    with session.ledger.work("reward"):  # functions in their processes, models in turn on the device
+        session.rewards.score(groups, session.switch, may_all_fail=is_refill)
     return groups

@@ -165,6 +165,7 @@ def test_overlong_completions_lose_up_to_one():
 def session_with(rewards_by_prompt, rounds: int, wanted: int):
     """A session whose prompts come in order and whose rewards are given; records what was asked for."""
     asked: list[int] = []
+    refills: list[bool] = []
     cursor = iter(range(len(rewards_by_prompt)))
 
     def take(n):
@@ -185,12 +186,13 @@ def session_with(rewards_by_prompt, rounds: int, wanted: int):
         Source.default(),
     )
     return asked, SimpleNamespace(
+        refills=refills,
         run=run,
         trainer=SimpleNamespace(version=0, publish=lambda: None),
         switch=SimpleNamespace(give_to=lambda engine, weights: None),
         prompts=SimpleNamespace(take=take),
         engine=SimpleNamespace(generate=generate),
-        rewards=SimpleNamespace(score=lambda groups, switch: None),
+        rewards=SimpleNamespace(score=lambda groups, switch, may_all_fail: refills.append(may_all_fail)),
         ledger=SimpleNamespace(work=lambda name: nullcontext()),
     )
 
@@ -202,6 +204,7 @@ def test_dynamic_sampling_replaces_groups_without_signal():
     asked, session = session_with([DULL, USEFUL, DULL, USEFUL, USEFUL, USEFUL], rounds=4, wanted=4)
     groups = collect(session)
     assert asked == [4, 2]
+    assert session.refills == [False, True]
     assert [group.prompt.index for group in groups] == [1, 3, 4, 5]
 
 
