@@ -129,12 +129,12 @@ def claim(
     """
     itemsize = getattr(torch, engine_dtype(run.model.dtype, device)).itemsize
     nbytes = itemsize * checkpoint_elements(Path(model_path))
+    pushed_here = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
+    pushes = 2 * nbytes if pushed_here else 0
     stack.enter_context(only_run_in(output_dir, print))
     start = resume.choose(run, output_dir, print)
     size = checkpoint_size(run, ModelShape.read(run.model), itemsize)
     kept = len(resume.steps_in(output_dir / "checkpoints"))
-    pushed_here = choose_directory(run.switch.transport, nbytes, output_dir) == output_dir
-    pushes = 2 * nbytes if pushed_here else 0
     check_disk_space(run, output_dir, room_needed(run, size, start.state.step, kept), pushes)
     resume.give_up(start.given_up)  # checkpoints after the one it resumes from
     monitor = stack.enter_context(Monitor(run, output_dir, start.kept, start.state.wandb_id))
