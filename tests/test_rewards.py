@@ -225,10 +225,16 @@ def narrow(prompts, completions, completion_ids, answer):
     assert [rollout.extra for rollout in scored.rollouts] == [{"seen": "77"}, {"seen": "88"}]
 
 
-def test_several_workers_get_whole_groups_each(rewards):
-    source = """
-import os
-def process(prompts, **columns): return [os.getpid()] * len(prompts)
+def test_several_workers_get_whole_groups_each(rewards, tmp_path):
+    met = tmp_path / "met"
+    met.mkdir()
+    source = f"""
+import os, time
+def process(prompts, **columns):
+    open(f"{met}/{{os.getpid()}}", "w").close()
+    while len(os.listdir("{met}")) < 2:      # the other worker is at it meanwhile
+        time.sleep(0.01)
+    return [os.getpid()] * len(prompts)
 def together(prompts, **columns): return [len(prompts)] * len(prompts)
 """
     groups = [group(index, ["a", "b", "c"]) for index in range(5)]
