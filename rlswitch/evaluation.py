@@ -4,18 +4,13 @@ The first reward function decides what is correct. Without one the first model a
 the device changes hands for it.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from rlswitch.config.sections import EvaluationConfig
+from rlswitch.session import Session
 from rlswitch.types import Group
-
-if TYPE_CHECKING:
-    from rlswitch.session import Session
 
 CORRECT = 1.0
 """The least score of a correct completion."""

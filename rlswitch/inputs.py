@@ -23,7 +23,7 @@ from rlswitch.errors import ConfigError
 from rlswitch.processes.fork_server import prepare
 from rlswitch.records.trackers import tracker_problems
 from rlswitch.rewards.models.tenant import check_tenants
-from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.workers.resolve import check_exists
 from rlswitch.run import Run
 from rlswitch.types import Prompt
@@ -43,7 +43,7 @@ class Inputs:
     held_out: list[Prompt]
     first: list[Prompt]
     """A few training prompts to check and measure with."""
-    scorer: Scorer
+    rewards: Rewards
 
 
 def check_inputs(run: Run) -> None:
@@ -66,18 +66,16 @@ def open_inputs(run: Run, log: Callable[[str], None]) -> Iterator[Inputs]:
     tables = read_tables(run)
     model_path = run.model.path if task_of(run.model.path) else resolve_model(run.model, log)
     step_size = run.rollout.num_prompts * run.rollout.group_size
-    scorer = Scorer(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
-    with closing(scorer):
+    rewards = Rewards(run.reward, step_size=step_size, max_new_tokens=run.rollout.max_new_tokens)
+    with closing(rewards):
         for table in tables if run.evaluation.every else tables[:1]:
-            columns = dict(table.rows[0])  # all rows have the same ones
-            messages = columns.pop(run.data.prompt_key)
-            scorer.check_columns([Prompt(index=0, messages=messages, token_ids=[], columns=columns)])
+            rewards.check_columns([name for name in table.rows[0] if name != run.data.prompt_key])
         if run.engine.fork_server and not (isinstance(run.engine, ServerEngineConfig) and run.engine.url):
             prepare()  # imports vLLM while this process imports torch
         prompts, held_out = tokenize(run, tables, model_path, log)
         first = prompts.take(NUM_FIRST)
         check_tenants(run, [*first, *held_out])
-        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, scorer=scorer)
+        yield Inputs(model_path=model_path, prompts=prompts, held_out=held_out, first=first, rewards=rewards)
 
 
 def tokenize(

@@ -4,8 +4,6 @@ trainer --publish v(k)--> rollout engine --rollouts--> rewards --scored groups--
    \\__________________ one accelerator, one holder at a time (the switch) _________________/
 """
 
-from __future__ import annotations
-
 from rlswitch import evaluation
 from rlswitch.build import open_session
 from rlswitch.evaluation import evaluate
@@ -26,7 +24,7 @@ def train(run: Run, inputs: Inputs, stop_signals: StopSignals) -> None:
             session.log(evaluate(session))
 
         while trainer.version < run.num_steps:
-            session.begin_step()
+            session.ledger.step = trainer.version + 1
             switch.give_to(engine, trainer.publish())  # wake, reload, prove, reset the prefix cache
             with session.abandonable():  # a stop signal need not wait for rollouts
                 groups = collect(session)
@@ -70,6 +68,6 @@ def sample(session: Session, num_prompts: int) -> list[Group]:
     sampling = run.sampling(run.rollout.group_size, step=session.trainer.version)
     with session.ledger.work("rollout"):
         groups = session.sampler.sample(session.engine, session.prompts.take(num_prompts), sampling)
-    with session.ledger.work("reward"):
-        session.rewards.score(groups, session.switch)  # functions beside, models in turn on the device
+    with session.ledger.work("reward"):  # functions in their processes, models in turn on the device
+        session.rewards.score(groups, session.switch)
     return groups

@@ -1,7 +1,5 @@
 """The parts of one run, and what the loop does with all of them: log, save, stop."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +16,7 @@ from rlswitch.errors import Preempted, RLSwitchError
 from rlswitch.processes.signals import Abandoned, StopSignals
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.rewards import Rewards
 from rlswitch.rollouts.sampler import Sampler
 from rlswitch.run import Run
@@ -51,16 +50,8 @@ class Session:
     has_saved: bool = False
     """Whether this process saved a checkpoint."""
 
-    def begin_step(self) -> None:
-        """From here on times, hand-overs and rewards belong to the next step."""
-        self.ledger.step = self.trainer.version + 1
-        self.rewards.begin_step()
-
     def log(
-        self,
-        metrics: dict[str, float],
-        groups: Sequence[Group] = (),
-        batch: Batch | None = None,
+        self, metrics: dict[str, float], groups: Sequence[Group] = (), batch: Batch | None = None
     ) -> None:
         """Writes one record: `metrics`, and those of switch, engine, rewards and data.
 
@@ -74,11 +65,11 @@ class Session:
             "training/epoch": self.prompts.epoch,
         }
         advantages: list[float] = []
-        if groups and batch is not None and batch.advantages is not None:
-            metrics |= self.rewards.metrics(groups) | self._throughput(groups, batch, metrics)
+        if batch is not None:
+            metrics |= reward_metrics(groups, self.rewards.names) | self._throughput(batch, metrics)
             advantages = batch.mean_advantages().tolist()
         self.monitor.log(step, metrics, groups, advantages)
-        if groups:
+        if batch is not None:
             self.health.check(step, metrics, self.trainer.skipped, groups)
         if end := self.health.end:
             self.save()  # there may be nothing more to learn
@@ -141,21 +132,14 @@ class Session:
         same = not self.has_saved or self.run.resume in ("auto", resume.CHANGED)
         return "run the same command again" if same else "run the same command with resume=auto"
 
-    def _throughput(
-        self, groups: Sequence[Group], batch: Batch, metrics: dict[str, float]
-    ) -> dict[str, float]:
-        sampled, trained = batch.sampled_tokens, int(batch.attention_mask.sum())
+    def _throughput(self, batch: Batch, metrics: dict[str, float]) -> dict[str, float]:
+        trained = int(batch.attention_mask.sum())
         update = metrics["timing_s/update"] + metrics["timing_s/prepare"]
         pids = [os.getpid(), *self.engine.backend.pids, *self.rewards.pids]
-        device = self.ledger.device
-        if device.kind == "cuda":
-            device_bytes = device.total_bytes() - device.free_bytes()
-        else:
-            device_bytes = resident_bytes(pids)
         return {
-            "perf/rollout_tokens_per_s": sampled / metrics["timing_s/rollout"],
+            "perf/rollout_tokens_per_s": batch.sampled_tokens / metrics["timing_s/rollout"],
             "perf/train_tokens_per_s": trained * self.run.trainer.epochs / update,
             "perf/samples_per_s": len(batch) / metrics["timing_s/step"],
-            "perf/max_device_gib": device_bytes / 2**30,
+            "perf/max_device_gib": self.ledger.device.used_bytes(pids) / 2**30,
             "perf/host_rss_gib": resident_bytes(pids) / 2**30,
         }

@@ -5,6 +5,7 @@ Shapes: B rollouts, S tokens of prompt and completion, T of the completion alone
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,17 @@ class Rollout:
     """Error by reward function name; a rollout with one is left out of training."""
     extra: dict[str, str] = field(default_factory=dict)
     """Columns that reward functions added to its record (TRL's log_extra)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One reward of one rollout. Neither a value nor an error: the reward does not apply to it."""
+
+    value: float | None = None
+    error: str = ""
+    """Why there is no value."""
+    extra: Mapping[str, str] = field(default_factory=dict)
+    """Columns for rollouts.jsonl."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -796,8 +796,8 @@ REWARDS = [
         files={"mine.py": ""},
     ),
     bad(
-        "several unknown functions, and weights that are not numbers",
-        "reward.functions=[nope,exact_match,math:nope] reward.weights=[1,nan,1]",
+        "several unknown functions",
+        "reward.functions=[nope,exact_match,math:nope]",
         "reward.functions = nope: no such built-in function; ...",
     ),
     bad(
@@ -814,9 +814,13 @@ REWARDS = [
         " module named 'no_such_module')",
     ),
     bad(
-        "an unknown function of a module, and a weight that is NaN",
+        "a weight that is NaN",
         "reward.functions=[math:sqr,exact_match] reward.weights=[1,nan]",
         "reward.weights = [1.0, nan]: nan is not a finite number",
+    ),
+    bad(
+        "an unknown function of a module",
+        "reward.functions=[math:sqr,exact_match]",
         "reward.functions = math:sqr: 'math' has no 'sqr'; did you mean 'sqrt'?",
     ),
     bad(

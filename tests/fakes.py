@@ -20,13 +20,11 @@ from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
 from rlswitch.rewards.models.tenant import RewardTenant
 from rlswitch.rewards.rewards import Rewards
-from rlswitch.rewards.scorer import Scorer
-from rlswitch.rewards.scores import Score
 from rlswitch.rollouts.sampler import Sampler, SingleTurn
 from rlswitch.run import Run
 from rlswitch.session import Session
 from rlswitch.switch.switch import Switch
-from rlswitch.types import PolicyWeights, Rollout
+from rlswitch.types import PolicyWeights, Rollout, Score
 
 BUILD = "rlswitch.build.build"
 """What `build_session` replaces where a test runs the loop itself."""
@@ -183,8 +181,8 @@ def build_session(
     engine = Engine(spec, backend, tokenizer, ledger, Tolerance(spec.tolerance))
     engine = RestartingEngine(engine, lambda: backend, limit=0)
     engine.release()
-    scorer = Scorer(run.reward, log=monitor.log_line)
-    stack.callback(scorer.close)
+    rewards = Rewards(run.reward, log=monitor.log_line)
+    stack.callback(rewards.close)
     return Session(
         run=run,
         ledger=ledger,
@@ -193,7 +191,7 @@ def build_session(
         engine=engine,
         sampler=sampler or SingleTurn(),
         trainer=trainer,
-        rewards=Rewards(scorer, []),
+        rewards=rewards,
         prompts=prompts,
         held_out=held_out,
         tokenizer=tokenizer,

@@ -56,7 +56,7 @@ LIGHT = (
     *("run", "inputs", "types", "errors", "text", "config.fields", "config.sections", "command.cli"),
     *("command.compose", "command.arguments", "command.sweep"),
     *("data.prompts", "data.hub", "rewards.models.judge", "rewards.models.reward_model"),
-    *("rewards.models.tenant", "rewards.scorer", "recipes.addition.task"),
+    *("rewards.models.tenant", "rewards.rewards", "recipes.addition.task"),
 )
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -51,6 +52,9 @@ def reward_problems(run: Run) -> Iterator[str]:
     functions, weights, pattern = run.reward.functions, run.reward.weights, run.reward.format_pattern
     if weights and len(weights) != len(functions):
         yield f"reward.weights = {weights}: set one for each of reward.functions, or [] for all 1"
+    yield from (
+        f"reward.weights = {weights}: {it} is not a finite number" for it in weights if not math.isfinite(it)
+    )
     if (buffer := run.reward.overlong_buffer) > run.rollout.max_new_tokens:
         yield f"reward.overlong_buffer = {buffer}: above rollout.max_new_tokens, penalises all; set less"
     if pattern is None and "format" in functions:

@@ -3,10 +3,8 @@
 It writes no files. A reward that gives the reference answers less than full marks is better found here.
 """
 
-from __future__ import annotations
-
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +15,12 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from rlswitch.build import Models, inspect_models, start_tenant
+from rlswitch.build import Models, inspect_models, start_tenants
 from rlswitch.engines.start import start_engine
 from rlswitch.errors import EngineError
 from rlswitch.inputs import Inputs
 from rlswitch.planning.policy import policy_spec
-from rlswitch.rewards.models.tenant import PreparedTenant
 from rlswitch.rewards.rewards import Rewards
-from rlswitch.rewards.scorer import Scorer
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -39,18 +35,24 @@ GOLD, SAMPLED, SAMPLES = 64, 4, 2
 
 def show(run: Run, inputs: Inputs) -> None:
     """Prints how the rewards score gold answers and a few samples; trains nothing."""
-    models = inspect_models(run, inputs, print)
+    models = inspect_models(run, inputs)
     console = Console(highlight=False)
     prompts = inputs.held_out or inputs.first
     scored = {"gold answers": gold(prompts[:GOLD], models.tokenizer)}
     if not scored["gold answers"]:
         console.print(f"no gold answers: the dataset has none of the columns {', '.join(ANSWER_COLUMNS)}")
-    try:
-        scored["the model's"] = sample(run, models, prompts[:SAMPLED])
-    except EngineError as error:
-        console.print(f"no samples of the model: {first_line(error)}")
-    score(inputs.scorer, models.tenants, scored.values())
-    for part in render(scored, inputs.scorer):
+    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
+        directory = Path(name)
+        switch = Switch(Ledger(Device.detect(), directory))
+        try:
+            scored["the model's"] = sample(run, models, prompts[:SAMPLED], switch.ledger, directory)
+        except EngineError as error:
+            console.print(f"no samples of the model: {first_line(error)}")
+        started = start_tenants(models.tenants, switch, directory, directory, print, stack)
+        inputs.rewards.tenants, _ = started
+        for groups in scored.values():
+            inputs.rewards.score(groups, switch, strict=True)
+    for part in render(scored, inputs.rewards):
         console.print(part)
 
 
@@ -75,33 +77,21 @@ def gold(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase) -> list[
     return groups
 
 
-def score(scorer: Scorer, tenants: Sequence[PreparedTenant], scored: Iterable[list[Group]]) -> None:
-    """Fills in all rewards. The models among them are started one by one, and closed again."""
-    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name, ExitStack() as stack:
-        directory = Path(name)
-        switch = Switch(Ledger(Device.detect(), directory))
-        started = [start_tenant(it, switch, directory, directory, print, stack) for it in tenants]
-        rewards = Rewards(scorer, started)
-        for groups in scored:
-            rewards.begin_step()
-            rewards.score(groups, switch)
-
-
-def sample(run: Run, models: Models, prompts: Sequence[Prompt]) -> list[Group]:
+def sample(
+    run: Run, models: Models, prompts: Sequence[Prompt], ledger: Ledger, directory: Path
+) -> list[Group]:
     """A few completions by the checkpoint as it is, from the real engine, which is ended again.
 
     Raises EngineError when it cannot be started.
     """
-    device = Device.detect()
-    spec = replace(policy_spec(run, models.path, device), verify="off")  # it generates once, unproven
-    with tempfile.TemporaryDirectory(prefix="rlswitch-preview-") as name:
-        directory = Path(name)
-        where = (Ledger(device, directory), directory / "engine.log", directory)
-        with closing(start_engine(spec, models.tokenizer, *where, frozen=True)) as engine:
-            return engine.generate(prompts, run.sampling(SAMPLES, step=0))
+    # it generates once, unproven
+    spec = replace(policy_spec(run, models.path, ledger.device), verify="off")
+    where = (ledger, directory / "engine.log", directory)
+    with closing(start_engine(spec, models.tokenizer, *where, frozen=True)) as engine:
+        return engine.generate(prompts, run.sampling(SAMPLES, step=0))
 
 
-def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[RenderableType]:
+def render(scored: dict[str, list[Group]], rewards: Rewards) -> Iterator[RenderableType]:
     """A table of means, lowest and highest by function, and every sample with its rewards."""
     table = Table("rewards", box=box.SIMPLE)
     for heading in ("of", "rollouts", "errors", "mean", "lowest", "highest"):
@@ -109,18 +99,16 @@ def render(scored: dict[str, list[Group]], scorer: Scorer) -> Iterator[Renderabl
     for source, groups in scored.items():
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         failed = [rollout for group in groups for rollout in group.failed]
-        for name in scorer.names if rollouts else ():
+        for name in rewards.names if rollouts else ():
             given = [rollout.rewards[name] for rollout in rollouts if name in rollout.rewards]
             numbers = [fmean(given), min(given), max(given)] if given else []
             errors = sum(name in rollout.errors for rollout in failed)
             cells = [f"{number:.3f}" for number in numbers]
             table.add_row(name, source, str(len(rollouts) + len(failed)), str(errors), *cells)
     yield table
-    samples = Table("prompt", "completion", *scorer.names, box=box.SIMPLE)
-    for group in scored.get("the model's", []):
-        for rollout in group.rollouts:
-            rewards = rollout.rewards
-            scores = (f"{rewards[name]:.3f}" if name in rewards else "" for name in scorer.names)
-            samples.add_row(prompt_text(group.prompt.messages)[-80:], rollout.text[-80:], *scores)
+    samples = Table("prompt", "completion", *rewards.names, box=box.SIMPLE)
+    for rollout in (it for group in scored.get("the model's", []) for it in group.rollouts):
+        scores = [f"{rollout.rewards[it]:.3f}" if it in rollout.rewards else "" for it in rewards.names]
+        samples.add_row(prompt_text(rollout.prompt.messages)[-80:], rollout.text[-80:], *scores)
     if samples.rows:
         yield samples

@@ -8,8 +8,6 @@ all of one length, like the returned list. None means not applicable: left out o
 exception in place of a number means that this row has no reward, and says why.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import signal
@@ -31,9 +29,9 @@ MATH_SECONDS = 5.0
 """Time limit for reading one completion and comparing it with the answer; beyond it there is no reward."""
 
 
-def completion_text(completion: Completion) -> str:
-    """The text of a completion, which may be a chat message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def last_message(messages: str | list[dict[str, str]]) -> str:
+    """A prompt or completion that is a string, or the text of its last chat message."""
+    return messages if isinstance(messages, str) else messages[-1]["content"]
 
 
 def exact_match(
@@ -41,7 +39,7 @@ def exact_match(
 ) -> list[float | None]:
     """1 where the completion equals the answer, ignoring white space around either; else 0."""
     return [
-        None if right is None else float(completion_text(given).strip() == str(right).strip())
+        None if right is None else float(last_message(given).strip() == str(right).strip())
         for given, right in zip(completions, answer, strict=True)
     ]
 
@@ -59,7 +57,7 @@ def math(
     By math-verify: 1/2, 0.5 and \\boxed{\\frac{1}{2}} are equal; a completion that it cannot read or compare
     is wrong. None where it cannot read the answer itself.
     """
-    return [_same(completion_text(given), right) for given, right in zip(completions, answer, strict=True)]
+    return [_same(last_message(given), right) for given, right in zip(completions, answer, strict=True)]
 
 
 class Format:
@@ -71,7 +69,7 @@ class Format:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Completion], **columns: Any
     ) -> list[float]:
-        return [float(bool(self._pattern.fullmatch(completion_text(given)))) for given in completions]
+        return [float(bool(self._pattern.fullmatch(last_message(given)))) for given in completions]
 
 
 class _Late(BaseException):

@@ -1,7 +1,5 @@
 """What a step's metrics say about its rewards and lengths."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean, pstdev
@@ -10,7 +8,10 @@ from rlswitch.types import Group
 
 
 def reward_metrics(groups: Sequence[Group], names: Sequence[str]) -> dict[str, float]:
-    """Mean, spread and error rate of the total reward, and of each reward in `names`."""
+    """Mean, spread and error rate of the total reward and of each in `names`; lengths in tokens.
+
+    The lengths are of completions, with the share that was cut off, and of prompts.
+    """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     failed = [rollout for group in groups for rollout in group.failed]
     assert rollouts, "no rollouts to describe"
@@ -29,15 +30,9 @@ def reward_metrics(groups: Sequence[Group], names: Sequence[str]) -> dict[str, f
         if values:
             result |= {f"reward/{name}/mean": fmean(values), f"reward/{name}/std": pstdev(values)}
         result[f"reward/{name}/error_rate"] = errors[name] / (len(rollouts) + len(failed))
-    return result
-
-
-def length_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Lengths in tokens of completions and prompts, and the share of completions cut off."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
     responses = [len(rollout.token_ids) for rollout in rollouts]
     prompts = [len(group.prompt.token_ids) for group in groups]
-    return {
+    return result | {
         "response_length/mean": fmean(responses),
         "response_length/max": float(max(responses)),
         "response_length/min": float(min(responses)),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rlswitch.rewards.scorer import overlong_penalty
 from torch import Tensor
 
 from rlswitch.algorithms.advantages import discounted_returns, gae, group_relative, leave_one_out
@@ -23,7 +24,6 @@ from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.command.compose import Source, compose_run
 from rlswitch.loop import collect
-from rlswitch.rewards.scorer import overlong_penalty
 from rlswitch.types import Batch, Group, Prompt
 
 
@@ -193,7 +193,8 @@ def session_with(rewards_by_prompt, rounds: int, wanted: int):
         trainer=SimpleNamespace(version=0, publish=lambda: None),
         switch=SimpleNamespace(give_to=lambda engine, weights: None),
         prompts=SimpleNamespace(take=take),
-        engine=SimpleNamespace(generate=generate),
+        engine=None,
+        sampler=SimpleNamespace(sample=lambda engine, prompts, sampling: generate(prompts, sampling)),
         rewards=SimpleNamespace(score=lambda groups, switch: None),
         ledger=SimpleNamespace(work=lambda name: nullcontext()),
     )

@@ -9,7 +9,7 @@ from rlswitch.recipes.addition.task import build_tokenizer
 
 from rlswitch.command.preview import gold, render
 from rlswitch.config.sections import RewardConfig
-from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.types import Prompt
 
 
@@ -30,16 +30,16 @@ def test_gold_answers_are_the_first_answer_column_a_row_has():
 
 
 def test_the_table_says_what_each_function_gives(request):
-    scorer = Scorer(RewardConfig(functions=["exact_match", "length"]))
-    request.addfinalizer(scorer.close)
+    rewards = Rewards(RewardConfig(functions=["exact_match", "length"]))
+    request.addfinalizer(rewards.close)
     scored = {"gold answers": gold([prompt(1, answer="002")], build_tokenizer()), "the model's": []}
     wrong = gold([prompt(2, answer="009")], build_tokenizer())
     wrong[0].prompt.columns["answer"] = "003"
     scored["the model's"] = wrong
     for groups in scored.values():
-        scorer.score(groups)
+        rewards.score(groups, None)
     console = Console(width=120, record=True, file=io.StringIO())
-    for part in render(scored, scorer):
+    for part in render(scored, rewards):
         console.print(part)
     lines = [line.split() for line in console.export_text().splitlines()]
     assert ["exact_match", "gold", "answers", "1", "0", "1.000", "1.000", "1.000"] in lines

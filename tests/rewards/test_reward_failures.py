@@ -18,7 +18,6 @@ from rlswitch.errors import RewardError
 from rlswitch.records.monitor import rollout_records
 from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.rewards import Rewards
-from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Rollout
 
 pytestmark = pytest.mark.processes
@@ -36,11 +35,11 @@ def step(*odd: int, rows: int = ROWS) -> list[Group]:
 
 
 @pytest.fixture
-def scorer(tmp_path: Path):
-    """scorer(body, **settings): a function that does `body` when it meets an odd completion."""
-    made: list[Scorer] = []
+def rewards(tmp_path: Path):
+    """rewards(body, **settings): a function that does `body` when it meets an odd completion."""
+    made: list[Rewards] = []
 
-    def build(body: str, before: str = "", kind: str = "def", **options) -> Scorer:
+    def build(body: str, before: str = "", kind: str = "def", **options) -> Rewards:
         lines = body.replace("\n", "\n        ")
         file = tmp_path / f"mine{len(made)}.py"
         file.write_text(
@@ -52,7 +51,7 @@ def scorer(tmp_path: Path):
         functions = options.pop("functions", ["length"])
         step_size = options.pop("step_size", 0)
         config = RewardConfig(functions=[*functions, f"{file}:bad"], **options)
-        made.append(Scorer(config, step_size=step_size))
+        made.append(Rewards(config, step_size=step_size))
         made[-1].log = said.append
         return made[-1]
 
@@ -90,22 +89,22 @@ CRIMES = {
 
 
 @pytest.mark.parametrize("crime", CRIMES)
-def test_the_guilty_row_is_named_and_the_others_are_kept(scorer, crime):
+def test_the_guilty_row_is_named_and_the_others_are_kept(rewards, crime):
     body, says = CRIMES[crime]
     short = {"timeout_s": 2.0} if "2 s" in says else {}
-    scorer, said = scorer(body, memory_gib=0.5, **short), scorer.said
+    rewards, said = rewards(body, memory_gib=0.5, **short), rewards.said
     groups = step(6)
-    scorer.score(groups)
+    rewards.score(groups, None)
     (failed,) = groups[1].failed
     assert names_of([failed]) == [(1, 2)]
     assert says in failed.errors["bad"]
     assert "reward '" in said[-1] and says in said[-1] and "row 1, sample 2" in said[-1]
     kept = [rollout for group in groups for rollout in group.rollouts]
     assert len(kept) == ROWS - 1 and all(rollout.reward == 2.0 for rollout in kept)
-    metrics = reward_metrics(groups, scorer.names)
+    metrics = reward_metrics(groups, rewards.names)
     assert metrics["reward/error_rate"] == metrics["reward/bad/error_rate"] == 1 / ROWS
     assert metrics["reward/length/error_rate"] == 0.0
-    scorer.score(step())  # and it goes on
+    rewards.score(step(), None)  # and it goes on
 
 
 @pytest.mark.parametrize(
@@ -120,24 +119,24 @@ def test_the_guilty_row_is_named_and_the_others_are_kept(scorer, crime):
     ],
 )
 @pytest.mark.parametrize("kind", ["def", "async def"])
-def test_what_is_no_number_costs_its_own_row_only(scorer, kind, value, says):
+def test_what_is_no_number_costs_its_own_row_only(rewards, kind, value, says):
     body = f"return [{value} if text == 'odd' else 1.0 for text in completions]"
-    scorer = scorer(body, kind=kind)
+    rewards = rewards(body, kind=kind)
     groups = step(0, 19)
-    scorer.score(groups)
+    rewards.score(groups, None)
     failed = [rollout for group in groups for rollout in group.failed]
     assert names_of(failed) == [(0, 0), (4, 3)]
     assert all(says in rollout.errors["bad"] for rollout in failed)
 
 
-def test_async_functions_that_share_a_call_are_told_apart(scorer, tmp_path):
+def test_async_functions_that_share_a_call_are_told_apart(rewards, tmp_path):
     other = "async def good(prompts, **columns): return [3.0] * len(prompts)"
-    scorer("time.sleep(1000)", before=other, kind="async def")
+    rewards("time.sleep(1000)", before=other, kind="async def")
     file = tmp_path / "mine0.py"
-    both = Scorer(RewardConfig(functions=[f"{file}:bad", f"{file}:good"], timeout_s=2.0))
+    both = Rewards(RewardConfig(functions=[f"{file}:bad", f"{file}:good"], timeout_s=2.0))
     groups = step(3)
     try:
-        both.score(groups)
+        both.score(groups, None)
     finally:
         both.close()
     (failed,) = groups[0].failed
@@ -165,26 +164,26 @@ def noted(note: Path) -> list[str]:
     return note.read_text().split()
 
 
-def test_processes_that_a_function_leaves_behind_are_ended_with_it(scorer, tmp_path):
+def test_processes_that_a_function_leaves_behind_are_ended_with_it(rewards, tmp_path):
     note = tmp_path / "note"
-    scorer = scorer(f"{ORPHAN}open({str(note)!r}, 'a').write(orphan + '\\n')\nos._exit(3)".strip())
+    rewards = rewards(f"{ORPHAN}open({str(note)!r}, 'a').write(orphan + '\\n')\nos._exit(3)".strip())
     groups = step(0)
-    scorer.score(groups)
+    rewards.score(groups, None)
     assert len(groups[0].failed) == 1
     assert noted(note)
     assert not [pid for pid in noted(note) if psutil.pid_exists(int(pid))]
 
 
-def test_close_ends_what_is_still_at_work_with_all_that_it_has_started(scorer, tmp_path):
+def test_close_ends_what_is_still_at_work_with_all_that_it_has_started(rewards, tmp_path):
     note = tmp_path / "note"
     line = f"import tempfile\nopen({str(note)!r}, 'w').write(f'{{orphan}} {{tempfile.mkdtemp()}}\\n')"
-    scorer = scorer(f"{ORPHAN}{line}\ntime.sleep(1000)".strip(), functions=[], timeout_s=1000.0)
-    pending = scorer.submit(step(0))
+    rewards = rewards(f"{ORPHAN}{line}\ntime.sleep(1000)".strip(), functions=[], timeout_s=1000.0)
+    pending = rewards.submit(step(0))
     orphan, directory = noted(note)
     assert psutil.pid_exists(int(orphan)) and Path(directory).is_dir()
-    scorer.close()
+    rewards.close()
     with pytest.raises(RewardError):
-        scorer.collect(pending)
+        rewards.collect_correctness(pending, None)
     assert not psutil.pid_exists(int(orphan)) and not Path(directory).exists()
 
 
@@ -209,116 +208,111 @@ def test_a_killed_trainer_takes_its_workers_along(tmp_path):
 TRAINER = """
 import sys
 from rlswitch.config.sections import RewardConfig
-from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.rewards import Rewards
-from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Prompt, Rollout
 prompt = Prompt(index=0, messages="x", token_ids=[1])
 rollout = Rollout(prompt=prompt, sample=0, token_ids=[1], logprobs=[0.0], text="", finish_reason="stop",
                   policy_version=0)
-Scorer(RewardConfig(functions=[sys.argv[1] + ":hang"])).score([Group(prompt=prompt, rollouts=[rollout])])
+groups = [Group(prompt=prompt, rollouts=[rollout])]
+Rewards(RewardConfig(functions=[sys.argv[1] + ":hang"])).score(groups, None)
 """
 
 
-def test_a_signal_to_every_process_of_the_job_loses_no_row(scorer):
+def test_a_signal_to_every_process_of_the_job_loses_no_row(rewards):
     signals = (
         "[os.kill(pid, s) for pid in (os.getppid(), os.getpid()) for s in (signal.SIGTERM, signal.SIGUSR1)]"
     )
-    scorer = scorer(signals)
+    rewards = rewards(signals)
     groups = step(0)
-    scorer.score(groups)
+    rewards.score(groups, None)
     assert not any(group.failed for group in groups)
 
 
-def test_a_worker_that_dies_between_two_steps_loses_no_row(scorer, tmp_path):
+def test_a_worker_that_dies_between_two_steps_loses_no_row(rewards, tmp_path):
     pid = tmp_path / "pid"
-    scorer = scorer(f"open({str(pid)!r}, 'w').write(str(os.getpid()))")
-    scorer.score(step(0))
+    rewards = rewards(f"open({str(pid)!r}, 'w').write(str(os.getpid()))")
+    rewards.score(step(0), None)
     psutil.Process(int(pid.read_text())).kill()
     groups = step()
-    scorer.score(groups)
+    rewards.score(groups, None)
     assert not any(group.failed for group in groups)
 
 
-def test_more_errors_than_allowed_stop_the_run_and_change_nothing(scorer):
-    scorer = scorer("raise ValueError('no')", max_error_rate=0.1)
-    scorer.score(step(1, 2))
+def test_more_errors_than_allowed_stop_the_run_and_change_nothing(rewards):
+    rewards = rewards("raise ValueError('no')", max_error_rate=0.1)
+    rewards.score(step(1, 2), None)
     groups = step(1, 2, 3)
     with pytest.raises(RewardError) as caught:
-        scorer.score(groups)
+        rewards.score(groups, None)
     text = str(caught.value)
     assert "3 of 20 rollouts" in text and "reward.max_error_rate = 0.1" in text
     assert "mine0.py:bad' raised ValueError: no (at mine0.py:5) for row 0, sample 1" in text
     assert all(r.rewards == {} and not group.failed for group in groups for r in group.rollouts)
-    scorer.score(step())
-
-
-def test_a_function_that_always_hangs_stops_the_run_within_its_budget(scorer, monkeypatch):
-    monkeypatch.setattr("rlswitch.rewards.workers.pool.RETRY_TIMEOUTS", 1.0)
-    scorer = scorer("while True: pass", timeout_s=2.0, max_error_rate=0.9)
-    with pytest.raises(RewardError, match=r"took longer than 2 s \(it or another of \d+ that were tried"):
-        scorer.score(step(*range(ROWS)))
-
-
-def test_no_rollout_left_is_an_error_whatever_the_rate(scorer):
-    scorer = scorer("raise ValueError('no')", max_error_rate=1.0)
-    with pytest.raises(RewardError, match="4 of 4 rollouts"):
-        scorer.score(step(0, 1, 2, 3, rows=4))
-
-
-def test_a_refill_may_fail_whole_within_what_the_step_allows(scorer):
-    rewards = Rewards(scorer("raise ValueError('no')", step_size=40), [])  # a tenth of which may
-    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):  # it is no refill yet
-        rewards.score(step(0, 1, 2, 3, rows=4), None)
     rewards.score(step(), None)
+
+
+def test_a_function_that_always_hangs_stops_the_run_within_its_budget(rewards, monkeypatch):
+    monkeypatch.setattr("rlswitch.rewards.workers.pool.RETRY_TIMEOUTS", 1.0)
+    rewards = rewards("while True: pass", timeout_s=2.0, max_error_rate=0.9)
+    with pytest.raises(RewardError, match=r"took longer than 2 s \(it or another of \d+ that were tried"):
+        rewards.score(step(*range(ROWS)), None)
+
+
+def test_no_rollout_left_is_an_error_whatever_the_rate(rewards):
+    rewards = rewards("raise ValueError('no')", max_error_rate=1.0)
+    with pytest.raises(RewardError, match="4 of 4 rollouts"):
+        rewards.score(step(0, 1, 2, 3, rows=4), None)
+
+
+def test_a_refill_may_fail_whole_within_what_the_step_allows(rewards):
+    rewards = rewards("raise ValueError('no')", step_size=40)  # a tenth of which may
+    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):  # it is no refill
+        rewards.score(step(0, 1, 2, 3, rows=4), None, strict=True)
     groups = step(0, 1, 2, 3, rows=4)
     rewards.score(groups, None)
     assert [len(group.failed) for group in groups] == [4]
     with pytest.raises(RewardError, match="of 8 rollouts have no reward"):
         rewards.score(step(*range(8), rows=8), None)
-    rewards.begin_step()
-    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):
-        rewards.score(step(0, 1, 2, 3, rows=4), None)
 
 
-def test_numbers_that_training_could_not_hold_are_none(scorer):
-    scorer = scorer("return [1e39 if text == 'odd' else 1.0 for text in completions]")
+def test_numbers_that_training_could_not_hold_are_none(rewards):
+    rewards = rewards("return [1e39 if text == 'odd' else 1.0 for text in completions]")
     groups = step(2)
-    scorer.score(groups)
+    rewards.score(groups, None)
     assert groups[0].failed[0].errors["bad"] == "returned 1e+39 instead of a number"
 
 
-def test_a_rollout_that_no_function_scores_is_left_out(scorer):
+def test_a_rollout_that_no_function_scores_is_left_out(rewards):
     body = "return [None if text == 'odd' else 1.0 for text in completions]"
-    scorer = scorer(body, functions=[])
+    rewards = rewards(body, functions=[])
     groups = step(5)
-    scorer.score(groups)
+    rewards.score(groups, None)
     (failed,) = groups[1].failed
     assert failed.errors["bad"].startswith("returned None, as every function did")
 
 
-def test_what_functions_print_reaches_the_console(scorer):
-    scorer, said = scorer("print('seen')"), scorer.said
-    scorer.score(step(0))
+def test_what_functions_print_reaches_the_console(rewards):
+    rewards, said = rewards("print('seen')"), rewards.said
+    rewards.score(step(0), None)
     assert said == ["seen"]
 
 
-def test_failed_rollouts_are_recorded_with_their_errors_and_no_advantage(scorer):
-    scorer = scorer("raise ValueError('no')")
+def test_failed_rollouts_are_recorded_with_their_errors_and_no_advantage(rewards):
+    rewards = rewards("raise ValueError('no')")
     groups = step(6)
-    scorer.score(groups)
+    rewards.score(groups, None)
     *good, bad = rollout_records(1, groups, [0.5] * (ROWS - 1))
     assert all("errors" not in record and record["advantage"] == 0.5 for record in good)
     assert bad["errors"] == groups[1].failed[0].errors and bad["sample"] == 2
     assert "advantage" not in bad and "reward" not in bad
 
 
-def test_a_function_has_no_gpu_and_no_descriptor_of_the_trainer(scorer, tmp_path):
+def test_a_function_has_no_gpu_and_no_descriptor_of_the_trainer(rewards, tmp_path):
     body = "raise OSError([os.environ['CUDA_VISIBLE_DEVICES'], len(os.listdir('/proc/self/fd'))])"
-    scorer = scorer(body, max_error_rate=1.0)
+    rewards = rewards(body, max_error_rate=1.0)
     with open(tmp_path / "open", "w") as file:
         os.set_inheritable(file.fileno(), True)
         groups = step(0)
-        scorer.score(groups)
+        rewards.score(groups, None)
     # standard input, output and error, the connection, and the listing itself; asyncio's three
     assert "['', 8]" in groups[0].failed[0].errors["bad"]

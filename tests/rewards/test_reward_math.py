@@ -9,7 +9,7 @@ from samples import group_of
 
 from rlswitch.config.sections import RewardConfig
 from rlswitch.rewards import functions
-from rlswitch.rewards.scorer import Scorer
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.types import Group
 
 pytestmark = pytest.mark.slow
@@ -31,12 +31,12 @@ def score():
     """score(entry, group, **settings): the rewards by that one function."""
 
     def run(entry: str, group: Group, **settings) -> list[float]:
-        scorer = Scorer(RewardConfig(functions=[entry], **settings))
+        rewards = Rewards(RewardConfig(functions=[entry], **settings))
         try:
-            scorer.check_columns([group.prompt])
-            scorer.score([group])
+            rewards.check_columns([*group.prompt.columns])
+            rewards.score([group], None)
         finally:
-            scorer.close()
+            rewards.close()
         assert not group.failed
         return [rollout.reward for rollout in group.rollouts]
 

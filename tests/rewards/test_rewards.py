@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import ConfigError
 from rlswitch.rewards.functions import exact_match
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.rewards import Rewards
-from rlswitch.rewards.scorer import Scorer
 from rlswitch.types import Group, Prompt, Rollout
 
 
@@ -41,15 +41,15 @@ def group(index: int, texts: list[str], messages=None, finish: str = "stop", **c
 
 
 @pytest.fixture
-def scorer(tmp_path: Path):
-    """scorer(source, *names, **settings): the functions of that names in a module of that source."""
-    made: list[Scorer] = []
+def rewards(tmp_path: Path):
+    """rewards(source, *names, **settings): the functions of that names in a module of that source."""
+    made: list[Rewards] = []
 
-    def build(source: str, *names: str, **options) -> Scorer:
+    def build(source: str, *names: str, **options) -> Rewards:
         file = tmp_path / f"mine{len(made)}.py"
         file.write_text(source)
         entries = [name if name in ("exact_match", "length") else f"{file}:{name}" for name in names]
-        made.append(Scorer(RewardConfig(functions=entries, **options)))
+        made.append(Rewards(RewardConfig(functions=entries, **options)))
         return made[-1]
 
     yield build
@@ -70,18 +70,18 @@ def record(log_extra, **arguments):
 
 
 @pytest.fixture
-def recording(scorer, tmp_path: Path):
-    """A Scorer whose function notes down what it is called with, and the notes."""
+def recording(rewards, tmp_path: Path):
+    """A Rewards whose function notes down what it is called with, and the notes."""
 
     def calls() -> list[dict]:
         return [json.loads(line) for line in (tmp_path / "CALLS").read_text().splitlines()]
 
-    return scorer(RECORD.replace("CALLS", str(tmp_path / "CALLS")), "record"), calls
+    return rewards(RECORD.replace("CALLS", str(tmp_path / "CALLS")), "record"), calls
 
 
 def test_text_prompts_and_completions_are_strings(recording):
-    scorer, calls = recording
-    scorer.score([group(0, ["a", "bc"], level=3), group(1, ["d"], level=4)])
+    rewards, calls = recording
+    rewards.score([group(0, ["a", "bc"], level=3), group(1, ["d"], level=4)], None)
     assert calls() == [
         {
             "prompts": ["prompt 0", "prompt 0", "prompt 1"],
@@ -94,21 +94,21 @@ def test_text_prompts_and_completions_are_strings(recording):
 
 
 def test_chat_prompts_are_messages_and_completions_one_assistant_message(recording):
-    scorer, calls = recording
+    rewards, calls = recording
     messages = [{"role": "user", "content": "1+6="}]
-    scorer.score([group(0, ["7"], messages=messages)])
+    rewards.score([group(0, ["7"], messages=messages)], None)
     assert calls()[0]["prompts"] == [messages]
     assert calls()[0]["completions"] == [[{"role": "assistant", "content": "7"}]]
 
 
 def test_columns_with_the_name_of_prompt_or_completion_are_left_out_as_in_trl(recording):
-    scorer, calls = recording
-    scorer.score([group(0, ["7"], prompt="other", completion="reference")])
+    rewards, calls = recording
+    rewards.score([group(0, ["7"], prompt="other", completion="reference")], None)
     assert set(calls()[0]) == {"prompts", "completions", "completion_ids", "answer"}
 
 
-def test_a_function_cannot_change_the_dataset(scorer):
-    scorer = scorer(
+def test_a_function_cannot_change_the_dataset(rewards):
+    rewards = rewards(
         """
 def spoil(prompts, completions, tests, **columns):
     prompts[0][0]["content"] = "spoilt"
@@ -119,7 +119,7 @@ def spoil(prompts, completions, tests, **columns):
         "spoil",
     )
     spoilt = group(0, ["7"], messages=[{"role": "user", "content": "1+6="}], tests=[1, 2])
-    scorer.score([spoilt])
+    rewards.score([spoilt], None)
     assert spoilt.prompt.messages == [{"role": "user", "content": "1+6="}]
     assert spoilt.prompt.columns["tests"] == [1, 2]
     assert spoilt.rollouts[0].token_ids == [5]
@@ -130,15 +130,15 @@ def spoil(prompts, completions, tests, **columns):
 
 @pytest.fixture(scope="module")
 def given_by_column(tmp_path_factory: pytest.TempPathFactory):
-    """A Scorer that returns the columns `first` and `second`, with weights 2 and -0.5."""
+    """A Rewards that returns the columns `first` and `second`, with weights 2 and -0.5."""
     file = tmp_path_factory.mktemp("columns") / "columns.py"
     file.write_text(
         "def one(first, **c): return first[0][:len(first)]\n"
         "def two(second, **c): return second[0][:len(second)]\n"
     )
-    scorer = Scorer(RewardConfig(functions=[f"{file}:one", f"{file}:two"], weights=[2.0, -0.5]))
-    yield scorer
-    scorer.close()
+    rewards = Rewards(RewardConfig(functions=[f"{file}:one", f"{file}:two"], weights=[2.0, -0.5]))
+    yield rewards
+    rewards.close()
 
 
 @settings(deadline=None, max_examples=50)
@@ -146,27 +146,27 @@ def given_by_column(tmp_path_factory: pytest.TempPathFactory):
 def test_reward_is_the_weighted_sum(given_by_column, scores):
     first, second = (list(column) for column in zip(*scores, strict=True))
     scored = group(0, ["x"] * len(scores), first=first, second=second)
-    given_by_column.score([scored])
+    given_by_column.score([scored], None)
     for rollout, (one, two) in zip(scored.rollouts, scores, strict=True):
         assert rollout.rewards == {"one": one, "two": two}
         assert rollout.reward == pytest.approx(2.0 * one - 0.5 * two, rel=1e-9, abs=1e-6)
 
 
-def test_none_is_left_out_of_the_sum_the_rewards_and_the_mean(scorer):
+def test_none_is_left_out_of_the_sum_the_rewards_and_the_mean(rewards):
     source = "def some(prompts, **columns): return [None, 4.0]"
-    scorer = scorer(source, "exact_match", "some", weights=[1.0, 0.5])
+    rewards = rewards(source, "exact_match", "some", weights=[1.0, 0.5])
     scored = group(0, ["7", "8"])
-    scorer.score([scored])
+    rewards.score([scored], None)
     first, second = scored.rollouts
     assert (first.reward, first.rewards) == (1.0, {"exact_match": 1.0})
     assert (second.reward, second.rewards) == (2.0, {"exact_match": 0.0, "some": 4.0})
-    metrics = Rewards(scorer, []).metrics([scored])
+    metrics = reward_metrics([scored], rewards.names)
     assert metrics["reward/some/mean"] == 4.0
     assert metrics["reward/exact_match/mean"] == 0.5
 
 
-def test_numpy_torch_bool_and_generators_are_numbers(scorer):
-    scorer = scorer(
+def test_numpy_torch_bool_and_generators_are_numbers(rewards):
+    rewards = rewards(
         """
 import numpy, torch
 def array(prompts, **columns): return numpy.ones(len(prompts), dtype=numpy.float32)
@@ -176,13 +176,13 @@ def boolean(prompts, **columns): return (True for _ in prompts)
         *("array", "tensor", "boolean"),
     )
     scored = group(0, ["7", "8"])
-    scorer.score([scored])
+    rewards.score([scored], None)
     assert all(type(score) is float for r in scored.rollouts for score in r.rewards.values())
     assert [rollout.reward for rollout in scored.rollouts] == [3.0, 3.0]
 
 
-def test_async_functions_run_together_and_keep_their_order_and_loop(scorer):
-    scorer = scorer(
+def test_async_functions_run_together_and_keep_their_order_and_loop(rewards):
+    rewards = rewards(
         """
 import asyncio
 met, loops = asyncio.Event(), []
@@ -205,13 +205,13 @@ def own_loop(prompts, **columns):
         *("first", "second", "judge", "length", "own_loop"),
     )
     scored = group(0, ["7"])
-    scorer.score([scored])
-    scorer.score([scored])
+    rewards.score([scored], None)
+    rewards.score([scored], None)
     expected = {"first": 1.0, "second": 2.0, "judge": 3.0, "length": 1.0, "own_loop": 3.0}
     assert list(scored.rollouts[0].rewards.items()) == list(expected.items())
 
 
-def test_log_extra_of_trl_goes_with_the_rollouts(scorer):
+def test_log_extra_of_trl_goes_with_the_rollouts(rewards):
     source = """
 def logs(prompts, completions, log_extra=None, **columns):
     log_extra("seen", [text * 2 for text in completions])
@@ -219,42 +219,48 @@ def logs(prompts, completions, log_extra=None, **columns):
 def narrow(prompts, completions, completion_ids, answer):
     return [1.0] * len(prompts)
 """
-    scorer = scorer(source, "logs", "narrow")
+    rewards = rewards(source, "logs", "narrow")
     scored = group(0, ["7", "8"])
-    scorer.score([scored])
+    rewards.score([scored], None)
     assert [rollout.extra for rollout in scored.rollouts] == [{"seen": "77"}, {"seen": "88"}]
 
 
-def test_several_workers_get_whole_groups_each(scorer):
-    source = """
-import os
-def process(prompts, **columns): return [os.getpid()] * len(prompts)
+def test_several_workers_get_whole_groups_each(rewards, tmp_path):
+    met = tmp_path / "met"
+    met.mkdir()
+    source = f"""
+import os, time
+def process(prompts, **columns):
+    open(f"{met}/{{os.getpid()}}", "w").close()
+    while len(os.listdir("{met}")) < 2:      # the other worker is at it meanwhile
+        time.sleep(0.01)
+    return [os.getpid()] * len(prompts)
 def together(prompts, **columns): return [len(prompts)] * len(prompts)
 """
     groups = [group(index, ["a", "b", "c"]) for index in range(5)]
-    scorer = scorer(source, "process", "together", workers=2)
-    scorer.score(groups)
+    rewards = rewards(source, "process", "together", workers=2)
+    rewards.score(groups, None)
     assert [rollout.rewards["together"] for g in groups for rollout in g.rollouts] == [9] * 9 + [6] * 6
     assert len({rollout.rewards["process"] for g in groups for rollout in g.rollouts}) == 2
 
 
-def test_scores_are_awaited_where_they_are_collected(scorer):
+def test_scores_are_awaited_where_they_are_collected(rewards):
     source = "def one(prompts, **columns): return [1.0] * len(prompts)"
-    scorer = scorer(source, "one")
+    rewards = rewards(source, "one")
     first, second = group(0, ["7"]), group(1, ["8", "9"])
-    pending = [scorer.submit([first]), scorer.submit([second])]
+    pending = [rewards.submit([first]), rewards.submit([second])]
     assert first.rollouts[0].rewards == {}
     for one in pending:
-        scorer.collect(one)
+        rewards.collect_correctness(one, None)
     assert [rollout.reward for g in (first, second) for rollout in g.rollouts] == [1.0] * 3
 
 
 def test_an_overlong_completion_loses_reward_and_its_rewards_stay_as_they_were(tmp_path, request):
     config = RewardConfig(functions=["length"], overlong_buffer=4)
-    scorer = Scorer(config, max_new_tokens=10)
-    request.addfinalizer(scorer.close)
+    rewards = Rewards(config, max_new_tokens=10)
+    request.addfinalizer(rewards.close)
     scored = group(0, ["1" * 6, "1" * 8, "1" * 10])
-    scorer.score([scored])
+    rewards.score([scored], None)
     assert [rollout.reward for rollout in scored.rollouts] == [6.0, 7.5, 9.0]
     assert [rollout.rewards for rollout in scored.rollouts] == [{"length": n} for n in (6.0, 8.0, 10.0)]
 
@@ -269,20 +275,20 @@ def test_functions_come_from_modules_files_and_the_built_in_table(tmp_path, monk
     (package / "mine.py").write_text("def exact_match(prompts, **c): return [2.0] * len(prompts)")
     monkeypatch.syspath_prepend(tmp_path)
     entries = ["exact_match", "my_package.mine:exact_match", f"{package / 'mine.py'}:exact_match"]
-    scorer = Scorer(RewardConfig(functions=entries, weights=[1.0, 10.0, 100.0]))
-    request.addfinalizer(scorer.close)
-    assert scorer.names == ["exact_match", "exact_match_2", "exact_match_3"]
+    rewards = Rewards(RewardConfig(functions=entries, weights=[1.0, 10.0, 100.0]))
+    request.addfinalizer(rewards.close)
+    assert rewards.names == ["exact_match", "exact_match_2", "exact_match_3"]
     scored = group(0, ["7"])
-    scorer.score([scored])
+    rewards.score([scored], None)
     assert scored.rollouts[0].reward == 221.0
 
 
-def test_names_stay_unique_when_a_suffix_is_taken(scorer):
+def test_names_stay_unique_when_a_suffix_is_taken(rewards):
     source = "def a(**c): ...\ndef a_2(**c): ...\n"
-    assert scorer(source, "a_2", "a", "a").names == ["a_2", "a", "a_3"]
+    assert rewards(source, "a_2", "a", "a").names == ["a_2", "a", "a_3"]
 
 
-def test_a_file_runs_once_and_may_define_dataclasses(scorer):
+def test_a_file_runs_once_and_may_define_dataclasses(rewards):
     source = """
 from __future__ import annotations
 from dataclasses import dataclass
@@ -294,29 +300,29 @@ def count(prompts, **columns):
     state.calls += 1
     return [state.calls] * len(prompts)
 """
-    scorer = scorer(source, "count", "count")
+    rewards = rewards(source, "count", "count")
     scored = group(0, ["7"])
-    scorer.score([scored])
+    rewards.score([scored], None)
     assert scored.rollouts[0].rewards == {"count": 1.0, "count_2": 2.0}
 
 
-def test_check_tells_a_missing_column_before_anything_runs(scorer):
+def test_check_tells_a_missing_column_before_anything_runs(rewards):
     source = """
 def needs(prompts, completions, solution, **columns): ...
 def closed(prompts, completions, completion_ids, answer): ...
 def narrow(completions): ...
 """
-    scorer = scorer(source, "exact_match", "needs", "closed", "narrow", "length")
+    rewards = rewards(source, "exact_match", "needs", "closed", "narrow", "length")
     prompt = group(0, ["7"]).prompt
     with pytest.raises(ConfigError) as caught:
-        scorer.check_columns([prompt])
+        rewards.check_columns([*prompt.columns])
     needs, narrow = caught.value.problems
     assert "missing a required argument: 'solution'" in needs and "answer" in needs
     assert ":narrow: cannot be called" in narrow
     prompt.columns["solution"] = "7"
     prompt.columns["completions"] = "x"
     with pytest.raises(ConfigError) as caught:
-        scorer.check_columns([prompt])
+        rewards.check_columns([*prompt.columns])
     assert "column 'completions'" in caught.value.problems[0]
     assert [":closed:" in line for line in caught.value.problems] == [False, True, False]
 
@@ -331,11 +337,11 @@ def test_exact_match_reads_text_and_chat_and_passes_on_a_missing_answer():
     assert exact_match([None] * 5, completions, answer=answers) == [1.0, 1.0, 1.0, 0.0, None]
 
 
-def test_metrics_by_hand(scorer):
-    scorer = scorer("", "exact_match", "length", weights=[1.0, -0.5])
+def test_metrics_by_hand(rewards):
+    rewards = rewards("", "exact_match", "length", weights=[1.0, -0.5])
     groups = [group(0, ["7", "7"]), group(2, ["7", "1234"], finish="length")]
-    scorer.score(groups)
-    assert Rewards(scorer, []).metrics(groups) == pytest.approx(
+    rewards.score(groups, None)
+    assert reward_metrics(groups, rewards.names) == pytest.approx(
         {
             "reward/mean": (0.5 + 0.5 + 0.5 - 2.0) / 4,
             "reward/std": math.sqrt(3 * 0.625**2 + 1.875**2) / 2,

@@ -20,10 +20,10 @@ from samples import group_of
 
 from rlswitch.config.sections import RewardConfig
 from rlswitch.errors import ConfigError
+from rlswitch.rewards.rewards import Rewards
 from rlswitch.rewards.sandbox import sandbox as module
 from rlswitch.rewards.sandbox.code import CodeReward, code_block
 from rlswitch.rewards.sandbox.sandbox import Limits, Sandbox, SandboxError
-from rlswitch.rewards.scorer import Scorer
 
 pytestmark = pytest.mark.processes
 
@@ -246,7 +246,7 @@ def test_without_isolation_nothing_runs_unless_told(monkeypatch):
     monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
     with pytest.raises(SandboxError, match="the sandbox could not be set up"):
         Sandbox(LIMITS)
-    assert Sandbox(LIMITS, allow_unsandboxed=True).missing is not None
+    assert Sandbox(LIMITS, allow_unsandboxed=True).missing
 
 
 # ---- the reward
@@ -285,28 +285,35 @@ def test_code_is_worth_the_share_of_the_tests_it_passes(completion, score, remar
     assert remark in said["code"][0]
 
 
+PATIENT = """
+from rlswitch.rewards.sandbox import sandbox
+sandbox.PATIENCE = 60.0
+def nothing(prompts, **columns): return [None] * len(prompts)
+"""
+"""Imported by a worker: its programs may wait for a busy machine."""
+
+
 @needs_isolation
-def test_the_code_reward_of_a_run_names_its_outcomes(request):
-    scorer = Scorer(RewardConfig(functions=["code"], timeout_s=18.0, workers=2))
-    request.addfinalizer(scorer.close)
-    group = group_of(ADD, code("while True: pass"), ADD, tests=TESTS[:2])
-    scorer.score([group])
-    rollouts = group.rollouts
-    assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 1.0]
-    assert rollouts[1].extra["code"] in (
-        "passed 0 of 2; ran longer than 3 s",
-        "passed 0 of 2; did not end within 9 s",  # where it had less than a third of a core
-    )
-    assert not any(rollout.errors for rollout in rollouts)
+def test_the_code_reward_of_a_run_names_its_outcomes(tmp_path, request):
+    (tmp_path / "patient.py").write_text(PATIENT)
+    functions = [f"{tmp_path / 'patient.py'}:nothing", "code"]
+    rewards = Rewards(RewardConfig(functions=functions, timeout_s=600.0, workers=2))
+    request.addfinalizer(rewards.close)
+    crash = code("import os; os.kill(os.getpid(), 11)")
+    group = group_of(ADD, crash, ADD, tests=TESTS[:2])
+    rewards.score([group], None)
+    assert [rollout.reward for rollout in group.rollouts] == [1.0, 0.0, 1.0]
+    remarks = [rollout.extra["code"] for rollout in group.rollouts]
+    assert remarks == ["passed 2 of 2", "passed 0 of 2; killed by SIGSEGV", "passed 2 of 2"]
+    assert not group.failed
 
 
 def test_the_code_reward_refuses_to_run_without_isolation(monkeypatch):
-    from rlswitch.rewards.workers.builtin import Settings, make_code
+    from rlswitch.rewards.workers.resolve import make_code
 
     monkeypatch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
-    settings = Settings(format_pattern=None, timeout_s=9.0, memory_bytes=1 << 30, allow_unsandboxed=False)
     with pytest.raises(ConfigError, match=r"reward\.allow_unsandboxed=true"):
-        make_code(settings)
+        make_code(RewardConfig(timeout_s=9.0))
 
 
 @needs_isolation

@@ -17,14 +17,14 @@ from fakes import FakeTenant
 from rlswitch.recipes.addition.task import build_tokenizer
 from samples import group_of
 
-from rlswitch.build import start_tenant
+from rlswitch.build import start_tenants
 from rlswitch.command.checks import tenant_problems
 from rlswitch.config.sections import TENANTS, RewardConfig, TenantConfig
 from rlswitch.errors import ConfigError, RewardError
 from rlswitch.evaluation import evaluate
+from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.models.tenant import RewardTenant, check_tenants, prepare_tenants
 from rlswitch.rewards.rewards import Rewards
-from rlswitch.rewards.scorer import Scorer
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -54,96 +54,97 @@ def switch(tmp_path: Path) -> Switch:
 
 
 @pytest.fixture
-def scorer(tmp_path: Path, request):
-    """scorer("judge", "none", weights=[...]): tenants, built-in functions, or those of FUNCTIONS."""
+def rewards(tmp_path: Path, request):
+    """rewards("judge", "none", weights=[...]): tenants, built-in functions, or those of FUNCTIONS."""
     file = tmp_path / "mine.py"
     file.write_text(FUNCTIONS)
 
-    def build(*names: str, **options) -> Scorer:
+    def build(*names: str, **options) -> Rewards:
         entries = [f"{file}:{name[1:]}" if name.startswith(":") else name for name in names]
-        made = Scorer(RewardConfig(functions=entries, **options), log=lambda line: None)
+        made = Rewards(RewardConfig(functions=entries, **options), log=lambda line: None)
         request.addfinalizer(made.close)
         return made
 
     return build
 
 
-def asked(scorer: Scorer, switch: Switch, tenants: Sequence[RewardTenant], *groups: Group) -> None:
-    Rewards(scorer, tenants).score(groups, switch)
+def asked(rewards: Rewards, switch: Switch, tenants: Sequence[RewardTenant], *groups: Group) -> None:
+    rewards.tenants = tenants
+    rewards.score(groups, switch)
 
 
 # -- beside the functions ----------------------------------------------------------------------
 
 
-def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(scorer, switch, log):
-    scorer = scorer("reward_model", "exact_match", "judge", weights=[10.0, 1.0, 100.0])
-    assert scorer.names == ["reward_model", "exact_match", "judge"]
+def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(rewards, switch, log):
+    rewards = rewards("reward_model", "exact_match", "judge", weights=[10.0, 1.0, 100.0])
+    assert rewards.names == ["reward_model", "exact_match", "judge"]
     tenants = [
         FakeTenant("reward model", log, lambda t: 0.5),
         FakeTenant("judge", log, lambda t: float(t == "8")),
     ]
     groups = [group("7", "8")]
-    asked(scorer, switch, tenants, *groups)
+    asked(rewards, switch, tenants, *groups)
     first, second = groups[0].rollouts
     assert list(first.rewards.items()) == [("reward_model", 0.5), ("exact_match", 1.0), ("judge", 0.0)]
     assert (first.reward, second.reward) == (6.0, 105.0)
     assert second.extra == {"reward_model": "8", "judge": "8"}
-    metrics = Rewards(scorer, tenants).metrics(groups)
+    metrics = reward_metrics(groups, rewards.names)
     assert metrics["reward/judge/mean"] == 0.5 and metrics["reward/reward_model/error_rate"] == 0.0
 
 
-def test_a_model_without_an_answer_is_an_error_like_a_functions(scorer, switch, log):
-    scorer = scorer("judge", "exact_match", max_error_rate=0.5)
+def test_a_model_without_an_answer_is_an_error_like_a_functions(rewards, switch, log):
+    rewards = rewards("judge", "exact_match", max_error_rate=0.5)
     scored = group("7", "8")
     tenants = [FakeTenant("judge", log, lambda t: None if t == "8" else 1.0)]
-    asked(scorer, switch, tenants, scored)
+    asked(rewards, switch, tenants, scored)
     assert [it.text for it in scored.rollouts] == ["7"]
     assert [it.errors for it in scored.failed] == [{"judge": "fell silent"}]
-    assert Rewards(scorer, tenants).metrics([scored])["reward/judge/error_rate"] == 0.5
+    assert reward_metrics([scored], rewards.names)["reward/judge/error_rate"] == 0.5
     with pytest.raises(
         RewardError, match=r"reward 'judge' fell silent for row 3, sample 1 \(prompt '1\+6='\)"
     ):
-        asked(scorer, switch, tenants, group("7", "8", "8", "8"))
+        asked(rewards, switch, tenants, group("7", "8", "8", "8"))
 
 
-def test_models_alone_need_no_worker(scorer, switch, log):
+def test_models_alone_need_no_worker(rewards, switch, log):
     before = set(psutil.Process().children())
-    scorer = scorer("judge")
-    assert (scorer.names, scorer.correctness) == (["judge"], "judge")
+    rewards = rewards("judge")
+    assert (rewards.names, rewards.correctness) == (["judge"], "judge")
     assert set(psutil.Process().children()) <= before
-    scorer.check_columns([group().prompt])
+    rewards.check_columns(["answer"])
     scored = group("7")
-    asked(scorer, switch, [FakeTenant("judge", log, lambda t: 0.25)], scored)
+    asked(rewards, switch, [FakeTenant("judge", log, lambda t: 0.25)], scored)
     assert scored.rollouts[0].reward == 0.25
 
 
-def test_a_function_of_the_same_name_takes_another(scorer):
-    assert scorer(":judge", "judge").names == ["judge_2", "judge"]
-    assert scorer(":judge", "exact_match").names == ["judge", "exact_match"]
+def test_a_function_of_the_same_name_takes_another(rewards):
+    assert rewards(":judge", "judge").names == ["judge_2", "judge"]
+    assert rewards(":judge", "exact_match").names == ["judge", "exact_match"]
 
 
-def test_where_no_function_applies_a_model_may(scorer, switch, log):
-    scorer, scored = scorer(":none", "judge"), group("7", "8")
-    asked(scorer, switch, [FakeTenant("judge", log, lambda t: 1.0)], scored)
+def test_where_no_function_applies_a_model_may(rewards, switch, log):
+    rewards, scored = rewards(":none", "judge"), group("7", "8")
+    asked(rewards, switch, [FakeTenant("judge", log, lambda t: 1.0)], scored)
     assert [it.rewards for it in scored.rollouts] == [{"judge": 1.0}] * 2
 
 
-def test_where_nothing_applies_it_is_an_error_once_all_have_been_asked(scorer):
+def test_where_nothing_applies_it_is_an_error_once_all_have_been_asked(rewards):
     with pytest.raises(RewardError, match="returned None, as every function did"):
-        scorer(":none").score([group("7")])
+        rewards(":none").score([group("7")], None)
     unasked = group("7")
-    scorer(":none", "judge").score([unasked])
+    rewards(":none", "judge").score([unasked], None)
     assert len(unasked.rollouts) == 1
 
 
 # -- in turn on the device ---------------------------------------------------------------------
 
 
-def test_each_has_the_device_to_itself_while_it_scores(scorer, switch, log, tmp_path):
-    scorer = scorer("judge", "reward_model")
+def test_each_has_the_device_to_itself_while_it_scores(rewards, switch, log, tmp_path):
+    rewards = rewards("judge", "reward_model")
     switch.holder = FakeTenant("engine", log, lambda t: None)
     tenants = [FakeTenant("judge", log, lambda t: 1.0), FakeTenant("reward model", log, lambda t: 1.0)]
-    asked(scorer, switch, tenants, group("7", "8"))
+    asked(rewards, switch, tenants, group("7", "8"))
     assert log == [
         "engine releases",
         "judge acquires",
@@ -160,9 +161,11 @@ def test_each_has_the_device_to_itself_while_it_scores(scorer, switch, log, tmp_
 
 @pytest.fixture
 def session(make_run, switch, log):
-    """session(scorer, tenants): what evaluate() looks at; the engine answers 7 greedily, then 7 and 8."""
+    """session(rewards, tenants): what evaluate() looks at; the engine answers 7 greedily, then 7 and 8."""
 
-    def build(scorer: Scorer, tenants: Sequence[RewardTenant] = ()):
+    def build(rewards: Rewards, tenants: Sequence[RewardTenant] = ()):
+        rewards.tenants = tenants
+
         def generate(prompts, sampling):
             log.append(f"engine generates at {sampling.temperature:g}")
             return [group(*("7", "8")[: sampling.num_samples]), group("8", answer="9")]
@@ -173,7 +176,7 @@ def session(make_run, switch, log):
         return SimpleNamespace(
             run=make_run(evaluation={"num_samples": 2}),
             engine=engine,
-            rewards=Rewards(scorer, tenants),
+            rewards=rewards,
             held_out=[],
             switch=switch,
             ledger=switch.ledger,
@@ -182,31 +185,31 @@ def session(make_run, switch, log):
     return build
 
 
-def test_a_function_says_what_is_right_and_no_model_is_asked(scorer, session, log):
+def test_a_function_says_what_is_right_and_no_model_is_asked(rewards, session, log):
     tenants = [FakeTenant("judge", log, lambda t: 1.0)]
-    metrics = evaluate(session(scorer("judge", "exact_match"), tenants))
+    metrics = evaluate(session(rewards("judge", "exact_match"), tenants))
     assert metrics == {"val/addition/acc": 0.5, "val/addition/pass@2": 0.5}
     assert log == ["engine generates at 0", "engine generates at 1", "engine forgets"]
 
 
-def test_without_a_function_the_first_model_is_asked_once_the_engine_is_done(scorer, session, log):
+def test_without_a_function_the_first_model_is_asked_once_the_engine_is_done(rewards, session, log):
     tenants = [
         FakeTenant("reward model", log, lambda t: float(t == "8")),
         FakeTenant("judge", log, lambda t: 1.0),
     ]
-    metrics = evaluate(session(scorer("reward_model", "judge"), tenants))
+    metrics = evaluate(session(rewards("reward_model", "judge"), tenants))
     assert metrics == {"val/addition/acc": 0.5, "val/addition/pass@2": 1.0}
     assert log[2:4] == ["engine forgets", "reward model acquires"]
     assert not [line for line in log if line.startswith("judge")]
 
 
-def test_rows_that_no_function_applies_to_do_not_count(scorer, session):
-    metrics = evaluate(session(scorer(":none", "judge"), [FakeTenant("judge", [], lambda t: 1.0)]))
+def test_rows_that_no_function_applies_to_do_not_count(rewards, session):
+    metrics = evaluate(session(rewards(":none", "judge"), [FakeTenant("judge", [], lambda t: 1.0)]))
     assert math.isnan(metrics["val/addition/acc"])
 
 
-def test_a_row_that_the_judging_function_does_not_apply_to_is_not_wrong(scorer, session):
-    some = session(scorer("exact_match", "length"))
+def test_a_row_that_the_judging_function_does_not_apply_to_is_not_wrong(rewards, session):
+    some = session(rewards("exact_match", "length"))
     some.engine.generate = lambda *_: [group("7"), group("8", answer=None)]
     assert evaluate(some)["val/addition/acc"] == 1.0
 
@@ -240,8 +243,8 @@ from pathlib import Path
 
 from rlswitch.errors import ConfigError
 from rlswitch.rewards.models.tenant import RewardTenant, TenantSpec
-from rlswitch.rewards.scores import Score
 from rlswitch.run import Run
+from rlswitch.types import Score
 
 
 class Lookup(RewardTenant):
@@ -332,20 +335,18 @@ def test_a_new_tenant_is_validated_like_the_others(with_lookup, tmp_path):
 
 def test_a_new_tenant_takes_its_turn_and_scores(with_lookup, switch, tmp_path, request, log):
     run, scored = with_lookup(), group("7", "8", "9")
-    (prepared,) = prepare_tenants(run, [scored.prompt], build_tokenizer(), print)
-    scorer = Scorer(replace(run.reward, max_error_rate=0.5), log=log.append)
-    request.addfinalizer(scorer.close)
+    tenants = prepare_tenants(run, [scored.prompt], build_tokenizer(), print)
+    rewards = Rewards(replace(run.reward, max_error_rate=0.5), log=log.append)
+    request.addfinalizer(rewards.close)
     with ExitStack() as stack:
-        tenant = start_tenant(prepared, switch, tmp_path, tmp_path, print, stack)
-        switch.vacate()
-        rewards = Rewards(scorer, [tenant])
+        rewards.tenants, _ = start_tenants(tenants, switch, tmp_path, tmp_path, print, stack)
         rewards.score([scored], switch)
-    assert switch.holder is tenant
+    assert switch.holder is rewards.tenants[0]
     assert [rollout.rewards for rollout in scored.rollouts] == [
         {"lookup": 0.25, "exact_match": 1.0},
         {"lookup": 4.0, "exact_match": 0.0},
     ]
     assert [rollout.reward for rollout in scored.rollouts] == [2.25, 4.0]
     assert scored.failed[0].errors == {"lookup": "is not listed"}
-    assert rewards.metrics([scored])["reward/lookup/mean"] == 2.125
+    assert reward_metrics([scored], rewards.names)["reward/lookup/mean"] == 2.125
     assert log == ["warning: reward 'lookup' is not listed for row 3, sample 2 (prompt '1+6='); left out"]

@@ -4,8 +4,6 @@ Between its turns the weights are in host memory (level 1) or only in their file
 back they are fingerprinted like a push: a file that changed meanwhile is rejected.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -26,30 +24,26 @@ from rlswitch.engines.spec import engine_dtype
 from rlswitch.errors import ConfigError, ProofError
 from rlswitch.proof.fingerprint import named_fingerprints
 from rlswitch.rewards.models.tenant import RewardTenant
-from rlswitch.rewards.scores import Score
+from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
 from rlswitch.text import first_line, prompt_text
 from rlswitch.training.batching import micro_batches, pad_right
 from rlswitch.training.parking import nbytes
-from rlswitch.types import PolicyWeights, Prompt, Rollout
+from rlswitch.types import PolicyWeights, Prompt, Rollout, Score
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Classifier:
     """A validated classifier that is not loaded yet, and how to load it."""
 
+    run: Run
     path: Path
     tokenizer: PreTrainedTokenizerBase
     reads_tokens: bool
     """Whether it understands the policy's tokens as they are."""
     longest: int
     """Its context length in tokens."""
-    level: str
-    verify: str
-    dtype: str
-    """As model.dtype has it."""
-    micro_batch_tokens: int
 
     def encode(self, prompt: Prompt, token_ids: Sequence[int], text: str) -> tuple[int, ...]:
         """Prompt and completion as its tokens: the policy's, the chat template's, or the bare text's."""
@@ -66,7 +60,7 @@ class Classifier:
 
     def load(self, device: Device) -> PreTrainedModel:
         """The model in host memory, read from its files. Raises ConfigError where they lack a tensor."""
-        dtype = getattr(torch, engine_dtype(self.dtype, device))
+        dtype = getattr(torch, engine_dtype(self.run.model.dtype, device))
         try:
             model, found = AutoModelForSequenceClassification.from_pretrained(
                 self.path, dtype=dtype, use_safetensors=True, output_loading_info=True
@@ -97,16 +91,16 @@ class RewardModel(RewardTenant):
         self._pad = self._model.config.get_text_config().pad_token_id
         self._fingerprints = self._fingerprint()
         self._nbytes = nbytes(self._tensors())
-        if self.device.kind == "cuda" and source.level == "1":
+        self._parked: list[Tensor] = []
+        """In host memory, at level 1."""
+        if source.run.reward_model.level == "1":
             for tensor in self._tensors():
-                tensor.data = tensor.data.pin_memory()
-        self._parked = [tensor.data for tensor in self._tensors()] if source.level == "1" else []
+                tensor.data = tensor.data.pin_memory() if self.device.kind == "cuda" else tensor.data
+                self._parked.append(tensor.data)
         self._awake = False
         self._turns = 0
         self._left_behind = 0
         self.acquire(None)
-
-    # -- as a tenant ---------------------------------------------------------------------------
 
     def acquire(self, weights: PolicyWeights | None) -> None:
         """Moves the weights to the device and proves that they are those of the start. Raises ProofError."""
@@ -121,7 +115,8 @@ class RewardModel(RewardTenant):
                 torch.cuda.synchronize()
             phase.bytes = self._nbytes
         self._turns += 1
-        if self.source.verify == "every" or (self.source.verify == "first" and self._turns == 1):
+        verify = self.source.run.switch.verify
+        if verify == "every" or (verify == "first" and self._turns == 1):
             with self.ledger.phase("verify", self.pids):
                 self._prove()
         self._awake = True
@@ -131,7 +126,7 @@ class RewardModel(RewardTenant):
             return
         with self.ledger.phase("offload", self.pids) as phase:
             before = self._on_gpu()
-            if self.source.level == "2":
+            if not self._parked:
                 self._model = None
             else:  # nothing to copy: the weights in host memory have not changed
                 for tensor, parked in zip(self._tensors(), self._parked, strict=True):
@@ -153,8 +148,6 @@ class RewardModel(RewardTenant):
     def close(self) -> None:
         self._model, self._parked = None, []
 
-    # -- scoring -------------------------------------------------------------------------------
-
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         rows = [self.source.encode(it.prompt, it.token_ids, it.text) for it in rollouts]
         # Equal rows once: a difference in the last bit would be magnified when advantages are normalised.
@@ -172,7 +165,7 @@ class RewardModel(RewardTenant):
         assert self._awake and self._model is not None, "it scores only while it has the device"
         logits = torch.zeros(len(rows))
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        for index in micro_batches(lengths, self.source.micro_batch_tokens):
+        for index in micro_batches(lengths, self.source.run.trainer.micro_batch_tokens):
             chosen = [rows[i] for i in index.tolist()]
             tokens = pad_right(chosen, self._padding(chosen), torch.long).to(self.device.torch)
             mask = pad_right([[1] * len(row) for row in chosen], 0, torch.long).to(self.device.torch)

@@ -6,8 +6,9 @@ and is proven at every wake-up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +23,10 @@ from rlswitch.rewards.models.template import (
     read_score,
     template_problems,
 )
-from rlswitch.rewards.models.tenant import RewardTenant, StartTenant, TenantSpec
-from rlswitch.rewards.scores import Score
+from rlswitch.rewards.models.tenant import Log, RewardTenant, StartTenant, TenantSpec
 from rlswitch.run import Run
 from rlswitch.text import shortened
-from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling
+from rlswitch.types import PolicyWeights, Prompt, Rollout, Sampling, Score
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,9 +76,8 @@ class Judge(RewardTenant):
         for index, text in enumerate(dict.fromkeys(texts)):  # identical questions are sent once
             token_ids = encode_question(text, self.engine.tokenizer)
             if len(token_ids) > self._longest:
-                scores[text] = Score(
-                    error=f"needs a question of {len(token_ids)} tokens, there is room for {self._longest}"
-                )
+                error = f"needs a question of {len(token_ids)} tokens, there is room for {self._longest}"
+                scores[text] = Score(error=error)
             else:
                 unanswered.append(Prompt(index=index, messages=text, token_ids=token_ids))
         for attempt in range(1 + self._config.retries):
@@ -106,12 +105,6 @@ class Judge(RewardTenant):
             where = f"in {attempt + 1} replies" if attempt else "in its reply"
             return Score(error=f"gave no score {where}: {shortened(repr(reply), 60)}", extra=extra)
         return Score(value=value, extra=extra)
-
-
-def settings_problems(run: Run) -> Iterator[str]:
-    """A line for each mistake in judge.prompt and judge.pattern."""
-    yield from template_problems(run.judge.prompt)
-    yield from pattern_problems(run.judge.pattern)
 
 
 def check_judge(run: Run, path: str, prompts: Sequence[Prompt]) -> tuple[PreTrainedTokenizerBase, int]:
@@ -145,7 +138,7 @@ def encode_question(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def prepare_judge(
-    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, say: Callable[[str], None]
+    run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
 ) -> StartTenant:
     """Finds the judge's model; its engine gets room for questions about `prompts`. Raises ConfigError."""
     from rlswitch.engines.spec import engine_spec  # these load torch
@@ -154,7 +147,7 @@ def prepare_judge(
 
     assert run.judge.path is not None, "command/checks.py requires it"
     model = ModelConfig(path=run.judge.path, dtype=run.model.dtype)
-    path = resolve_model(model, say, "judge.path")
+    path = resolve_model(model, log, "judge.path")
     tokenizer, length = check_judge(run, path, prompts)
     shared = {item.name: getattr(run.engine, item.name) for item in fields(EngineConfig)}
     spec = engine_spec(
@@ -168,12 +161,16 @@ def prepare_judge(
         seed=run.seed,
     )
 
-    def start(ledger: Ledger, output_dir: Path, scratch: Path, say: Callable[[str], None]) -> Judge:
+    def start(ledger: Ledger, output_dir: Path, scratch: Path, log: Log) -> Judge:
         log_path = output_dir / "judge.log"
-        engine = start_engine(spec, tokenizer, ledger, log_path, scratch, frozen=True, log=say)
+        engine = start_engine(spec, tokenizer, ledger, log_path, scratch, frozen=True, log=log)
         return Judge(run.judge, engine, length)
 
     return start
 
 
-SPEC = TenantSpec(check=check_judge, prepare=prepare_judge, problems=settings_problems)
+SPEC = TenantSpec(
+    check=check_judge,
+    prepare=prepare_judge,
+    problems=lambda run: chain(template_problems(run.judge.prompt), pattern_problems(run.judge.pattern)),
+)

@@ -52,32 +52,24 @@ def find_classifier(
     assert run.reward_model.path is not None, "command/checks.py requires it"
     path = resolve_model(ModelConfig(path=run.reward_model.path), log, "reward_model.path")
     tokenizer, config = check_reward_model(run, path, prompts)
-    limit = context_of(config)
+    limit = context_of(config) or tokenizer.model_max_length
+    same_vocabulary = policy.get_vocab() == tokenizer.get_vocab()
     return Classifier(
+        run=run,
         path=Path(path),
         tokenizer=tokenizer,
-        reads_tokens=agree(policy, tokenizer),
-        longest=min(limit or tokenizer.model_max_length, tokenizer.model_max_length),
-        level=run.reward_model.level,
-        verify=run.switch.verify,
-        dtype=run.model.dtype,
-        micro_batch_tokens=run.trainer.micro_batch_tokens,
+        reads_tokens=same_vocabulary and policy.chat_template == tokenizer.chat_template,
+        longest=min(limit, tokenizer.model_max_length),
     )
 
 
 def prepare_reward_model(
     run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
 ) -> StartTenant:
-    """Finds the classifier; it is loaded when the device is free for it. Raises ConfigError."""
-    from rlswitch.rewards.models.classifier import RewardModel
+    from rlswitch.rewards.models.classifier import RewardModel  # loads torch
 
     classifier = find_classifier(run, prompts, policy, log)
     return lambda ledger, *_: RewardModel(classifier, ledger)
-
-
-def agree(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> bool:
-    """Whether the same tokens and chats mean the same to both."""
-    return one.get_vocab() == other.get_vocab() and one.chat_template == other.chat_template
 
 
 SPEC = TenantSpec(check=check_reward_model, prepare=prepare_reward_model)

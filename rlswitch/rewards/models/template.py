@@ -1,7 +1,5 @@
 """The question a judge gets and how its reply is read: pure text, no model."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,11 +33,10 @@ def blanks(template: str) -> list[str]:
     """The names in braces. Raises ValueError where braces hold anything else."""
     names = []
     for _, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
-            raise ValueError("braces can hold a name only")
-        names.append(name)
+        if name is not None:
+            if not name.isidentifier() or spec or conversion:
+                raise ValueError("braces can hold a name only")
+            names.append(name)
     return names
 
 

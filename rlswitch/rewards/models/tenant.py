@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar
 
 from rlswitch.config.sections import TENANTS
 from rlswitch.run import Run
-from rlswitch.types import PolicyWeights, Prompt, Rollout
+from rlswitch.types import PolicyWeights, Prompt, Rollout, Score
 
 if TYPE_CHECKING:  # they take seconds to import, and settings are checked before that
     from transformers import PreTrainedTokenizerBase
 
-    from rlswitch.rewards.scores import Score
     from rlswitch.switch.ledger import Ledger
 
 Log = Callable[[str], None]
@@ -64,13 +63,6 @@ StartTenant = Callable[["Ledger", Path, Path, Log], RewardTenant]
 `scratch` is removed even if this process is killed."""
 
 
-class PreparedTenant(NamedTuple):
-    """A tenant whose model was found and validated, not yet started."""
-
-    name: str
-    start: StartTenant
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TenantSpec:
     """What the rest of the program asks of one kind of tenant before it runs. Importing it loads no torch."""
@@ -97,9 +89,9 @@ def check_tenants(run: Run, prompts: Sequence[Prompt]) -> None:
 
 def prepare_tenants(
     run: Run, prompts: Sequence[Prompt], policy: PreTrainedTokenizerBase, log: Log
-) -> list[PreparedTenant]:
-    """The tenants of `run`, in the order of reward.functions. Raises ConfigError."""
-    return [
-        PreparedTenant(settings.device_name, spec_of(reward).prepare(run, prompts, policy, log))
+) -> dict[str, StartTenant]:
+    """The models among the rewards by name, in the order of reward.functions. Raises ConfigError."""
+    return {
+        settings.device_name: spec_of(reward).prepare(run, prompts, policy, log)
         for reward, settings in run.tenants.items()
-    ]
+    }

@@ -1,14 +1,12 @@
 """The built-in reward for programs: the share of the dataset's tests that the completion's code passes."""
 
-from __future__ import annotations
-
 import json
 import re
 import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlswitch.rewards.functions import Completion, completion_text
+from rlswitch.rewards.functions import Completion, last_message
 from rlswitch.rewards.sandbox.sandbox import Sandbox, SandboxError
 
 BLOCK = re.compile(r"```(?:python|py)?3?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
@@ -53,7 +51,7 @@ class CodeReward:
         **columns: Any,
     ) -> list[float | Exception | None]:
         pairs = zip(completions, tests, strict=True)
-        results = [self._score(completion_text(completion), wanted) for completion, wanted in pairs]
+        results = [self._score(last_message(completion), wanted) for completion, wanted in pairs]
         if log_extra is not None:
             log_extra("code", [remark for _, remark in results])
         return [score for score, _ in results]

@@ -6,12 +6,9 @@ environment: six variables, and no descriptor but the first three
 files: the interpreter and /usr, read-only, and a private /tmp in memory
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -19,6 +16,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,9 +61,8 @@ class Outcome:
     """How a program ended."""
 
     problem: str | None
-    """None after exit code 0; else `exit code 1: ZeroDivisionError: ...`,
-    `killed by SIGSEGV`, `ran longer than 10 s`, `did not end within 30 s`, `printed more than 1048576
-    bytes`."""
+    """None after exit code 0; else `exit code 1: ZeroDivisionError: ...`, `killed by SIGSEGV`,
+    `ran longer than 10 s`, `did not end within 30 s`, `printed more than 1048576 bytes`."""
     output: str
     errors: str
 
@@ -75,18 +72,16 @@ class Sandbox:
 
     def __init__(self, limits: Limits, allow_unsandboxed: bool = False):
         """Raises SandboxError when the kernel allows no isolation here, unless `allow_unsandboxed`."""
-        self._limits = limits
-        self._isolate = True
+        self._limits, self._isolate = limits, True
+        self.missing = ""
+        """Why programs run without isolation."""
         try:
             if problem := self.run("").problem:
                 raise SandboxError(f"Python does not start in the sandbox ({problem})")
         except SandboxError as error:
             if not allow_unsandboxed:
                 raise
-            self.missing: str | None = str(error)
-            self._isolate = False
-        else:
-            self.missing = None
+            self.missing, self._isolate = str(error), False
 
     def run(self, source: str, stdin: str = "", argv: tuple[str, ...] = ()) -> Outcome:
         """Runs `source` as a Python program in a private, empty directory."""
@@ -108,26 +103,22 @@ class Sandbox:
 
     def _listen(self, stdout: IO[bytes], stderr: IO[bytes], began: float) -> tuple[str | None, bytes, bytes]:
         """Reads both until they are closed or a limit is exceeded: the problem, and what was read."""
-        pieces: dict[int, list[bytes]] = {stdout.fileno(): [], stderr.fileno(): []}
-        size = 0
-        with selectors.DefaultSelector() as selector:
-            for fd in pieces:
-                selector.register(fd, selectors.EVENT_READ)
-            problem = None
-            while selector.get_map() and problem is None:
-                left = began + self._limits.seconds * PATIENCE - time.monotonic()
-                for key, _ in selector.select(max(left, 0.0)):
-                    piece = os.read(key.fd, 1 << 16)
-                    pieces[key.fd].append(piece)
-                    size += len(piece)
-                    if not piece:
-                        selector.unregister(key.fd)
-                if size > self._limits.output_bytes:
-                    problem = f"printed more than {self._limits.output_bytes} bytes"
-                elif left <= 0:
-                    problem = f"did not end within {self._limits.seconds * PATIENCE:g} s"
-        output, errors = (b"".join(pieces[file.fileno()]) for file in (stdout, stderr))
-        return problem, output[: self._limits.output_bytes], errors[: self._limits.output_bytes]
+        read = {stdout.fileno(): b"", stderr.fileno(): b""}
+        still_open, problem = [*read], None
+        while still_open and problem is None:
+            left = began + self._limits.seconds * PATIENCE - time.monotonic()
+            ready = wait(still_open, max(left, 0.0))
+            for fd in [fd for fd in still_open if fd in ready]:
+                piece = os.read(fd, 1 << 16)
+                read[fd] += piece
+                if not piece:
+                    still_open.remove(fd)
+            if sum(map(len, read.values())) > self._limits.output_bytes:
+                problem = f"printed more than {self._limits.output_bytes} bytes"
+            elif left <= 0:
+                problem = f"did not end within {self._limits.seconds * PATIENCE:g} s"
+        output, errors = (text[: self._limits.output_bytes] for text in read.values())
+        return problem, output, errors
 
     def _outcome(self, problem: str | None, status: bytes, output: bytes, errors: bytes) -> Outcome:
         ended = json.loads(status) if status else {}

@@ -10,8 +10,6 @@ RLIMIT_CPU counted, or {"refused": why} when the kernel did not allow such a sta
 was ended from outside.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os
@@ -61,7 +59,13 @@ class Spec(TypedDict):
 
 def main() -> None:
     status = int(sys.argv[1])
-    spec: Spec = json.loads(_read_line(0))
+    line = b""
+    while not line.endswith(b"\n"):
+        piece = os.read(0, 1 << 16)
+        if not piece:
+            return
+        line += piece
+    spec: Spec = json.loads(line)
     os.set_inheritable(status, False)
     for number in POLITE:
         signal.signal(number, lambda *_: None)
@@ -141,7 +145,7 @@ def _be_child(spec: Spec, directory: Path, status: int, user: int) -> NoReturn:
 
 
 def _become(user: int) -> None:
-    """Changes to a user that no other program has: Linux limits processes per user."""
+    """Changes to a user that no other program has, since Linux limits processes per user."""
     os.setgroups([])
     try:
         os.setresgid(user, user, user)
@@ -156,7 +160,9 @@ def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:
         os.setsid()
         if spec["files"]:
             os.chdir(directory)
-        os.dup2(_open_input(directory if "stdin" in spec["files"] else None), 0)
+        os.dup2(os.open("stdin" if "stdin" in spec["files"] else os.devnull, os.O_RDONLY), 0)
+        if "stdin" in spec["files"]:
+            os.unlink("stdin")  # later the program cannot read it again
         kept = sorted({2, status, *spec["keep"]})
         for low, high in zip(kept, [*kept[1:], 1 << 20], strict=True):
             os.closerange(low + 1, high)
@@ -174,17 +180,6 @@ def _become_program(spec: Spec, directory: Path, status: int) -> NoReturn:
     except BaseException as error:
         _report(status, {"refused": f"{type(error).__name__}: {error}"})
     os._exit(1)
-
-
-def _open_input(directory: Path | None) -> int:
-    if directory is None:
-        return os.open("/dev/null", os.O_RDONLY)
-    fd = os.open(directory / "stdin", os.O_RDONLY)
-    os.unlink(directory / "stdin")  # later the program cannot read it again
-    return fd
-
-
-# ---- namespaces
 
 
 def _enter_namespaces() -> None:
@@ -211,10 +206,8 @@ def _build_root(root: Path, visible: list[str]) -> None:
     _mount("tmpfs", str(root / "tmp"), "tmpfs", MS_NOSUID | MS_NODEV, "size=64m,mode=777")
     for path in map(Path, visible):
         target = root / path.relative_to("/")
-        if path.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
-        else:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        (target if path.is_dir() else target.parent).mkdir(parents=True, exist_ok=True)
+        if not path.is_dir():
             target.touch()
         _mount(str(path), str(target), None, MS_BIND | MS_REC)
     _set_attributes(root, MOUNT_ATTR_RDONLY | MOUNT_ATTR_NOSUID, 0, AT_RECURSIVE)
@@ -242,19 +235,6 @@ def _call(name: str, *arguments: object) -> None:
     if getattr(libc, name)(*arguments) == -1:
         code = ctypes.get_errno()
         raise OSError(code, f"{name}: {os.strerror(code)}")
-
-
-# ---- messages
-
-
-def _read_line(fd: int) -> bytes:
-    line = b""
-    while not line.endswith(b"\n"):
-        piece = os.read(fd, 1 << 16)
-        if not piece:
-            raise SystemExit(0)
-        line += piece
-    return line
 
 
 def _ended(pid: int) -> dict[str, float]:

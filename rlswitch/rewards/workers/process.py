@@ -1,7 +1,5 @@
 """A worker process as the trainer sees it, and the supervisor that ends everything the worker starts."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -51,57 +49,35 @@ class WorkerProcess:
         os.close(printed)
         theirs.close()
 
-    @property
-    def ends(self) -> list[Any]:
-        """What becomes readable when there is something to `take`."""
-        return [self._connection, self._output, self._status]
-
-    def send(self, message: tuple[Any, ...]) -> None:
-        """Raises Lost when the worker is gone."""
+    def ask(self, message: tuple[Any, ...], seconds: float) -> dict[str, Any]:
+        """The answer to a message. Raises Lost when the worker dies or takes longer than `seconds`."""
+        deadline = time.monotonic() + seconds
         self._printed = 0
         try:
             self._connection.send(message)
-        except OSError as error:
+            while (left := deadline - time.monotonic()) > 0:
+                ready = wait([self._connection, self._output, self._status], left)
+                if self._output in ready:
+                    self._log_lines(os.read(self._output, 1 << 16))
+                if self._connection in ready:
+                    return json.loads(self._connection.recv_bytes())
+                if self._status in ready:
+                    raise Lost(self._cause_of_death())
+        except (EOFError, OSError) as error:
             raise Lost(self._cause_of_death()) from error
-
-    def ask(self, message: tuple[Any, ...], seconds: float) -> dict[str, Any]:
-        """The answer to a message. Raises Lost when it takes longer than `seconds`."""
-        self.send(message)
-        deadline = time.monotonic() + seconds
-        while (left := deadline - time.monotonic()) > 0:
-            wait(self.ends, left)
-            if (reply := self.take()) is not None:
-                return reply
         raise Lost(f"took longer than {seconds:g} s")
-
-    def take(self) -> dict[str, Any] | None:
-        """The answer, if it has arrived; logs what was printed. Raises Lost."""
-        ready = wait(self.ends, 0)
-        if self._output in ready:
-            self._log_lines(os.read(self._output, 1 << 16))
-        if self._connection in ready:
-            try:
-                return json.loads(self._connection.recv_bytes())
-            except (EOFError, OSError) as error:
-                raise Lost(self._cause_of_death()) from error
-        if self._status in ready:
-            raise Lost(self._cause_of_death())
-        return None
 
     def hang_up(self) -> None:
         """Asks the supervisor to end the process and all that it started."""
         assert self._supervisor.stdin is not None
         with suppress(OSError, ValueError):  # gone already, or asked before
             self._supervisor.stdin.write(b"\n")
-            self._supervisor.stdin.flush()
+            self._supervisor.stdin.close()
 
     def end(self) -> None:
         """Hangs up and waits until every process is gone."""
         self.hang_up()
         self._supervisor.wait()
-        assert self._supervisor.stdin is not None
-        with suppress(OSError):
-            self._supervisor.stdin.close()
         self._connection.close()
         os.close(self._output)
         os.close(self._status)

@@ -1,28 +1,62 @@
-"""Finds the functions that reward.functions names, and checks what they can be called with."""
-
-from __future__ import annotations
+"""Finds the functions that reward.functions names, built-in or not, and what they can be called with."""
 
 import importlib.util
 import inspect
-import os
 import sys
 import zlib
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rlswitch.config.fields import did_you_mean
-from rlswitch.config.sections import TENANTS
+from rlswitch.config.sections import TENANTS, RewardConfig
 from rlswitch.data.rows import nearest_file
 from rlswitch.errors import ConfigError
-from rlswitch.rewards.workers.builtin import BUILTIN, Settings
+from rlswitch.rewards.functions import Format, exact_match, length, math
+from rlswitch.rewards.sandbox.code import CodeReward
+from rlswitch.rewards.sandbox.sandbox import PATIENCE, Limits, Sandbox, SandboxError
 
 GIVEN = ("prompts", "completions", "completion_ids")
 """Arguments of every function, beside the dataset's columns."""
+ONE_BY_ONE = {"code"}
+"""Built-in functions that score one rollout per call: a program may use up the whole timeout."""
+
+
+def make_format(config: RewardConfig) -> Format:
+    assert config.format_pattern is not None, "command/checks.py requires it"
+    return Format(config.format_pattern)
+
+
+def make_code(config: RewardConfig) -> CodeReward:
+    limits = Limits(
+        seconds=min(10.0, config.timeout_s / (2 * PATIENCE)), memory_bytes=int(config.memory_gib * 2**30)
+    )
+    try:
+        sandbox = Sandbox(limits, config.allow_unsandboxed)
+    except SandboxError as error:
+        raise ConfigError(
+            f"reward.functions = code: {error}; what the model writes would run with this user's rights and"
+            " network; allow namespaces (containers: --security-opt seccomp=unconfined), or set"
+            " reward.allow_unsandboxed=true to run it under limits only"
+        ) from error
+    if sandbox.missing:
+        print(f"warning: reward.allow_unsandboxed: programs run under limits only: {sandbox.missing}")
+    return CodeReward(sandbox)
+
+
+BUILTIN: Mapping[str, Callable[[RewardConfig], Callable[..., Any]]] = {
+    "exact_match": lambda config: exact_match,
+    "math": lambda config: math,
+    "format": make_format,
+    "length": lambda config: length,
+    "code": make_code,
+}
+"""How to make each, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +69,8 @@ class Function:
 
     @property
     def is_async(self) -> bool:
-        call = self.call
-        return inspect.iscoroutinefunction(call) or inspect.iscoroutinefunction(
-            getattr(call, "__call__", None)  # noqa: B004  (an object with an async __call__)
-        )
+        calls = (self.call, getattr(self.call, "__call__", None))  # noqa: B004  (an object's may be async)
+        return any(map(inspect.iscoroutinefunction, calls))
 
     def signature_problem(self, columns: Sequence[str]) -> str | None:
         """Why it cannot be called with these columns of the dataset, or None."""
@@ -60,29 +92,30 @@ class Function:
         return False
 
 
-def resolve(entries: Sequence[str], settings: Settings) -> tuple[list[Function], list[str]]:
+def resolve(entries: Sequence[str], config: RewardConfig) -> tuple[list[Function], list[str]]:
     """The functions under unique names, and a line for each entry that is not one."""
     functions: list[Function] = []
     problems: list[str] = []
+    tenants = TENANTS.keys() & config.functions
     for entry in entries:
         try:
-            name, call = _find(entry, settings)
+            name, call = _find(entry, config)
         except ConfigError as error:
             problems += error.problems
         else:
-            unique = _unique(name, {*settings.taken_names, *(other.name for other in functions)})
+            unique = _unique(name, tenants | {other.name for other in functions})
             functions.append(Function(unique, entry, call))
     return functions, problems
 
 
-def _find(entry: str, settings: Settings) -> tuple[str, Callable[..., Any]]:
+def _find(entry: str, config: RewardConfig) -> tuple[str, Callable[..., Any]]:
     blame = f"reward.functions = {entry}:"
     check_exists(entry)
     place, colon, name = entry.rpartition(":")
     if not colon:
-        return entry, BUILTIN[entry](settings)
+        return entry, BUILTIN[entry](config)
     try:
-        module = _load_file(_file(place)) if place.endswith(".py") else import_module(place)
+        module = _load_file(Path(place).expanduser()) if place.endswith(".py") else import_module(place)
         call = getattr(module, name, None)
     except (Exception, SystemExit) as error:  # anything can happen while a user's module runs
         what = f"{type(error).__name__}: {error}"
@@ -106,12 +139,9 @@ def check_exists(entry: str) -> None:
         raise ConfigError(
             f"{blame} {what}; give a built-in one ({known}), package.module:function, or file.py:function"
         )
-    if place.endswith(".py") and not os.path.isfile(_file(place)):
-        raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}{nearest_file(_file(place))}")
-
-
-def _file(place: str) -> Path:
-    return Path(os.path.expanduser(place))
+    file = Path(place).expanduser()
+    if file.suffix == ".py" and not file.is_file():
+        raise ConfigError(f"{blame} no such file '{place}' in {Path.cwd()}{nearest_file(file)}")
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -134,8 +164,5 @@ def _load_file(path: Path) -> ModuleType:
 
 def _unique(name: str, taken: Set[str]) -> str:
     """`name`, or name_2, name_3, ... when an earlier function has it."""
-    unique, n = name, 1
-    while unique in taken:
-        n += 1
-        unique = f"{name}_{n}"
-    return unique
+    names = chain([name], (f"{name}_{n}" for n in count(2)))
+    return next(it for it in names if it not in taken)

@@ -6,17 +6,15 @@ A message is a pickled tuple that begins with a verb:
     ("check", columns)                -> {"problems": [...]}
     ("score", functions, arguments)   -> {"results": [one per function]}
 
-A result is {"error": why}, or {"scores": [...], "bad": [(row, why)], "extra": {column: [...]}}.
+A result is {"error": why}, or {"scores": [(value or null, why there is none)], "extra": {column: [...]}}.
 """
-
-from __future__ import annotations
 
 import asyncio
 import json
-import math
 import os
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -40,8 +38,8 @@ def main(fd: int) -> None:
                 return
             if verb == "load":
                 functions, problems = resolve(*rest)
-                reply: dict[str, Any] = {"problems": problems, "names": [f.name for f in functions]}
-                reply["is_async"] = [f.is_async for f in functions]
+                names, is_async = [f.name for f in functions], [f.is_async for f in functions]
+                reply: dict[str, Any] = {"problems": problems, "names": names, "is_async": is_async}
             elif verb == "check":
                 found = (function.signature_problem(rest[0]) for function in functions)
                 reply = {"problems": [problem for problem in found if problem]}
@@ -97,31 +95,21 @@ def _raised(error: BaseException) -> dict[str, Any]:
 
 
 def _numbers(returned: Any, arguments: Mapping[str, Any], extra: Mapping[str, list[str]]) -> dict[str, Any]:
-    """The returned scores as finite floats; None where it does not apply or is not a number."""
     rows = len(arguments["prompts"])
     if isinstance(returned, str | bytes | Mapping) or not isinstance(returned, Iterable):
         return {"error": f"returned {shortened(repr(returned), 60)} instead of a list of {rows} numbers"}
     values = list(returned)
     if len(values) != rows:
         return {"error": f"returned {len(values)} rewards for {rows} completions"}
-    scores = [None if value is None else _float(value) for value in values]
-    bad = [
-        (row, f"returned {shortened(repr(value), 60)} instead of a number")
-        for row, (value, score) in enumerate(zip(values, scores, strict=True))
-        if score is not None and not math.isfinite(score)
-    ]
-    for row, _ in bad:
-        scores[row] = None
     kept = {column: texts for column, texts in extra.items() if len(texts) == rows}
-    return {"scores": scores, "bad": bad, "extra": kept}
+    return {"scores": [_number(value) for value in values], "extra": kept}
 
 
-def _float(value: Any) -> float:
-    """`value` as a float; nan for anything but a number, and for what would be infinite in float32."""
-    if not isinstance(value, SupportsFloat):
-        return math.nan
-    try:
-        number = float(value)
-        return number if abs(number) <= LARGEST else math.nan
-    except Exception:  # an array of many elements, an integer beyond the range of floats
-        return math.nan
+def _number(value: Any) -> tuple[float | None, str]:
+    """`value` as a float that is finite in float32, and why it is none; neither where it does not apply."""
+    if value is None:
+        return None, ""
+    with suppress(Exception):  # an array of many elements, an integer beyond the range of floats
+        if isinstance(value, SupportsFloat) and abs(number := float(value)) <= LARGEST:
+            return number, ""
+    return None, f"returned {shortened(repr(value), 60)} instead of a number"
