@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from transformers import PreTrainedTokenizerFast, Qwen3ForSequenceClassification
+from transformers import Qwen3ForSequenceClassification
 
 from . import judge as addition_judge
 from . import task as addition
