@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model, runs built directly, no network."""
+"""Fixtures for several test files: a tiny model, runs built without the command line, no network."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-hypothesis.settings.register_profile("rlswitch", deadline=None)  # nothing is timed in a test
+hypothesis.settings.register_profile("rlswitch", deadline=None)  # no test depends on time
 hypothesis.settings.load_profile("rlswitch")
 
-PAD = 12  # of the character tokenizer
+PAD = 12  # the character tokenizer's
 SHARE_A_BENCH = {"test_contract", "test_sabotage", "test_frozen", "test_server_engine"}
 
 

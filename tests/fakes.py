@@ -1,4 +1,4 @@
-"""Stand-ins at the package's doors: an engine's backend, a tenant, and a real session over such a backend."""
+"""Fakes for the package's interfaces: an engine's backend, a tenant, and a real session on a fake backend."""
 
 from __future__ import annotations
 

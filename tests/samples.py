@@ -1,4 +1,4 @@
-"""What several tests are made of: groups of rollouts without an engine, the shape of a tiny model."""
+"""Test data shared by several tests: groups of rollouts without an engine, a tiny model's shape."""
 
 from __future__ import annotations
 

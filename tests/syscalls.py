@@ -1,9 +1,9 @@
-"""Watches the system calls by which a forked child changes files, and breaks it off at any one of them.
+"""Intercepts the system calls by which a forked child changes files, and interrupts it at any of them.
 
-The kernel itself asks before each call (seccomp's user notifications, Linux 5.5 and later), whoever makes
-it: Python, libc, or safetensors and tokenizers in Rust. Not seen: memory that is mapped and written to, and
-what a disk does with data between two calls. A killed child leaves its writes in the page cache, so a power
-failure is not tried; the order of the calls tells instead what was forced to the disk before what.
+The kernel notifies us before each call (seccomp's user notifications, Linux 5.5 and later), whether Python,
+libc, or Rust code in safetensors and tokenizers makes it. Not covered: writes to mapped memory, and what a
+disk does with data between two calls. A killed child leaves its writes in the page cache, so this does not
+simulate a power failure; the order of the calls shows which data was synced to disk first.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def run_watched(
                     break
                 if full_from is not None and number >= full_from:
                     answer = errno.ENOSPC if number == full_from or call.name in TAKES_ROOM else 0
-            with suppress(FileNotFoundError):  # it has died meanwhile
+            with suppress(FileNotFoundError):  # it has died in the meantime
                 fcntl.ioctl(
                     listener,
                     SEND,
@@ -189,6 +189,6 @@ def _text(pid: int, address: int) -> str:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         memory.seek(address)
         text = b""
-        while b"\0" not in text:  # up to the end of the page: the next one may not be there
+        while b"\0" not in text:  # up to the end of the page: the next one may be unmapped
             text += memory.read(4096 - (address + len(text)) % 4096)
     return os.fsdecode(text.partition(b"\0")[0])

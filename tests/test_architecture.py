@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: one vendor one place, small files, light imports."""
+"""Architecture rules, checked on the source: one place per vendor, small files, light imports."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ PERIPHERY = {
 WIRING = {"session", "build", "evaluation", "loop", "inputs"}
 """What puts a run together knows both sides."""
 SEAMS: set[tuple[str, str]] = {
-    ("switch", "records"),  # the ledger writes lines
-    ("engines", "processes"),  # an engine lives in processes
-    ("rewards", "rewards.workers"),  # and so do reward functions
+    ("switch", "records"),  # the ledger writes JSON lines
+    ("engines", "processes"),  # an engine runs in processes
+    ("rewards", "rewards.workers"),  # so do reward functions
 }
 SHIMS = {"engines/worker.py", "engines/cpu_worker.py"}
 """Old places of what running servers name; they go with the next version."""

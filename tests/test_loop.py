@@ -1,4 +1,4 @@
-"""The loop over a backend that is none: its order, and where it may be stopped."""
+"""The loop on a fake backend: its order, and where it can be stopped."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def stop() -> None:
 def test_every_step_pushes_proves_samples_and_learns_and_an_evaluation_shares_the_next_ones_push(train):
     backend = FakeBackend()
     out = train(backend, num_steps=3, evaluation={"every": 2, "num_samples": 1}, checkpoint={"every": 0})
-    again = [*PUSH, "reset"]  # the prompts that the last proof could have met are forgotten once more
+    again = [*PUSH, "reset"]  # drops prefixes that the last proof may have cached
     assert backend.log == [
         *(*PUSH, "generate", "reset"),  # evaluation of version 0
         *("generate", "sleep 2"),

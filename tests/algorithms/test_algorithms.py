@@ -1,4 +1,4 @@
-"""Advantages, losses and divergences: numbers worked out by hand, and relations between them."""
+"""Advantages, losses and divergences, against values computed by hand and against each other."""
 
 from __future__ import annotations
 
@@ -144,9 +144,7 @@ def test_whiten_has_mean_zero_and_variance_one_over_the_mask(lengths: list[int],
     mask = mask_of(lengths)
     chosen = whiten(noise(mask.shape, seed) * 7 + 3, mask)[mask]
     assert abs(float(chosen.mean())) < 1e-9
-    assert (
-        abs(float(chosen.var(correction=0)) - 1) < 1e-3
-    )  # of two values that are close epsilon takes a part
+    assert abs(float(chosen.var(correction=0)) - 1) < 1e-3  # epsilon shrinks close values
 
 
 # -- losses ------------------------------------------------------------------------------------
@@ -185,7 +183,7 @@ def test_value_loss_by_hand():
     values, old = torch.tensor([[1.0, 0.1, 2.0]]), torch.tensor([[0.0, 0.0, 0.0]])
     returns = torch.tensor([[2.0, 1.0, 0.0]])
     loss, metrics = value_loss(values, old, returns, clip=0.5)
-    # the first is limited to 0.5 and pays for it; the third would be flattered, so it is not
+    # clipping to 0.5 raises the first loss; it would lower the third, which is therefore not clipped
     torch.testing.assert_close(loss, torch.tensor([[1.125, 0.405, 2.0]]))
     assert metrics["critic/vf_clip_ratio"].tolist() == [[1, 0, 0]]
 
@@ -511,7 +509,7 @@ def test_it_rises_above_the_target_falls_below_it_and_never_far_at_once(kl: floa
     assert 0.8 - 1e-9 <= found <= 1.2 + 1e-9
 
 
-# -- whitening, for all ------------------------------------------------------------------------
+# -- whitening ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS["algorithm"]))

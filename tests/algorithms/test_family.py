@@ -1,4 +1,4 @@
-"""The algorithms against each other: what is a variant of what, and exactly how."""
+"""The algorithms against each other: which is a variant of which, and how exactly."""
 
 from __future__ import annotations
 
@@ -232,6 +232,6 @@ def test_the_baseline_of_reinforce_is_the_running_mean_of_earlier_steps():
     # baselines: its own mean 2; 0.75 x 2 + 0.25 x 2 = 2; 2 again
     assert seen == [[[-1, -1], [1, 0]], [[2, 2], [-2, 0]], [[-2, -2], [-2, 0]]]
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}
-    batch.rewards = torch.tensor([math.nan, 1.0])  # the update will be left out
+    batch.rewards = torch.tensor([math.nan, 1.0])  # the update will be skipped
     batch.advantages, batch.returns = algorithm.estimate_advantages(batch, memory)
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}

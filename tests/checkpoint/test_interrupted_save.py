@@ -1,4 +1,4 @@
-"""A save that is broken off at any of its system calls leaves the old checkpoint or the new one."""
+"""A save interrupted at any system call leaves the previous checkpoint or the complete new one."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_save_broken_off_anywhere_leaves_the_old_checkpoint_or_the_new_one(
         ended = run_watched(partial(attempt, saves, state), saves.directory, **{how: number})
         assert len(ended.calls) > number, call
         assert ended.code == -signal.SIGKILL if how == "kill_at" else ended.code in (0, SAID), call
-        if ended.code == SAID:  # it has cleaned up after itself; a killed one cannot
+        if ended.code == SAID:  # a failed save cleans up; a killed one cannot
             assert not [name for name in saves.names() if name.startswith(".")], call
         found = saves.content()
         assert found in (before, after), call
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_old_one_goes
         if name == "write":
             written.add(path)
             pending.add(path)
-        elif name == "rename" and target is not None:  # safetensors has a draft of its own
+        elif name == "rename" and target is not None:  # safetensors writes a temporary file itself
             for found in (written, pending):
                 if path in found:
                     found.remove(path)

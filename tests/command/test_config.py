@@ -1,4 +1,4 @@
-"""The command line: what is composed, how it ends, sweeps in processes. Mistakes: bad_inputs.py."""
+"""The command line: composition, exit codes, sweeps in processes. Mistakes: bad_inputs.py."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def execute(script: str, words: list[str]) -> None:
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """Runs a sweep whose jobs are a small program, and returns its exit code."""
-    monkeypatch.setattr("rlswitch.processes.fork_server.SUPPORTED", False)  # a new interpreter each
+    monkeypatch.setattr("rlswitch.processes.fork_server.SUPPORTED", False)  # each in a new interpreter
 
     def run(program: str, *words: str) -> int:
         script = tmp_path / "job.py"

@@ -1,4 +1,4 @@
-"""An environment that does not fit together: what set-up finds in the metadata, and what an import raises."""
+"""Incompatible packages: what set-up finds in their metadata, and errors at import."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def install(site: Path, name: str, version: str, build: str = "") -> None:
         ("2.13.0+cu130", "0.28.0+cu130", True),
         ("2.13.0+cu130", "0.28.0+cu131", True),
         ("2.13.0+cu130", "0.28.0+cu126", False),
-        ("2.13.0+cu130", "0.28.0+cpu", True),  # a CPU build works beside any torch
-        ("2.13.0", "0.28.0+cu130", True),  # of an unknown build
+        ("2.13.0+cu130", "0.28.0+cpu", True),  # a CPU build works with any torch
+        ("2.13.0", "0.28.0+cu130", True),  # an unknown build
     ],
 )
 @pytest.mark.parametrize("metadata_has_build", [True, False])

@@ -1,4 +1,4 @@
-"""Prompts: the stream, where rows come from and what is held out. Bad rows: bad_inputs.py."""
+"""Prompts: the stream, sources of rows and the held-out rows. Bad rows: bad_inputs.py."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_chat_messages_go_through_the_template(tokenizer):
     assert prefilled.messages == [user, begun], "null fields, which Arrow adds, are no fields"
 
 
-# ---- what is held out
+# ---- held-out rows
 
 
 def test_rows_cut_off_are_removed_and_do_not_depend_on_the_seed(tokenizer):

@@ -1,4 +1,4 @@
-"""One real vLLM engine with a model to push into it."""
+"""A real vLLM engine, and a model to push into it."""
 
 import copy
 import os
@@ -91,7 +91,7 @@ def open_bench(directory: Path, engine: str = "local", **settings: Any) -> Itera
     tokenizer.save_pretrained(directory / "model")
     config = SETTINGS[engine](kv_cache_gib=0.125, **settings)
     config.vllm |= {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a server finds that worker
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that a server finds this worker
     device, model_path = Device.detect(), str(directory / "model")
     spec = engine_spec(
         "rollout engine",

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on the real vLLM. The engine is shared: starting it takes longer than most tests."""
+"""Fixtures for tests with the real vLLM. They share an engine: starting one takes longer than most tests."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # the engine's processes get our sys.path
+sys.path.append(str(Path(__file__).parent))  # the engine's processes inherit our sys.path
 
 from bench import Bench, open_bench
 from runs import Finished, finish, train
 
 if torch.cuda.is_available():
-    collect_ignore_glob = ["test_*.py"]  # these tests drive the CPU worker
+    collect_ignore_glob = ["test_*.py"]  # these tests need the CPU worker
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +52,7 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 @pytest.fixture(scope="session")
 def run_train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
-    """run_train("recipe=ppo", ...): train.py's main in a process of its own, and what came of it.
+    """run_train("recipe=ppo", ...): train.py's main in a separate process, and its outcome.
 
     As the jobs of a sweep are run: the libraries are imported once for all tests.
     """

@@ -1,4 +1,4 @@
-"""Programs as a user runs them, in processes of their own, but with the libraries imported once for all."""
+"""Runs programs as a user does, in separate processes, but imports the libraries only once."""
 
 import os
 import runpy

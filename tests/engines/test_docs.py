@@ -1,4 +1,4 @@
-"""The programs in docs/, run as they are printed."""
+"""The programs in docs/, run as printed."""
 
 import re
 from contextlib import ExitStack

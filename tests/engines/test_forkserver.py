@@ -1,4 +1,4 @@
-"""Processes forked from the server that has imported vLLM, and what they take along."""
+"""Processes forked from the server that has imported vLLM, and what they inherit."""
 
 import json
 import multiprocessing
@@ -102,7 +102,7 @@ def leave_a_file(path: str, orphaned: bool) -> None:
 def test_a_process_outlives_its_server_and_starts_another(tmp_path: Path) -> None:
     path = tmp_path / "file"
     process = start_process(leave_a_file, [str(path), True])
-    process.join()  # waits for the process, though its server can no longer tell of it
+    process.join()  # waits for the process, although its server can no longer report it
     assert path.read_text() == "started by another"
     after = start_process(leave_a_file, [str(path), False])
     after.join()

@@ -1,4 +1,4 @@
-"""Engines with a checkpoint of their own, on the real vLLM: they go back to it, and are proven."""
+"""Frozen engines on the real vLLM: they reload their own checkpoint, and the reload is proven."""
 
 from pathlib import Path
 
@@ -99,7 +99,7 @@ def test_weights_that_changed_while_it_slept_at_level_1_are_found_out(bench, che
 
 def test_stale_prefixes_are_found_out(bench, checkpoint, monkeypatch) -> None:
     engine = start(bench, checkpoint, "0")
-    engine.backend.count_cached_tokens(engine.base_weights.canary.sequences)  # known from before
+    engine.backend.count_cached_tokens(engine.base_weights.canary.sequences)  # known already
     engine.release()
     monkeypatch.setattr(bench.backend, "reset_prefix_cache", lambda: True)
     with pytest.raises(ProofError, match="prefix cache"):

@@ -1,4 +1,4 @@
-"""A run that is killed in every phase of its step ends as one that never was, to the last byte."""
+"""A run killed in every phase of a step ends like an undisturbed one, byte for byte."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def lasting(path: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.timeout(3600)  # fifteen runs, one after the other
+@pytest.mark.timeout(3600)  # fifteen runs in sequence
 def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tmp_path: Path) -> None:
     assert DEATHS.keys() <= {*SWITCH_PHASES, *WORK_PHASES}
     reward = tmp_path / "variety.py"

@@ -1,4 +1,4 @@
-"""The engine's processes die with ours, however ours dies, and leave nothing behind."""
+"""The engine's processes exit with ours, however ours dies, and leave nothing behind."""
 
 import os
 import signal
@@ -58,7 +58,7 @@ def started_owner(directory: Path, engine: str, *, warm: bool) -> Iterator[Owned
         *pids, root = lines.readline().split()
         owner, *engines = [psutil.Process(int(pid)) for pid in pids]
         others = [] if warm else owner.children(recursive=True)
-        # Semaphores have no name any more once both sides have opened them.
+        # Semaphores are unlinked once both sides have opened them.
         files = set(left(shared_memory_of([owner.pid, *(process.pid for process in engines)])))
         assert files, "vLLM's processes talk through shared memory"
         try:

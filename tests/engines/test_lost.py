@@ -1,4 +1,4 @@
-"""Engines that die, hang or do not come back, on the real vLLM: nothing of it shows in what they generate."""
+"""Engines that die, hang or fail to restart, on the real vLLM: their outputs stay the same."""
 
 from __future__ import annotations
 
@@ -93,9 +93,9 @@ def test_a_killed_engine_is_replaced_and_nobody_can_tell(mortal: Mortal, method:
 def test_only_what_was_not_finished_is_asked_again(mortal: Mortal, monkeypatch) -> None:
     engine, weights = mortal.engine, mortal.bench.publish()
     engine.acquire(weights)
-    sampling = replace(SAMPLING, max_new_tokens=96)  # long: the first has come long before the last begins
+    sampling = replace(SAMPLING, max_new_tokens=96)  # long: the first is complete well before the last starts
     lengths = [len(tokens) for tokens, _, _ in told(engine.generate(PROMPTS, sampling))]
-    mortal.doom("execute_model", calls=max(lengths) // 2)  # a step of vLLM's makes a token of each
+    mortal.doom("execute_model", calls=max(lengths) // 2)  # a vLLM step generates a token for each
     calls: list[tuple[int, dict]] = []
     whole = type(engine.backend).generate
 
@@ -106,7 +106,7 @@ def test_only_what_was_not_finished_is_asked_again(mortal: Mortal, monkeypatch) 
     monkeypatch.setattr(type(engine.backend), "generate", generate)
     groups = engine.generate(PROMPTS, sampling)
     assert [len(tokens) for tokens, _, _ in told(groups)] == lengths
-    (first, finished), *_, (again, _) = calls  # between them the new one is warmed up
+    (first, finished), *_, (again, _) = calls  # the new engine is warmed up in between
     assert first == len(lengths) and again == first - len(finished)
     assert 0 < len(finished) < first
     engine.release()
@@ -142,7 +142,7 @@ def test_a_step_may_have_more_tokens_than_vllm_takes_at_once(mortal: Mortal) -> 
 def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch, engine: str) -> None:
     note = tmp_path / "pids"
     monkeypatch.setenv(HUNG, str(note))
-    monkeypatch.setattr("rlswitch.engines.vllm.launcher.SHUTDOWN_SECONDS", 1.0)  # it does not hear SIGTERM
+    monkeypatch.setattr("rlswitch.engines.vllm.launcher.SHUTDOWN_SECONDS", 1.0)  # it ignores SIGTERM
     for seconds in (12, 60, 300):
         with (
             pytest.raises(EngineError, match=rf"did not start: .*engine.start_timeout_s = {seconds}"),
@@ -150,7 +150,7 @@ def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch,
         ):
             pytest.fail("it has started")
         if note.exists():
-            break  # it was given up where it hung, and not on the way there: the machine is not so busy
+            break  # it reached the hang; on a busy machine it needs more time to get there
     processes = [int(pid) for pid in note.read_text().split()]
     assert len(processes) == 2
     assert eventually(lambda: not any(map(psutil.pid_exists, processes)))

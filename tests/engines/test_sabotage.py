@@ -1,6 +1,6 @@
-"""Every way in which a push has gone wrong somewhere, done on purpose to the real vLLM.
+"""Every known way for a push to fail, injected into the real vLLM.
 
-Each test names the check that must catch it; the others must have let it pass.
+Each test names the check that must catch it; the other checks must pass.
 """
 
 import pytest
@@ -77,7 +77,7 @@ def test_an_update_too_small_for_logprobs_to_show(bench: Bench, monkeypatch) -> 
         for ours, theirs in zip(old.canary.logprobs, new.canary.logprobs, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    assert max(gaps) < 1e-4  # the canary alone would be content
+    assert max(gaps) < 1e-4  # the canary alone would pass
     monkeypatch.setattr(bench.backend, "reload", lambda path: reload(old.path))
     refused(engine, new, "fingerprint")
 
@@ -115,7 +115,7 @@ def test_one_bit_flipped(bench: Bench) -> None:
 def test_q_and_k_exchanged(bench: Bench) -> None:
     engine, weights = asleep(bench), bench.publish()
     edit(weights, lambda tensors: tensors.update({Q: tensors[K], K: tensors[Q]}))
-    refused(engine, weights, "canary")  # the sum of the same bytes: the fingerprint cannot see it
+    refused(engine, weights, "canary")  # the same bytes have the same sum: the fingerprint cannot detect it
 
 
 def test_tied_head_left_stale(bench: Bench) -> None:
@@ -128,7 +128,7 @@ def test_tied_head_left_stale(bench: Bench) -> None:
 
 
 def test_prefix_cache_not_reset_across_a_push(bench: Bench, monkeypatch) -> None:
-    engine = asleep(bench, level="0")  # deeper levels make vLLM itself forget its prefixes
+    engine = asleep(bench, level="0")  # at deeper levels vLLM itself drops its prefix cache
     monkeypatch.setattr(bench.backend, "reset_prefix_cache", lambda: True)
     assert "tokens would be served" in refused(engine, bench.publish(), "prefix cache")
 

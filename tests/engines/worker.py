@@ -1,4 +1,4 @@
-"""A worker that can be told to make the mistakes that a proof has to catch, and to die or hang."""
+"""A vLLM worker that makes the mistakes a proof must catch, dies or hangs on request."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The residency plan: sizes and seconds by hand, parking, and advice that holds when it is followed."""
+"""The residency plan: sizes and seconds computed by hand, parking, and advice that works if followed."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 held[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its address would be used again
+            alive.append(tensor)  # otherwise its address could be reused
             return tensor
 
         mask = torch.ones(4, 32, dtype=torch.long)
@@ -172,7 +172,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
     assert saved(4) - saved(2) == pytest.approx(estimated[1] - estimated[0], rel=0.1)
 
 
-# ---- what is where
+# ---- residency
 
 
 def test_rows_by_hand(gpu_run) -> None:
@@ -235,7 +235,7 @@ def test_judge_and_reward_model_have_a_phase_each_and_leave_the_device(scored_ru
     judge = ["judge weights", "judge's KV cache", "judge's own (estimate)"]
     assert sum(found[name].at("judge") for name in judge) == int(0.85 * 140 * GIB)
     assert found["judge's own (estimate)"].at("update") == GIB  # a context stays
-    scores = 2 * (596_049_920 + 1024)  # one label for the head, which was tied
+    scores = 2 * (596_049_920 + 1024)  # one label, as the head was tied
     assert [found["reward model weights"].at(phase) for phase in plan.phases] == [0, 0, scores, 0]
     assert plan.total("parked") - plan.parked_by_trainer == (weights + scores if level == "1" else 0)
     assert found["policy gradients"].at("judge") == 0

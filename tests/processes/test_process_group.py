@@ -1,4 +1,4 @@
-"""Who ends with whom: the table in watch_owner's docstring, with plain processes in place of vLLM's."""
+"""Which process ends with which: the table in watch_owner's docstring, with plain processes for vLLM's."""
 
 from __future__ import annotations
 
@@ -99,6 +99,6 @@ def test_a_group_ends_with_its_descendants_and_files(start, tmp_path: Path):
     assert parent.stdout.readline() == "started\n"
     group = ProcessGroup([parent.pid], [str(file)])
     assert len(group.processes) == 2 and [it.pid for it in group.vital] == [parent.pid]
-    group.end(lambda: 1 / 0)  # it does not answer
+    group.end(lambda: 1 / 0)  # it does not respond
     assert not file.exists()
     assert not [it for it in group.processes if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]

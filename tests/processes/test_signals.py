@@ -1,4 +1,4 @@
-"""Signals end a run after its step, with one save; a second Ctrl-C ends it at once."""
+"""A signal ends the run after its step, with one save; a second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 

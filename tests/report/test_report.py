@@ -1,4 +1,4 @@
-"""The report of whole, partial, broken, long and hostile runs."""
+"""The report on complete, partial, broken, long and hostile runs."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def test_nothing_in_a_run_can_write_markup(run_dir):
     assert "\x1b" not in html and "\u202e" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     samples = samples_of(html)
-    assert [row["completion"] for row in samples] == [evil, evil + "2"]  # as data, to the letter
+    assert [row["completion"] for row in samples] == [evil, evil + "2"]  # as data, verbatim
     assert samples[0]["end"] == evil and samples[0][evil] == 1.0
 
 

@@ -1,4 +1,4 @@
-"""The judge without its engine: what it is asked, how a reply is read, and how often it is asked again."""
+"""The judge without an engine: its prompts, how replies are parsed, and retries."""
 
 from __future__ import annotations
 

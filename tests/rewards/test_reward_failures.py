@@ -1,4 +1,4 @@
-"""Reward functions that fail: each is stopped and named, the rest is kept, nothing stays behind."""
+"""Failing reward functions: each is stopped and named, the other rows are kept, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def scorer(tmp_path: Path):
         one.close()
     me = psutil.Process()
     for child in me.children(recursive=True):
-        with suppress(psutil.Error):  # it may end while it is looked at
+        with suppress(psutil.Error):  # it may exit meanwhile
             assert "supervisor.py" not in " ".join(child.cmdline())
 
 
@@ -105,7 +105,7 @@ def test_the_guilty_row_is_named_and_the_others_are_kept(scorer, crime):
     metrics = reward_metrics(groups, scorer.names)
     assert metrics["reward/error_rate"] == metrics["reward/bad/error_rate"] == 1 / ROWS
     assert metrics["reward/length/error_rate"] == 0.0
-    scorer.score(step())  # and it goes on
+    scorer.score(step())  # and it continues
 
 
 @pytest.mark.parametrize(
@@ -267,8 +267,8 @@ def test_no_rollout_left_is_an_error_whatever_the_rate(scorer):
 
 
 def test_a_refill_may_fail_whole_within_what_the_step_allows(scorer):
-    rewards = Rewards(scorer("raise ValueError('no')", step_size=40), [])  # a tenth of which may
-    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):  # it is no refill yet
+    rewards = Rewards(scorer("raise ValueError('no')", step_size=40), [])  # a tenth may fail
+    with pytest.raises(RewardError, match="4 of 4 rollouts have no reward"):  # not a refill yet
         rewards.score(step(0, 1, 2, 3, rows=4), None)
     rewards.score(step(), None)
     groups = step(0, 1, 2, 3, rows=4)

@@ -1,4 +1,4 @@
-"""The reward model as a tenant: transformers' own logits, and weights that come back or are refused."""
+"""The reward model as a tenant: it gives transformers' logits, and its weights are restored or rejected."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ def test_weights_that_changed_in_host_memory_are_refused(classifier, start):
         model.acquire(None)
 
 
-# -- what is no reward model -------------------------------------------------------------------
+# -- rejected models ---------------------------------------------------------------------------
 
 
 def test_a_language_model_is_refused_before_it_is_loaded(tiny_model, find):

@@ -1,4 +1,4 @@
-"""Programs that a model wrote: stopped and named, and nothing of them or for them is left behind."""
+"""Programs written by a model: stopped and named, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def sandbox(request, monkeypatch, tmp_path: Path):
 
 
 def command_of(process: psutil.Process) -> str:
-    with suppress(psutil.Error):  # it may end while it is looked at
+    with suppress(psutil.Error):  # it may exit meanwhile
         return " ".join(process.cmdline())
     return ""
 
@@ -211,7 +211,7 @@ def test_an_isolated_program_reaches_nothing_outside(source, says):
     before = set(psutil.Process().children(recursive=True))
     if os.getuid() == 0 or "setuid" not in source:
         outcome = Sandbox(LIMITS).run(source.replace("PARENT", str(os.getpid())))
-        # many processes may write at once: not the last line alone
+        # many processes may write at once: not only the last line
         assert outcome.problem and says in outcome.problem + outcome.errors
     assert not set(psutil.Process().children(recursive=True)) - before
 
@@ -295,7 +295,7 @@ def test_the_code_reward_of_a_run_names_its_outcomes(request):
     assert [rollout.reward for rollout in rollouts] == [1.0, 0.0, 1.0]
     assert rollouts[1].extra["code"] in (
         "passed 0 of 2; ran longer than 3 s",
-        "passed 0 of 2; did not end within 9 s",  # where it had less than a third of a core
+        "passed 0 of 2; did not end within 9 s",  # if it had less than a third of a core
     )
     assert not any(rollout.errors for rollout in rollouts)
 

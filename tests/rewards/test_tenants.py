@@ -1,4 +1,4 @@
-"""Models among the rewards: their scores beside the functions', their turn on the device, evaluation."""
+"""Reward models and judges: their scores next to the functions', their turn on the device, evaluation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def asked(scorer: Scorer, switch: Switch, tenants: Sequence[RewardTenant], *grou
     Rewards(scorer, tenants).score(groups, switch)
 
 
-# -- beside the functions ----------------------------------------------------------------------
+# -- models and functions together -------------------------------------------------------------
 
 
 def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(scorer, switch, log):
@@ -136,7 +136,7 @@ def test_where_nothing_applies_it_is_an_error_once_all_have_been_asked(scorer):
     assert len(unasked.rollouts) == 1
 
 
-# -- in turn on the device ---------------------------------------------------------------------
+# -- turns on the device -----------------------------------------------------------------------
 
 
 def test_each_has_the_device_to_itself_while_it_scores(scorer, switch, log, tmp_path):
@@ -232,7 +232,7 @@ def test_a_hand_over_inside_of_work_is_counted_as_switching_only(tmp_path, monke
     assert (row["from"], row["to"]) == ("rollout engine", "judge")
 
 
-# -- a new one ---------------------------------------------------------------------------------
+# -- a new tenant ------------------------------------------------------------------------------
 
 LOOKUP = """
 import json

@@ -1,4 +1,4 @@
-"""Adapters: what is trained, what is pushed, what is saved, and that none disturbs another."""
+"""Adapters: what is trained, pushed and saved, and that these do not interfere."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_step_moves_adapters_and_head_and_nothing_else(build, make_groups, alg
     moved = changed(before, state(trainer))
     assert moved and all(".lora_B." in name or ".lora_A." in name for name in moved)
     if trainer.critic is not None:
-        step(trainer, make_groups)  # the head starts at zero, so the first step moves it alone
+        step(trainer, make_groups)  # the head starts at zero, so the first step moves only it
         moved = changed(critic, trainer.critic.state_dict())
         assert {"head.weight", "head.bias"} < moved
         assert all(lora.LORA in name or name.startswith("head.") for name in moved)

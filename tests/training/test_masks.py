@@ -1,4 +1,4 @@
-"""Tokens that the policy did not sample, anywhere in a completion: no loss and no metric depends on them."""
+"""No loss and no metric depends on tokens that the policy did not sample, wherever they are."""
 
 from __future__ import annotations
 

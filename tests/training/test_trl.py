@@ -1,4 +1,4 @@
-"""The losses against an independent implementation: TRL's released GRPOTrainer, on the same tensors."""
+"""The losses against an independent implementation: TRL's released GRPOTrainer on the same tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "dapo": {"loss_aggregation": "token-mean"},
     "dr_grpo": {"loss_aggregation": "seq-mean-token-sum-norm"},
     "luspo": {"loss_aggregation": "seq-mean-token-sum"},
-    # TRL bounds the weight by epsilon_high itself and not from below
+    # TRL bounds the weight only from above, by epsilon_high itself
     "cispo": {"loss_aggregation": "token-mean", "surrogate": "weighted", "ratio_clip_low": 1.0},
 }
 """What each loss_type of TRL is called here."""
