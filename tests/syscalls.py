@@ -51,16 +51,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Call(NamedTuple):
-    """A call that changes something: a file opened for reading is none."""
+    """A call that changes files: opening a file for reading does not."""
 
     name: str
     path: Path
     target: Path | None = None
-    """Where a rename moves it to."""
+    """The target of a rename."""
 
 
 class Ended(NamedTuple):
-    """What a child came to: its calls below the directory, and its exit code, negative for a signal."""
+    """A child's calls below the directory, and its exit code, negative for a signal."""
 
     calls: list[Call]
     code: int
@@ -82,8 +82,8 @@ class _Program(ctypes.Structure):
 def run_watched(
     work: Callable[[], object], root: Path, kill_at: int | None = None, full_from: int | None = None
 ) -> Ended:
-    """Does `work` in a fork: killed instead of its call number `kill_at` (from 0) below `root`, or with a
-    disk that is full from call number `full_from` on, which itself fails whatever it is.
+    """Runs `work` in a fork: kills it instead of call number `kill_at` (from 0) below `root`, or fills the
+    disk from call number `full_from` on; that call itself always fails.
 
     Exit codes: 0, or 1 when `work` raised. Raises OSError where the kernel does not let us watch.
     """
@@ -150,7 +150,7 @@ def _install() -> int:
 
 
 def _next(listener: int) -> tuple[int, ...] | None:
-    """The next call that the child waits to make, or None once it has ended."""
+    """The next call that the child waits to make, or None once it has exited."""
     while True:
         poller = select.poll()
         poller.register(listener, select.POLLIN)

@@ -47,7 +47,7 @@ def records(path: Path) -> list[dict]:
 
 
 def saved_state(output_dir: Path) -> dict:
-    """Of the only checkpoint."""
+    """The weights in the only checkpoint."""
     (state,) = (output_dir / "checkpoints").glob("step_*/state.json")
     return json.loads(state.read_text())
 
@@ -106,7 +106,7 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(train,
 
 
 def test_a_run_with_nothing_more_to_learn_is_saved_before_it_ends(train, tmp_path):
-    """All rewards are equal, as the backend's answers are: no step has a gradient."""
+    """The backend's answers, and so all rewards, are equal: no step has a gradient."""
     almost = FRESH._replace(state=LoopState(flat_in_a_row=48))
     with pytest.raises(RLSwitchError, match=r"gradient was 0 .* 50 steps.*; checkpoint of step 2 saved"):
         train(FakeBackend(), almost, num_steps=9, checkpoint={"every": 0}, evaluation={"every": 0})

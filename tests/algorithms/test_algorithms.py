@@ -258,7 +258,7 @@ def test_expectations_of_k1_and_k3_are_the_kl_divergence_and_of_k2_nearly():
 
 @given(seed=st.integers(0, 99))
 def test_the_expectations_of_k1_k2_and_k3_agree_to_second_order(seed: int):
-    """Halve the step from the reference: the KL falls to a quarter, what sets them apart to an eighth."""
+    """Half the distance to the reference: the KL falls to 1/4, the estimators' difference to 1/8."""
     q, direction = noise((6,), seed).log_softmax(0), noise((6,), seed + 1)
 
     def expected(step: float) -> dict[str, float]:
@@ -310,7 +310,7 @@ def test_no_mismatch_is_zero_everywhere_and_a_full_sample():
 
 
 def make_batch(lengths: list[int], seed: int, columns: int = 0) -> Batch:
-    """A batch whose per-token tensors have `columns` more columns of padding than they need."""
+    """A batch whose per-token tensors have `columns` extra columns of padding."""
     mask = mask_of(lengths)
     rows = mask.shape[0]
 

@@ -32,7 +32,7 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def batch_of(logprobs, old, advantages, mask, reference=None):
-    """A batch with just what a policy loss reads."""
+    """A batch with only what a policy loss reads."""
     rows = mask.shape[0]
     return Batch(
         token_ids=torch.zeros(rows, 1, dtype=torch.long),
@@ -163,7 +163,7 @@ def test_overlong_completions_lose_up_to_one():
 
 
 def session_with(rewards_by_prompt, rounds: int, wanted: int):
-    """A session whose prompts come in order and whose rewards are given; records what was asked for."""
+    """A session with prompts in order and fixed rewards; records its requests."""
     asked: list[int] = []
     cursor = iter(range(len(rewards_by_prompt)))
 

@@ -41,7 +41,7 @@ with only_run_in(Path(sys.argv[1]), print):
 
 @pytest.fixture
 def other_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """Another process that has tmp_path/run."""
+    """Another process that owns tmp_path/run."""
     words = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_during_the_run_ends_it_with_a_line(capsys):
 
 @pytest.fixture
 def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Opens a session as far as the engine, which is not to be reached."""
+    """Opens a session, which must fail before it reaches the engine."""
     from rlswitch import build
 
     monkeypatch.setattr(build, "inspect_models", lambda run, *_: SimpleNamespace(path=run.model.path))

@@ -20,7 +20,7 @@ from rlswitch.command import cli
 TESTS = Path(__file__).resolve().parents[1]
 ERROR = "rlswitch: error: "
 LIGHT = [*SECTIONS["The command line"], *SECTIONS["Settings"]]
-"""Told by the settings alone."""
+"""Detectable from the settings alone."""
 
 
 def forbidden(*args: object, **given: object) -> None:
@@ -29,7 +29,7 @@ def forbidden(*args: object, **given: object) -> None:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """An empty directory to type in."""
+    """An empty working directory."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -48,7 +48,7 @@ def lay(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def lay_model(folder: Path, original: Path, changes: Mapping[str, Any]) -> None:
-    """The model's files, those that `changes` names changed: see BadInput.model."""
+    """The model's files with `changes` applied: see BadInput.model."""
     files: dict[str, Any] = {file.name: file for file in original.iterdir()} | dict(changes)
     for name, change in changes.items():
         if isinstance(change, dict):

@@ -21,7 +21,7 @@ SAMPLING = Sampling(num_samples=2, max_new_tokens=12, temperature=0.7, seed=0, s
 
 
 def start(bench: Bench, path: Path, level: str) -> Engine:
-    """A frozen engine over the shared backend, which is brought to `path` as if started with it."""
+    """A frozen engine on the shared backend, which loads `path` as if started with it."""
     backend = bench.backend
     for tag in ("weights", "kv_cache"):
         backend.wake(tag)
@@ -33,7 +33,7 @@ def start(bench: Bench, path: Path, level: str) -> Engine:
 
 @pytest.fixture
 def checkpoint(bench: Bench, tmp_path: Path) -> Path:
-    """A checkpoint that a test may edit."""
+    """A checkpoint that the test may edit."""
     bench.model.save_pretrained(tmp_path / "judge")
     bench.tokenizer.save_pretrained(tmp_path / "judge")
     return tmp_path / "judge"

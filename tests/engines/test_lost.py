@@ -26,7 +26,7 @@ SAMPLING = Sampling(num_samples=4, max_new_tokens=24, temperature=1.0, seed=0, s
 
 
 class Mortal:
-    """An engine over a bench of its own that is restarted whenever it is lost."""
+    """An engine on a separate bench that is restarted whenever it is lost."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -43,7 +43,7 @@ class Mortal:
         return backend
 
     def doom(self, method: str, calls: int = 0, number: int = signal.SIGKILL) -> psutil.Process:
-        """The worker that will get the signal in the midst of `method`."""
+        """The worker that will receive the signal during `method`."""
         backend = self.engine.backend
         backend.collective_rpc("doom", call=method, calls=calls, number=int(number))
         return psutil.Process(backend.workers[0]["pid"])
@@ -68,7 +68,7 @@ def told(groups: list[Group]) -> list[tuple]:
 
 
 def turn(engine: RestartingEngine, weights: PolicyWeights) -> list[tuple]:
-    """One turn on the device: woken, pushed, proven, asked, and asleep again."""
+    """One turn on the device: wake, push, prove, generate, sleep."""
     engine.acquire(weights)
     assert engine.proven and engine.version == weights.version
     groups = engine.generate(PROMPTS, SAMPLING)
@@ -124,7 +124,7 @@ def test_a_silent_engine_counts_as_lost(mortal: Mortal) -> None:
 
 
 def test_a_step_may_have_more_tokens_than_vllm_takes_at_once(mortal: Mortal) -> None:
-    """On a CPU a prompt that is done in two parts kills vLLM (0.32) when it has a seed."""
+    """vLLM 0.32 on a CPU crashes if it splits a prompt that has a seed."""
     engine, weights = mortal.engine, mortal.bench.publish()
     engine.acquire(weights)
     restarts = engine.restarts
@@ -157,7 +157,7 @@ def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch,
 
 
 def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Mortal) -> None:
-    """The last one: it leaves no engine behind."""
+    """Must run last: it leaves no engine behind."""
     engine, weights = mortal.engine, mortal.bench.publish()
     turn(engine, weights)
     engine.acquire(weights)

@@ -22,7 +22,7 @@ Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
 
 
 def refused(engine: Engine, weights: PolicyWeights, check: str) -> str:
-    """The push fails in `check`, and the engine can never generate again."""
+    """Asserts that the push fails in `check` and that the engine can never generate again."""
     with pytest.raises(ProofError, match=f"version {weights.version} is not proven: {check}") as error:
         engine.acquire(weights)
     assert engine.state is State.FAILED
@@ -32,7 +32,7 @@ def refused(engine: Engine, weights: PolicyWeights, check: str) -> str:
 
 
 def edit(weights: PolicyWeights, change) -> None:
-    """Rewrites the published file after `change` of its tensors, behind the publisher's back."""
+    """Applies `change` to the tensors of the published file, unknown to the publisher."""
     file = weights.path / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -119,7 +119,7 @@ def test_q_and_k_exchanged(bench: Bench) -> None:
 
 
 def test_tied_head_left_stale(bench: Bench) -> None:
-    """What vLLM's CPU build 0.32 does by itself; the day this passes, the worker's repair can go."""
+    """What vLLM's CPU build 0.32 does by itself; once it no longer does, delete the worker's repair."""
     engine = bench.engine()
     engine.acquire(bench.publish())
     bench.rpc("sabotage", keep_stale_head=True)

@@ -22,7 +22,7 @@ SAMPLING = Sampling(num_samples=3, max_new_tokens=12, temperature=0.7, seed=0, s
 
 
 def attaching(bench: Bench) -> EngineSpec:
-    """The bench's engine, by way of the URL of its server."""
+    """The bench's engine, attached through its server's URL."""
     settings = replace(bench.spec.settings, url=str(bench.backend.client.address))
     return replace(bench.spec, settings=settings)
 

@@ -37,7 +37,7 @@ def phases(rows: list[dict], way: tuple[str, str]) -> list[str]:
 
 
 def check_records(out: Path, reward: str) -> list[dict]:
-    """What any run with a model among its rewards leaves behind; its rollouts."""
+    """Checks the files of a run with a reward model or judge; returns its rollouts."""
     steps = records(out / "metrics.jsonl")
     assert [step["step"] for step in steps] == [0, 1, 2]
     for step in steps[1:]:
@@ -53,7 +53,7 @@ def check_records(out: Path, reward: str) -> list[dict]:
 
 @pytest.fixture
 def judged(tiny_model) -> list[str]:
-    """recipe=judge with an untrained judge, of which any digit is a verdict."""
+    """recipe=judge with an untrained judge; any digit counts as a verdict."""
     policy, judge = tiny_model(tie=True), tiny_model(tie=False)
     models = [f"model.path={policy.path}", f"judge.path={judge.path}"]
     reply = [r"judge.pattern='(\d)'", "judge.scale=9", "judge.max_new_tokens=16", "judge.retries=30"]

@@ -46,7 +46,7 @@ def records(path: Path) -> list[dict]:
 
 
 def timeless(record: dict) -> dict:
-    """A record without what differs between two runs of the same program."""
+    """A record without fields that differ between identical runs."""
     clocks = ("timing_s/", "perf/", "switch/")
     return {key: value for key, value in record.items() if not key.startswith(clocks)}
 
@@ -195,7 +195,7 @@ def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -
 
 
 def test_adapters_are_pushed_merged_and_proven(run_train, tmp_path: Path) -> None:
-    """With packing, a KL to the bare model, a mismatch correction and one update a step beside it."""
+    """Also with packing, a KL to the base model, a mismatch correction and one update per step."""
     out = tmp_path / "run"
     words = [
         *("recipe=grpo", *SMALL, "num_steps=2", "evaluation.every=0", f"output_dir={out}"),

@@ -72,7 +72,7 @@ LARGE = QWEN | {
 
 @pytest.fixture
 def qwen(tmp_path: Path):
-    """A directory with nothing but this config.json."""
+    """A directory with only this config.json."""
 
     def write(config: dict) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -83,7 +83,7 @@ def qwen(tmp_path: Path):
 
 @pytest.fixture
 def gpu_run(make_run):
-    """Settings of the size that the defaults have, in bfloat16, published on disk."""
+    """Settings as large as the defaults, in bfloat16, published to disk."""
 
     def make(algorithm: str = "grpo", **settings):
         sections = {
@@ -144,7 +144,7 @@ def test_activations_by_hand() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_saves(checkpointing) -> None:
-    """The difference of two depths leaves embedding, head and loss out of the comparison."""
+    """Compares the difference between two depths, which cancels embedding, head and loss."""
 
     def saved(layers: int) -> int:
         config = tiny_config(hidden_size=128, intermediate_size=384, num_hidden_layers=layers, head_dim=64)
@@ -211,7 +211,7 @@ def test_what_sleeping_frees_is_what_does_not_stay(gpu_run, level, stays) -> Non
 
 @pytest.fixture
 def scored_run(gpu_run, qwen):
-    """A run with a judge and a reward model of 0.6 billion parameters."""
+    """A run with a judge and a reward model of 0.6B parameters."""
 
     def make(level: str = "1", **settings):
         path = qwen(SMALL | {"num_labels": 1})

@@ -41,7 +41,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture
 def watcher(start, tmp_path: Path) -> Callable[[Owner], subprocess.Popen]:
-    """watcher(owner): a process of that owner, with a file of its own."""
+    """watcher(owner): a process of that owner, with its own file."""
 
     def run(owner: Owner) -> subprocess.Popen:
         file = tmp_path / "file"

@@ -169,7 +169,7 @@ def test_trim_drops_later_records_and_torn_lines_only(tmp_path):
 
 
 class GoneScreen(io.StringIO):
-    """A terminal that has been closed."""
+    """A closed terminal."""
 
     gone = False
 
@@ -311,7 +311,7 @@ def test_the_first_failure_drops_a_tracker_and_leaves_the_others(tmp_path, track
     calls: list[str] = []
 
     class Broken(tracker):
-        """Fails at one call; SystemExit is how some trackers leave."""
+        """Fails at one call; some trackers raise SystemExit."""
 
         seen: ClassVar[list] = []
         name = "broken"

@@ -16,7 +16,7 @@ ACC = "val/addition/acc"
 
 @pytest.fixture
 def make_job(tmp_path: Path):
-    """make_job(["recipe=ppo", "seed=1"], [0.4, 0.9]): a finished job with an accuracy a step."""
+    """make_job(["recipe=ppo", "seed=1"], [0.4, 0.9]): a finished job with an accuracy per step."""
     numbers = iter(range(99))
 
     def make(overrides: list[str], accuracies: list[float], exit_code: int = 0) -> Job:

@@ -53,7 +53,7 @@ class Tags(HTMLParser):
 
 
 def page_of(run_dir: Path) -> str:
-    """The report, after checks that hold for every one: it loads nothing, and runs our script alone."""
+    """The report, after checks that apply to all: it loads nothing and runs only our script."""
     html = write_report(run_dir).read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(html)
@@ -74,7 +74,7 @@ def visible(html: str) -> str:
 
 
 def data_of(html: str) -> dict:
-    """What the script reads, by the rules of JSON in a browser."""
+    """The script's data, parsed by a browser's JSON rules."""
     packed = re.search(r'id="data">(.*?)</script>', html)
     assert packed
     return json.loads(gzip.decompress(base64.b64decode(packed[1])), parse_constant=pytest.fail)

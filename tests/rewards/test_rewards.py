@@ -42,7 +42,7 @@ def group(index: int, texts: list[str], messages=None, finish: str = "stop", **c
 
 @pytest.fixture
 def scorer(tmp_path: Path):
-    """scorer(source, *names, **settings): the functions of that names in a module of that source."""
+    """scorer(source, *names, **settings): functions with these names, in a module with this source."""
     made: list[Scorer] = []
 
     def build(source: str, *names: str, **options) -> Scorer:
@@ -71,7 +71,7 @@ def record(log_extra, **arguments):
 
 @pytest.fixture
 def recording(scorer, tmp_path: Path):
-    """A Scorer whose function notes down what it is called with, and the notes."""
+    """A Scorer whose function records its arguments, and the records."""
 
     def calls() -> list[dict]:
         return [json.loads(line) for line in (tmp_path / "CALLS").read_text().splitlines()]

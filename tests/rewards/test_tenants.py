@@ -160,7 +160,7 @@ def test_each_has_the_device_to_itself_while_it_scores(scorer, switch, log, tmp_
 
 @pytest.fixture
 def session(make_run, switch, log):
-    """session(scorer, tenants): what evaluate() looks at; the engine answers 7 greedily, then 7 and 8."""
+    """session(scorer, tenants): what evaluate() reads; the engine answers 7 greedily, then 7 and 8."""
 
     def build(scorer: Scorer, tenants: Sequence[RewardTenant] = ()):
         def generate(prompts, sampling):
@@ -297,7 +297,7 @@ class RunWithLookup(Run):
 
 @pytest.fixture
 def with_lookup(tmp_path: Path, monkeypatch, make_run) -> Callable[..., RunWithLookup]:
-    """One file, one line in TENANTS, one section: a run that looks scores up beside exact_match."""
+    """One file, one line in TENANTS, one section: a run that looks up scores, next to exact_match."""
     (tmp_path / "lookup_tenant.py").write_text(LOOKUP)
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "table.json").write_text(json.dumps({"7": 0.25, "8": 4.0}))

@@ -26,7 +26,7 @@ FIELDS = {
 
 
 class Clock:
-    """A clock that only goes on when told to, in seconds that add up exactly."""
+    """A clock that advances only on request, by seconds that add up exactly."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,7 +53,7 @@ def rows(directory: Path) -> list[dict]:
 
 
 def trace(directory: Path) -> list[dict]:
-    """As a viewer reads it: the closing bracket is optional, a trailing comma is not."""
+    """Parses it as a viewer does: the closing bracket is optional, a trailing comma is an error."""
     return json.loads((directory / "trace.json").read_text().rstrip().rstrip(",") + "]")
 
 

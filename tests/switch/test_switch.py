@@ -426,7 +426,7 @@ def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_publishe
 
 @pytest.fixture
 def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], list[str]]]:
-    """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; what was said."""
+    """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; the log lines."""
 
     def make(dies: Sequence[str], limit: int = 2, **settings: Any):
         engine, said = build(**settings), []
@@ -448,7 +448,7 @@ def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], li
 
 @dataclass
 class MortalBackend(FakeBackend):
-    """Is lost in the verb that it is set to die in, half of a generation done."""
+    """Is lost in the verb that it is set to die in, half-way through a generation."""
 
     dies_in: str = ""
 

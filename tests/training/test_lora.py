@@ -26,7 +26,7 @@ SEQUENCES = [[13, 1, 2, 10, 3, 4, 11, 7], [13, 5, 11, 0]]
 
 @pytest.fixture
 def build(make_run, make_trainer) -> Callable[..., Trainer]:
-    """build("ppo", lora_rank=4): a trainer of adapters, rank 4 unless told."""
+    """build("ppo", lora_rank=4): a trainer of adapters, rank 4 by default."""
 
     def make(algorithm: str = "grpo", *, tie: bool = True, options=None, checkpoint=None, **model) -> Trainer:
         return make_trainer(

@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def build(make_run, make_trainer) -> Callable[..., Trainer]:
-    """build("ppo", trainer={"lr": 0.1}): a trainer of such a run."""
+    """build("ppo", trainer={"lr": 0.1}): a trainer with these settings."""
 
     def make(algorithm: str = "grpo", **run_settings) -> Trainer:
         return make_trainer(make_run(algorithm, **run_settings))
@@ -287,7 +287,7 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentat
 
 
 def run_out_beyond(model: torch.nn.Module, tokens: int) -> None:
-    """The forward pass of more than `tokens` tokens, padding included, does not fit."""
+    """Forward passes of more than `tokens` tokens, padding included, run out of memory."""
 
     def refuse(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs["input_ids"].numel() > tokens:
@@ -637,7 +637,7 @@ def test_letting_go_frees_the_gradients(build, make_groups):
 
 
 class Roomy:
-    """A GPU of 1000 bytes, as far as Parking asks."""
+    """A GPU of 1000 bytes, as far as Parking can see."""
 
     kind = "cuda"
 

@@ -28,7 +28,7 @@ SHARED: dict[str, dict[str, Any]] = {
     # TRL bounds the weight only from above, by epsilon_high itself
     "cispo": {"loss_aggregation": "token-mean", "surrogate": "weighted", "ratio_clip_low": 1.0},
 }
-"""What each loss_type of TRL is called here."""
+"""TRL's loss_type names and ours."""
 
 
 def noise(seed: int, scale: float = 1.0) -> Tensor:
@@ -91,7 +91,7 @@ class Case:
 
 
 def make_trainer(loss_type: str, logprobs: Tensor, entropy: Tensor, settings: dict[str, Any]) -> Any:
-    """TRL's trainer with what its loss reads and nothing else: no model, no data."""
+    """TRL's trainer with only what its loss reads: no model, no data."""
     trainer = grpo_trainer.GRPOTrainer.__new__(grpo_trainer.GRPOTrainer)
     vars(trainer).update(
         loss_type=loss_type,
