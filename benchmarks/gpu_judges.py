@@ -105,9 +105,9 @@ def judge_fork(outputs: Outputs) -> Verdict:
 
 
 def judge_models(outputs: Outputs) -> Verdict:
-    findings, made = Findings(outputs, {}), outputs.document("models.json")
-    findings.add(parameters=made.get("parameters"))
-    findings.expect(bool(made), "no model was made")
+    findings, models = Findings(outputs, {}), outputs.document("models.json")
+    findings.add(parameters=models.get("parameters"))
+    findings.expect(bool(models), "models.json was not written")
     return findings.verdict()
 
 

@@ -254,7 +254,7 @@ def turns(directory: str, fork_server: str, levels: str, *names: str) -> None:
                     rows.flush()
 
 
-def trl(directory: str, made: str, kind: str) -> None:
+def trl(directory: str, models_directory: str, kind: str) -> None:
     """Writes trl.jsonl: the seconds of each step of TRL's GRPOTrainer, with the model of the stage `models`.
 
     On a GPU it generates with vLLM in the same process, on a CPU with transformers.
@@ -297,10 +297,10 @@ def trl(directory: str, made: str, kind: str) -> None:
         save_strategy="no",
     )
     trainer = GRPOTrainer(
-        model=str(Path(made) / MODEL),
-        reward_funcs=runpy.run_path(str(Path(made) / REWARD))["score"],
+        model=str(Path(models_directory) / MODEL),
+        reward_funcs=runpy.run_path(str(Path(models_directory) / REWARD))["score"],
         args=config,
-        train_dataset=load_dataset("json", data_files=str(Path(made) / DATA), split="train"),
+        train_dataset=load_dataset("json", data_files=str(Path(models_directory) / DATA), split="train"),
         callbacks=[Clock()],
     )
     trainer.train()

@@ -100,7 +100,7 @@ def soak(settings: SoakSettings) -> int:
     root.mkdir(parents=True)
     seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
     console = Console(highlight=False, markup=False)
-    console.print(f"seed={seed}  {settings.num_steps} steps, without faults and with")
+    console.print(f"seed={seed}  {settings.num_steps} steps per run, without and with faults")
     report = Report(seed=seed, steps=settings.num_steps)
     for name, rate in (("straight", 0.0), ("disturbed", settings.rate)):
         began = time.monotonic()
