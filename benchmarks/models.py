@@ -19,18 +19,18 @@ def limits(device: Device) -> dict[str, str]:
     if device.kind == "cpu":
         found["fp8"] = "vLLM has no fp8 kernels for CPUs; needs a GPU"
         found["tp2"] = "a CPU counts as one device; needs two GPUs"
-        if not {"avx512_bf16", "amx_bf16"} & cpu_flags():
+        if not {"avx512_bf16", "amx_bf16"} & {*cpu_info("flags").split()}:
             found["bf16"] = "this CPU has no bfloat16 instructions; would measure their emulation"
     elif torch.cuda.device_count() < 2:
         found["tp2"] = "only one GPU is visible; needs two"
     return found
 
 
-def cpu_flags() -> set[str]:
-    """This CPU's instruction sets, by the kernel's names; empty without /proc."""
+def cpu_info(key: str) -> str:
+    """The first value of `key` in /proc/cpuinfo; empty if there is none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
 def model_path(name: str, directory: Path) -> str:

@@ -21,6 +21,7 @@ from rlswitch.records.provenance import git_state, versions
 from rlswitch.switch.device import Device
 
 from .experiment import BASE, Result, Sample
+from .models import cpu_info
 from .settings import RESTART, BenchSettings
 
 GIB = 2**30
@@ -129,7 +130,7 @@ def document(
 def hardware(device: Device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": device.name,
-        "cpu": _cpu_name(),
+        "cpu": cpu_info("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram_gib": round(psutil.virtual_memory().total / GIB, 1),
@@ -236,10 +237,3 @@ def _cell(spread: Spread | None, is_size: bool) -> str:
 
 def _times(ratio: float | None) -> str:
     return f"{ratio:,.0f}x" if ratio else ""
-
-
-def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

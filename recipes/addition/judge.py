@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from . import policy as addition_policy
 from . import task as addition
+from .policy import build_model
 from .task import BOS, EOS, PAD, VOCABULARY, Problem, build_tokenizer
 from .train_builtin import cached, train
 
@@ -38,11 +39,6 @@ def ensure_model(seed: int, log: Callable[[str], None]) -> Path:
         return train_judge(addition_policy.ensure_model(seed, log), seed), build_tokenizer()
 
     return cached("addition-judge", [addition.__file__, addition_policy.__file__, __file__], seed, make, log)
-
-
-def build_model() -> Qwen3ForCausalLM:
-    """An untrained model with the policy's architecture."""
-    return addition_policy.build_model()
 
 
 def train_judge(policy: Path, seed: int, show: bool = True) -> Qwen3ForCausalLM:
