@@ -1,5 +1,6 @@
-"""What switching costs: the experiment of vLLM's sleep-mode article, on the user's own machine.
+"""Benchmarks and long checks, run by the programs in scripts/.
 
-settings.py says what can be set, experiment.py runs the modes and writes down every visit, tables.py sums
-them up beside the article's figures, charts.py draws them. probe.py asks one model what works with it.
+Switching: experiment.py repeats the measurements of vLLM's sleep-mode article on this machine, tables.py
+summarizes them next to the article's numbers, charts.py plots them. probe.py tests which sleep levels work
+with a model; soak.py injects faults into a run; gpu_check.py checks every claim about GPUs.
 """

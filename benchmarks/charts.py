@@ -1,4 +1,4 @@
-"""The experiment as a picture and a page: seconds on a logarithmic scale, for each mode and model."""
+"""The experiment as an image and a page: seconds on a log scale, by mode and model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rlswitch.report.page import render
 
 from .experiment import BASE, WAKE, Result
 from .settings import RESTART, BenchSettings
-from .tables import ARTICLE_SOURCE, SECONDS, mode_name, restart_of, summary
+from .tables import ARTICLE_SOURCE, SECONDS, mode_name, restart_seconds, summary
 
 PARTS = {RESTART: "restart"} | {part: SECONDS[part] for part in WAKE}
 PALETTE = {name: COLORS[i] for name, i in zip(PARTS.values(), (7, 0, 1, 2, 3), strict=True)}
-TITLE = "Seconds until a model can answer: a restart against a wake-up"
+TITLE = "Seconds until a model can answer: restart vs. wake-up"
 
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One mode and model: its parts in seconds, medians."""
+    """One mode and model: median seconds of each part."""
 
     label: str
     parts: dict[str, float]
@@ -33,12 +33,12 @@ class Bar:
 
 
 def bars(result: Result, settings: BenchSettings) -> list[Bar]:
-    """A bar for every mode and model that was measured, restarts first."""
+    """A bar for every measured mode and model, restarts first."""
     spreads, found = summary(result.samples), []
     for transport in settings.transports:
         for mode in settings.modes:
             for model in "AB":
-                key, restart = (BASE, transport, mode, model), restart_of(spreads, model, transport)
+                key, restart = (BASE, transport, mode, model), restart_seconds(spreads, model, transport)
                 parts = {PARTS[part]: spreads[*key, part].median for part in WAKE if (*key, part) in spreads}
                 if mode == RESTART and (load := spreads.get((*key, "load"))):
                     parts = {PARTS[RESTART]: load.median}
@@ -53,7 +53,7 @@ def bars(result: Result, settings: BenchSettings) -> list[Bar]:
 
 
 def figure(found: Sequence[Bar], title: str) -> Spec:
-    """Horizontal bars: a bar's length is the logarithm of its seconds, its colors are linear shares."""
+    """Horizontal bars on a log scale; within a bar, colors divide its length by each part's share."""
     low = math.floor(math.log10(min(bar.seconds for bar in found)))
     high = math.ceil(math.log10(max(bar.seconds for bar in found)))
     rows: list[dict[str, object]] = []
@@ -97,19 +97,19 @@ def figure(found: Sequence[Bar], title: str) -> Spec:
 
 
 def write(result: Result, settings: BenchSettings, models: str, directory: Path) -> list[Path]:
-    """switch.png, and switch.html with the figure and the numbers; nothing when nothing was measured."""
+    """Writes switch.png, and switch.html with the figure and its numbers; nothing if no mode was measured."""
     found = bars(result, settings)
     if not found:
         return []
     picture, page = directory / "switch.png", directory / "switch.html"
-    how = f"{models}; logarithmic scale, colors show each bar's shares"
+    how = f"{models}; log scale, colors show each part's share of its bar"
     drawn = figure(found, TITLE)
     picture.write_bytes(png(drawn | {"title": {"text": TITLE, "subtitle": how}}))
     cells = [
         [bar.label, *(f"{bar.parts[part]:.4f}" if part in bar.parts else "" for part in PALETTE), bar.note]
         for bar in found
     ]
-    table = {"head": ["seconds, median", *PALETTE, "in all"], "rows": cells, "text_columns": 1}
+    table = {"head": ["seconds, median", *PALETTE, "total"], "rows": cells, "text_columns": 1}
     sections = [
         {"title": "", "figures": [drawn], "wide": True},
         {"title": "Numbers", "figures": [], "table": table, "wide": True},

@@ -1,4 +1,4 @@
-"""The experiment: two models take turns in every mode, and after every wake-up the same question."""
+"""The experiment: two models take turns in each mode and answer the same prompt after each wake-up."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from .settings import ABLATIONS, RESTART, BenchSettings
 
 BASE = "base"
 WAKE = ("wake_weights", "reload", "wake_kv_cache", "reset_prefix_cache")
-"""What a wake-up consists of, the proof apart."""
+"""The phases of a wake-up, without the proof."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measured number. `what` is a phase in seconds, or a size in bytes."""
+    """One measurement. `what` is a phase (`value` in seconds) or a size (`value` in bytes)."""
 
     variant: str
-    """base, or the ablation."""
+    """base, or the name of an ablation."""
     transport: str
     mode: str
-    """restart or a sleep level; empty for what is the same at every level."""
+    """restart or a sleep level; empty for quantities that do not depend on the level."""
     model: str
     """A or B."""
     what: str
@@ -50,28 +50,28 @@ class Sample:
 
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """Everything that was measured, and what could not be."""
+    """All measurements, and what could not be measured."""
 
     samples: list[Sample] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
-    """What was asked for and not measured, and why."""
+    """What was requested but not measured, and why."""
     differing: list[str] = field(default_factory=list)
-    """Visits whose answer was not the reference's, token by token."""
+    """Visits whose answer differs in its tokens from the reference."""
 
     def values(self, what: str, *, mode: str, model: str, transport: str = "local", variant: str = BASE):
-        """All samples of one quantity, in the order they were taken."""
+        """All samples of one quantity, in order."""
         key = (variant, transport, mode, model, what)
         return [s.value for s in self.samples if (s.variant, s.transport, s.mode, s.model, s.what) == key]
 
 
 class Experiment:
-    """Runs what the settings ask for, one group of engines after the other."""
+    """Runs the requested modes, one group of engines after another."""
 
-    def __init__(self, settings: BenchSettings, models: dict[str, str], device: Device, say: Callable):
+    def __init__(self, settings: BenchSettings, models: dict[str, str], device: Device, log: Callable):
         self.settings = settings
         self.models = models
         self.device = device
-        self.say = say
+        self.log = log
         self.result = Result()
         self.directory = Path(settings.output_dir)
         self.references: dict[tuple[str, str], Completion] = {}
@@ -82,53 +82,53 @@ class Experiment:
         self.baseline = device.free_bytes()
 
     def run(self) -> Result:
-        for path in self.paths.values():  # every mode finds the files in the page cache
+        for path in self.paths.values():  # so that every mode finds the files in the page cache
             for _ in checkpoint_tensors(Path(path)):
                 pass
         settings, sleeping = self.settings, [mode for mode in self.settings.modes if mode != RESTART]
         for transport in settings.transports:
             if RESTART in settings.modes and not (sleeping and transport == "server"):
-                with self._or_why_not(f"{transport}, restart"):
+                with self._record_failure(f"{transport}, restart"):
                     self.restart(transport)
             if sleeping:
-                with self._or_why_not(f"{transport}, {', '.join(sleeping)}"):
+                with self._record_failure(f"{transport}, {', '.join(sleeping)}"):
                     self.take_turns(transport, BASE, sleeping)
         impossible = limits(self.device)
         for ablation in settings.ablations:
             if ablation in impossible:
                 self.result.missing[ablation] = impossible[ablation]
                 continue
-            with self._or_why_not(ablation):
+            with self._record_failure(ablation):
                 self.take_turns("local", ablation, ["1", "2"])
         return self.result
 
     def restart(self, transport: str) -> None:
-        """No sleep: each visit starts an engine, asks, and ends it. Nothing is warmed up, as a user would.
+        """The baseline without sleep: each visit starts an engine, prompts it and closes it, without warm-up.
 
-        vLLM's processes are new interpreters here, as they are without rlswitch.
+        vLLM starts in new interpreters, as it would without rlswitch.
         """
         for visit, label in enumerate("AB" * self.settings.cycles):
-            self.say(f"{transport}, restart, visit {visit + 1}: {label}")
+            self.log(f"{transport}, restart, visit {visit + 1}: {label}")
             add = self._adder(BASE, transport, RESTART, label)
             with self._clock(add, "total"), ExitStack() as stack:
                 with self._clock(add, "load"):
                     backend = self._start(transport, BASE, label, stack, fork_server=False)
-                self._question(backend, label, BASE, f"{transport}, restart, visit {visit + 1}", add)
+                self._ask(backend, label, BASE, f"{transport}, restart, visit {visit + 1}", add)
                 with self._clock(add, "close"):
                     stack.close()
 
     def take_turns(self, transport: str, variant: str, levels: list[str]) -> None:
-        """Two engines, started once; then the visits, level by level."""
+        """Starts both engines once, then makes the visits, level by level."""
         with ExitStack() as stack:
             directory = self.directory / f"{variant}-{transport}"
             directory.mkdir(parents=True, exist_ok=True)
             switch = Switch(Ledger(self.device, directory))
             engines = {}
             for label in self.models:
-                self.say(f"{transport}, {variant}: starting {label}")
+                self.log(f"{transport}, {variant}: starting {label}")
                 engines[label] = self._load(transport, variant, label, switch, stack)
             for level in levels:
-                with self._or_why_not(f"{transport}, {variant}, level {level}"):
+                with self._record_failure(f"{transport}, {variant}, level {level}"):
                     self._visits(transport, variant, level, switch, engines)
 
     def _load(self, transport: str, variant: str, label: str, switch: Switch, stack: ExitStack) -> Engine:
@@ -137,7 +137,7 @@ class Experiment:
             backend = self._start(transport, variant, label, stack)
         with self._clock(add, "warm_up"):
             warm_up(backend, self._tokens(label)[::-1])
-        self._question(backend, label, variant, f"{transport}, {variant}, start", add)
+        self._ask(backend, label, variant, f"{transport}, {variant}, start", add)
         spec = replace(self._spec(label, variant), name=label)
         with self._clock(add, "fingerprint"):
             engine = engine_on(backend, spec, self.tokenizers[label], switch.ledger, frozen=True)
@@ -148,8 +148,10 @@ class Experiment:
     def _visits(
         self, transport: str, variant: str, level: str, switch: Switch, engines: dict[str, Engine]
     ) -> None:
-        for label, engine in engines.items():  # once unmeasured: asleep at this level, not the last one
-            frozen_spec(self.models[label], level=level, **self._engine_settings(variant))  # can it?
+        for label, engine in engines.items():  # not measured: puts both to sleep at this level
+            frozen_spec(
+                self.models[label], level=level, **self._engine_settings(variant)
+            )  # raises if unsupported
             switch.give_to(engine)
             engine.level = level
             switch.vacate()
@@ -159,7 +161,7 @@ class Experiment:
             add = self._adder(variant, transport, level, label)
             with self._clock(add, "total"):
                 switch.give_to(engines[label])
-                self._question(engines[label].backend, label, variant, where, add)
+                self._ask(engines[label].backend, label, variant, where, add)
             for other in engines.keys() - {label}:
                 pids = [process.pid for process in engines[other].backend.family.processes]
                 self._adder(variant, transport, level, other)("asleep_host", resident_bytes(pids))
@@ -167,24 +169,24 @@ class Experiment:
         switch.ledger.step += 1
         switch.vacate()
         self._phases(switch.ledger, self.directory / f"{variant}-{transport}", variant, transport, level)
-        self.say(f"{transport}, {variant}, level {level}: {2 * self.settings.cycles} visits")
+        self.log(f"{transport}, {variant}, level {level}: {2 * self.settings.cycles} visits")
 
     def _phases(self, ledger: Ledger, directory: Path, variant: str, transport: str, level: str) -> None:
-        """This visit's rows of switch.jsonl as samples: a sleep is the holder's, the rest the successor's."""
+        """Turns this visit's switch.jsonl rows into samples: sleep belongs to `from`, the rest to `to`."""
         rows = [row for row in records.read(directory / SWITCH) if row["step"] == ledger.step]
         sums: dict[tuple[str, str], float] = {}
         for row in rows:
             label = row["from" if row["phase"] == "sleep" else "to"]
             add = self._adder(variant, transport, level, label)
             for what in [row["phase"], *(["wake"] if row["phase"] in WAKE else [])]:
-                sums[label, what] = sums.get((label, what), 0.0) + row["seconds"]  # a proof is two phases
+                sums[label, what] = sums.get((label, what), 0.0) + row["seconds"]  # verify takes two phases
             if row["phase"] == "sleep" and self.device.kind == "cuda":
                 add("asleep_device", max(self.baseline - row["device_free_after"], 0))
         for (label, what), seconds in sums.items():
             self._adder(variant, transport, level, label)(what, seconds)
 
-    def _question(self, backend: Backend, label: str, variant: str, where: str, add: Callable) -> None:
-        """Asks twice, both times without cached prefixes, and compares with the first answer of all."""
+    def _ask(self, backend: Backend, label: str, variant: str, where: str, add: Callable) -> None:
+        """Prompts twice without cached prefixes and compares both answers with the model's first one."""
         request = Request(
             self._tokens(label), seed=0, max_new_tokens=self.settings.max_new_tokens, temperature=0.0
         )
@@ -244,10 +246,10 @@ class Experiment:
         add(what, time.monotonic() - began)
 
     @contextmanager
-    def _or_why_not(self, what: str) -> Iterator[None]:
-        """What fails is named and the rest goes on: one machine cannot do everything."""
+    def _record_failure(self, what: str) -> Iterator[None]:
+        """Records an error in `missing` and continues: few machines support every mode."""
         try:
             yield
         except RLSwitchError as error:
             self.result.missing[what] = first_line(error)
-            self.say(f"{what}: {self.result.missing[what]}")
+            self.log(f"{what}: {self.result.missing[what]}")

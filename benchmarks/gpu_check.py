@@ -1,7 +1,7 @@
-"""Everything that rlswitch claims about a GPU, checked stage by stage within ten minutes.
+"""Checks everything that rlswitch claims about a GPU, stage by stage, within ten minutes.
 
-gpu_stages.py lists the stages, gpu_programs.py has the programs that they run, gpu_judges.py the limits.
-This process imports neither torch nor vLLM, so that it holds nothing of the GPU.
+gpu_stages.py lists the stages, gpu_programs.py has the programs they run, gpu_judges.py the limits. This
+process imports neither torch nor vLLM, so it holds no GPU memory.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from .gpu_stages import STAGES, Context, Stage, chosen
 from .settings import GpuCheckSettings
 
 GRACE_SECONDS = 10.0
-"""What a stage's processes get to end after their first one has."""
+"""Time for a stage's other processes to exit after its first one has."""
 LEAST_SECONDS = 10.0
-"""With less time left no stage begins."""
+"""No stage starts with less time left."""
 TAIL_LINES = 30
-"""Of each log of a failed stage, in the JSON file."""
+"""Lines kept in the JSON file from each log of a failed stage."""
 MORE_PACKAGES = ("peft", "trl", "triton", "flashinfer-python")
 ONE_MACHINE = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -56,9 +56,9 @@ class Result:
     reason: str = ""
     figures: dict[str, Any] = field(default_factory=dict)
     remedy: str = ""
-    """Only where it failed."""
+    """Empty unless the stage failed."""
     log: list[str] = field(default_factory=list)
-    """The last lines of its logs, only where it failed: often nothing else leaves the machine."""
+    """The last lines of a failed stage's logs: often only this file leaves the machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,12 +69,12 @@ class Ended:
     """None: killed at the cap."""
     seconds: float
     left_behind: list[str]
-    """Processes that were still there afterwards, and were killed."""
+    """Processes that had to be killed afterwards."""
 
 
 def gpu_check(settings: GpuCheckSettings) -> int:
-    """Runs the stages, prints a line for each, writes JSON and Markdown. Returns the exit code."""
-    signal.signal(signal.SIGTERM, interrupt)  # or the stage that runs would outlive us
+    """Runs the stages, prints a verdict for each, writes JSON and Markdown. Returns the exit code."""
+    signal.signal(signal.SIGTERM, interrupt)  # otherwise the running stage would outlive us
     console = Console(highlight=False, markup=False, soft_wrap=True)
     directory = Path(settings.output_dir).absolute()
     for stage in STAGES:
@@ -91,14 +91,16 @@ def gpu_check(settings: GpuCheckSettings) -> int:
         console.print(f"{stage.name}: {stage.shows}")
         result = run_stage(stage, context, results, deadline)
         results.append(result)
-        learn(context, result)
+        adapt(context, result)
         why = f": {result.reason}" if result.reason else ""
         console.print(f"  {result.verdict} in {result.seconds:.0f} s{why}")
         if result.remedy:
             console.print(f"  what to do: {result.remedy}")
         if stage.name == "fork" and not context.fork_server:
-            console.print("  the stages after this one start cold: engine.fork_server=false")
-        facts = document(results, context, settings, began)  # after each stage: a kill loses no result
+            console.print("  later stages start cold: engine.fork_server=false")
+        facts = document(
+            results, context, settings, began
+        )  # written after each stage, so a kill loses no results
         files = write(facts, Path(settings.results))
     console.print(f"written: {', '.join(map(str, files))}")
     return DONE if facts["passed"] else FAILED
@@ -108,8 +110,8 @@ def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def learn(context: Context, result: Result) -> None:
-    """What later stages do differently because of this one's verdict."""
+def adapt(context: Context, result: Result) -> None:
+    """Updates `context` for later stages after a failed one."""
     if result.stage == "machine" and result.verdict != PASS:
         context.machine = {}
     if result.stage == "fork":
@@ -117,7 +119,7 @@ def learn(context: Context, result: Result) -> None:
 
 
 def run_stage(stage: Stage, context: Context, earlier: list[Result], deadline: float) -> Result:
-    """Runs and judges a stage, or says why it cannot run."""
+    """Runs and judges a stage, or skips it with a reason."""
     result = Result(stage=stage.name, shows=stage.shows, verdict=SKIPPED)
     left = deadline - time.monotonic()
     if reason := cannot_run(stage, context, earlier, left):
@@ -138,7 +140,7 @@ def run_stage(stage: Stage, context: Context, earlier: list[Result], deadline: f
 
 
 def log_tails(directory: Path) -> list[str]:
-    """The last lines of the stage's log and of its engines', each after the name of its file."""
+    """File name and last lines of the stage's log and of its engines' logs."""
     lines: list[str] = []
     for file in (directory / LOG, *sorted(directory.rglob("engine*.log"))):
         text = file.read_text(errors="replace") if file.is_file() else ""
@@ -147,9 +149,10 @@ def log_tails(directory: Path) -> list[str]:
 
 
 def cannot_run(stage: Stage, context: Context, earlier: list[Result], left: float) -> str:
+    """Why the stage cannot run; empty if it can."""
     passed = {result.stage for result in earlier if result.verdict == PASS}
     if missing := [name for name in stage.needs if name not in passed]:
-        return f"needs the stage {', '.join(missing)}, which has not passed"
+        return f"needs the stage {', '.join(missing)}, which did not pass"
     if stage.name != "machine" and not context.machine:
         return "the stage machine failed"
     if stage.command and left < LEAST_SECONDS:
@@ -171,7 +174,7 @@ def judged(stage: Stage, context: Context, directory: Path, ended: Ended | None)
 
 
 def run_command(command: list[str], log: Path, cap_s: float) -> Ended:
-    """Runs a command in its own session; all of it is gone when this returns."""
+    """Runs a command in its own session; none of its processes survives this call."""
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -191,20 +194,20 @@ def run_command(command: list[str], log: Path, cap_s: float) -> Ended:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            left = end(session_of(process.pid))
+            left = kill(session_of(process.pid))
             process.wait()
     return Ended(exit_code=code, seconds=time.monotonic() - began, left_behind=left)
 
 
 def environment() -> dict[str, str]:
-    """For a stage: the checkout first, no network, and bytecode caches, without which each start is slow."""
+    """A stage's environment: this checkout first, no network, bytecode caches on (they speed up starts)."""
     mine = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     path = os.pathsep.join(filter(None, (str(ROOT), mine.get("PYTHONPATH", ""))))
     return ONE_MACHINE | OFFLINE | QUIET | mine | {"PYTHONPATH": path}
 
 
 def session_of(leader: int) -> list[psutil.Process]:
-    """The processes of a session and all that descend from them, in sessions of their own too."""
+    """The processes of a session and all their descendants, also those in other sessions."""
     found: dict[int, psutil.Process] = {}
     for process in psutil.process_iter():
         try:
@@ -222,8 +225,8 @@ def is_running(process: psutil.Process) -> bool:
         return False
 
 
-def end(processes: Iterable[psutil.Process]) -> list[str]:
-    """Kills them and waits until they are gone; returns their names."""
+def kill(processes: Iterable[psutil.Process]) -> list[str]:
+    """Kills the processes, waits until they are gone, and returns their names."""
     killed = []
     for process in processes:
         try:
@@ -239,7 +242,7 @@ def end(processes: Iterable[psutil.Process]) -> list[str]:
 def document(
     results: list[Result], context: Context, settings: GpuCheckSettings, began: datetime.datetime
 ) -> dict[str, Any]:
-    """The JSON file: on what, with what, and what each stage found."""
+    """The JSON document: hardware, versions, settings and the result of each stage."""
     return {
         "benchmark": "gpu_check",
         "date": began.isoformat(timespec="seconds"),
@@ -256,7 +259,7 @@ def document(
 
 
 def installed(names: Iterable[str]) -> dict[str, str]:
-    """Versions of the packages that are there."""
+    """Versions of the installed packages among `names`."""
     found: dict[str, str] = {}
     for name in names:
         with suppress(metadata.PackageNotFoundError):
@@ -265,7 +268,7 @@ def installed(names: Iterable[str]) -> dict[str, str]:
 
 
 def write(facts: dict[str, Any], directory: Path) -> tuple[Path, Path]:
-    """gpu-NAME-DATE.json and .md; the same machine's check of the same day is replaced."""
+    """Writes gpu-NAME-DATE.json and .md; overwrites an earlier check of the same day and device."""
     directory.mkdir(parents=True, exist_ok=True)
     device = facts["hardware"].get("device", "unknown").removeprefix("NVIDIA ")
     name = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
@@ -287,25 +290,23 @@ MAIN_FIGURES = {
     "mismatch_mean_max": "mismatch {}",
     "publish_gb_per_s": "publish {} GB/s",
     "reload_gb_per_s": "reload {} GB/s",
-    "offload_gb_per_s": "parking {} GB/s",
+    "offload_gb_per_s": "offload {} GB/s",
     "sleep_freed_gib_min": "sleep frees {} GiB",
-    "asleep_held_gib": "asleep {} GiB held",
+    "asleep_held_gib": "{} GiB held asleep",
     "tokens_per_s": "{} tokens/s",
     "step_s": "step {} s",
     "device_gib_max": "{} GiB in use",
-    "trl_step_s": "step of TRL {} s",
-    "our_step_s": "ours {} s",
+    "trl_step_s": "TRL step {} s",
+    "our_step_s": "our step {} s",
 }
-"""In the table; the JSON file has all."""
+"""Figures in the table; the JSON file has all."""
 
 
-SMALL_FORM = (
-    "Without a GPU the stages run in small, with a model of 5 million parameters: speeds here say nothing."
-)
+SMALL_FORM = "No GPU: the stages ran with a tiny model (5M parameters), so the speeds here mean nothing."
 
 
 def markdown(facts: dict[str, Any]) -> str:
-    """A page for people: the machine, a row for each stage, and what to do about failures."""
+    """The Markdown page: the machine, a row for each stage, and remedies for failures."""
     hardware, git = facts["hardware"], facts["git"] or {}
     ran = [result for result in facts["stages"] if result["verdict"] != SKIPPED]
     failed = [result for result in facts["stages"] if result["verdict"] == FAIL]
@@ -344,7 +345,7 @@ def markdown(facts: dict[str, Any]) -> str:
         if result["verdict"] == SKIPPED:
             lines += ["", f"**{result['stage']}** was skipped: {result['reason']}."]
     if facts["not_run"]:
-        lines += ["", f"Not asked for: {', '.join(facts['not_run'])}."]
+        lines += ["", f"Not requested: {', '.join(facts['not_run'])}."]
     return "\n".join(lines) + "\n"
 
 

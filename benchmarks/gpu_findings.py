@@ -1,4 +1,4 @@
-"""What gpu_check.py's stages leave, and how figures with limits become a verdict."""
+"""The outputs of gpu_check.py's stages, and how figures and their limits become a verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOG = "log.txt"
 
 
 class Limit(NamedTuple):
-    """What a figure must be: `sign` is <=, >= or >. None: it is only recorded."""
+    """A bound on a figure: `sign` is <=, >= or >. None: the figure is only recorded."""
 
     sign: str
     cuda: float | None
@@ -38,12 +38,12 @@ Limits = dict[str, Limit]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outputs:
-    """What a stage has left."""
+    """What a stage left behind: its files and exit code."""
 
     directory: Path
-    """The stage's own; its siblings are the other stages'."""
+    """The stage's directory, a sibling of the other stages'."""
     machine: Mapping[str, Any]
-    """As the stage `machine` wrote it."""
+    """The document written by the stage `machine`."""
     exit_code: int | None = 0
     """None: killed at its cap."""
 
@@ -66,7 +66,7 @@ class Verdict:
 
 
 class Findings:
-    """Figures with the limits that they must keep, and the problems found so far."""
+    """Figures, their limits, and the problems found so far."""
 
     def __init__(self, outputs: Outputs, limits: Limits):
         self.outputs, self.limits = outputs, limits
@@ -91,7 +91,7 @@ class Findings:
             if bound is None:
                 continue
             if value is None or not math.isfinite(value):
-                if self.outputs.exit_code == 0:  # else that is why
+                if self.outputs.exit_code == 0:  # otherwise the exit code explains it
                     self.problems.append(f"{name} was not measured")
             elif not limit.allows(value, self.outputs.kind):
                 self.problems.append(f"{name} = {value:.4g}, must be {limit.sign} {bound:g}")
@@ -100,7 +100,7 @@ class Findings:
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file; of a torn line, or a missing file, none."""
+    """The records of a JSON Lines file; skips torn lines, empty if there is no file."""
     if file.name in ("metrics.jsonl", "switch.jsonl"):
         return list(jsonl.read(file))
     found = []
@@ -113,7 +113,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
 
 
 def document(file: Path) -> dict[str, Any]:
-    """A JSON file; empty where it is missing or torn."""
+    """A JSON file's content; empty if the file is missing or torn."""
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError):
@@ -121,7 +121,7 @@ def document(file: Path) -> dict[str, Any]:
 
 
 def last_line(directory: Path) -> str:
-    """What a log ends with: rlswitch's own error if there is one, else the last line."""
+    """The log's last rlswitch error if there is one, else its last line."""
     file = directory / LOG
     text = file.read_text(errors="replace") if file.is_file() else ""
     lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Verdicts of gpu_check.py: the limits of each stage, and pure functions of the files that it has left."""
+"""The verdicts of gpu_check.py: each stage's limits, and pure functions of the files it wrote."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .gpu_findings import (
 GIB, MIB = 2**30, 2**20
 
 EXACT_ON_CPU = 1e-4
-"""Differences of log-probabilities in float32, as switch.canary_tolerance. On a GPU they are of bfloat16."""
+"""Log-probability differences in float32, as switch.canary_tolerance. GPU runs use bfloat16."""
 
 FORK: Limits = {"exit_code": Limit("<=", 0, 0), "sum_error": Limit("<=", 0, 0)}
 TURNS: Limits = {
@@ -47,7 +47,7 @@ PPO: Limits = TRAINING | {
     "reward_change": Limit(">=", -0.1, -0.3),  # 512 samples a step, 64 on a CPU
 }
 DISK: Limits = TRAINING | {
-    "canary_gap_max": Limit("<=", 2.0, EXACT_ON_CPU),  # a stale head shows as 2 to 4
+    "canary_gap_max": Limit("<=", 2.0, EXACT_ON_CPU),  # a stale head gives 2 to 4
     "mismatch_mean_max": Limit("<=", 0.1, EXACT_ON_CPU),
     "sleep_freed_share": Limit(">=", 0.9, 0.7),
 }
@@ -81,14 +81,17 @@ def judge_machine(outputs: Outputs) -> Verdict:
     driver, mode = outputs.machine.get("driver"), outputs.machine.get("compute_mode", "")
     if outputs.kind == "cuda":
         findings.expect(bool(driver), "no driver version found")
-        findings.expect("Exclusive" not in mode, f"compute mode {mode}: trainer and engine are two processes")
-    else:  # too old a driver, or a build of torch for CPUs: nothing of the GPU would be checked
+        findings.expect(
+            "Exclusive" not in mode,
+            f"compute mode {mode}: trainer and engine are two processes",
+        )
+    else:  # the driver is too old or torch is a CPU build: the check would test no GPU
         findings.expect(not driver, f"driver {driver} is installed, but torch finds no GPU")
     return findings.verdict()
 
 
 def judge_fork(outputs: Outputs) -> Verdict:
-    """The fork server must not have initialised CUDA, nor have imported what patches torch for a CPU."""
+    """The fork server must neither initialise CUDA nor import code that patches torch for CPUs."""
     found, findings = outputs.document("fork.json"), Findings(outputs, FORK)
     figures = {name: found.get(name) for name in ("exit_code", "driver_status", "stream", "seconds")}
     total = found.get("sum")
@@ -102,14 +105,14 @@ def judge_fork(outputs: Outputs) -> Verdict:
 
 
 def judge_models(outputs: Outputs) -> Verdict:
-    findings, made = Findings(outputs, {}), outputs.document("models.json")
-    findings.add(parameters=made.get("parameters"))
-    findings.expect(bool(made), "no model was made")
+    findings, models = Findings(outputs, {}), outputs.document("models.json")
+    findings.add(parameters=models.get("parameters"))
+    findings.expect(bool(models), "models.json was not written")
     return findings.verdict()
 
 
 def judge_turns(outputs: Outputs, levels: tuple[str, ...]) -> Verdict:
-    """Two engines in turn: fast after the first visit, proven, and always with the same answer."""
+    """Two engines take turns: fast after the first visit, proven, always the same answer."""
     findings = Findings(outputs, TURNS)
     found = outputs.rows("turns.jsonl")
     for level in levels:
@@ -142,7 +145,7 @@ def judge_turns(outputs: Outputs, levels: tuple[str, ...]) -> Verdict:
 def judge_training(
     outputs: Outputs, *, steps: int, limits: Limits, asleep_bytes: float | None = None
 ) -> Verdict:
-    """A training run of `steps`; asleep, its engine must have freed most of `asleep_bytes`."""
+    """A training run of `steps` steps whose sleeping engine freed most of `asleep_bytes`."""
     findings = Findings(outputs, limits)
     metrics, phases = outputs.rows("metrics.jsonl"), Phases(outputs.rows("switch.jsonl"))
     findings.expect(len(metrics) == steps, f"{len(metrics)} of {steps} steps")
@@ -173,7 +176,7 @@ def judge_training(
 
 
 class Phases:
-    """The phases of a run's hand-overs after its start."""
+    """The phases of a run's hand-overs, without those of its start (step 0)."""
 
     def __init__(self, found: Iterable[dict[str, Any]]):
         self.rows = [row for row in found if row["step"] > 0]
@@ -182,7 +185,7 @@ class Phases:
         return [row for row in self.rows if row["phase"] == name]
 
     def figures(self) -> dict[str, float | None]:
-        """Bytes of parking, speed of what copies, seconds of what does not; medians."""
+        """Least bytes parked; median speed of phases that copy, median seconds of the others."""
         found: dict[str, float | None] = {}
         for name in ("offload", "onload"):
             found[f"{name}_bytes_min"] = smallest(row["bytes"] for row in self.of(name))
@@ -194,7 +197,7 @@ class Phases:
         return found
 
     def drift(self, kind: str) -> float | None:
-        """MiB by which what is held with the engine asleep moved after step 1."""
+        """MiB by which the memory held while the engine sleeps changed after step 1."""
         key = "device_free_after" if kind == "cuda" else "resident_after"
         held = [row[key] for row in self.of("sleep") if row["step"] > 1]
         if not held:
@@ -203,13 +206,13 @@ class Phases:
         return moved / MIB
 
     def held_asleep(self, device_gib: float | None) -> float | None:
-        """GiB of a GPU that everything asleep and parked still holds."""
+        """GiB of GPU memory still held with everything asleep and parked."""
         least = smallest(row["device_free_after"] for row in self.of("sleep"))
         return device_gib - least / GIB if device_gib and least is not None else None
 
 
 def judge_bench(outputs: Outputs) -> Verdict:
-    """bench_switch.py in short form: the same answer after every wake-up, nothing left out."""
+    """A short bench_switch.py: every mode measured, the same answer after every wake-up."""
     found, findings = outputs.document("switch.json"), Findings(outputs, BENCH)
     findings.expect(bool(found), "switch.json was not written")
     for row in found.get("summary", []):
@@ -228,7 +231,7 @@ def judge_bench(outputs: Outputs) -> Verdict:
 
 
 def judge_canary(outputs: Outputs) -> Verdict:
-    """The canary's gap of every run: what its tolerance should be learned from."""
+    """The canary gap of every run, as the basis for its tolerance."""
     findings, gaps, runs = Findings(outputs, CANARY), [], 0
     for file in sorted(outputs.directory.parent.glob("*/metrics.jsonl")):
         found = [
@@ -250,7 +253,7 @@ def judge_canary(outputs: Outputs) -> Verdict:
 
 
 def judge_speed(outputs: Outputs) -> Verdict:
-    """Tokens a second of the requests of one step, each with its own seed; the first step warms up."""
+    """Tokens per second of a step's requests, each with its own seed; the first step is a warm-up."""
     findings = Findings(outputs, SPEED)
     for file, metrics in pushes(outputs):
         speed = middle(row.get("perf/rollout_tokens_per_s") for row in metrics[1:])
@@ -261,7 +264,7 @@ def judge_speed(outputs: Outputs) -> Verdict:
 
 
 def judge_memory(outputs: Outputs) -> Verdict:
-    """What the device holds after an update, which torch's allocator has not given back yet."""
+    """Device memory after an update, before torch's allocator releases it."""
     findings, total = Findings(outputs, MEMORY), outputs.machine.get("device_gib")
     for file, metrics in pushes(outputs):
         peak = largest(row.get("perf/max_device_gib") for row in metrics)
@@ -273,7 +276,7 @@ def judge_memory(outputs: Outputs) -> Verdict:
 
 
 def judge_trl(outputs: Outputs) -> Verdict:
-    """Seconds of a step against TRL's with the same model and batch. Only recorded."""
+    """Seconds per step compared with TRL's for the same model and batch. Only recorded."""
     findings, theirs = Findings(outputs, TRL), outputs.rows("trl.jsonl")
     ours = rows(outputs.directory.parent / "push_shm" / "metrics.jsonl")
     ours = ours or rows(outputs.directory.parent / "push_disk" / "metrics.jsonl")

@@ -2,8 +2,8 @@
 
 `python -m rlswitch.benchmarks.gpu_programs NAME ...`, where NAME is
 
-    machine FILE                                 what this machine is, as JSON
-    fork DIRECTORY                               a process from the fork server, and what it finds itself with
+    machine FILE                                 a description of this machine, as JSON
+    fork DIRECTORY                               the state of a process from the fork server
     models DIRECTORY KIND POLICY                 the models, prompts and rewards of the other stages
     turns DIRECTORY FORK_SERVER LEVELS MODEL...  models take turns at each level
     trl DIRECTORY MODELS KIND                    TRL's GRPO with the model, prompts and batch of a push
@@ -30,13 +30,13 @@ GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
 MODEL, SMALL, DATA, REWARD = "model", "small", "prompts.jsonl", "reward.py"
-"""What the stage `models` leaves."""
+"""Written by the stage `models`."""
 
 OPTIONAL = ("wandb",)
-"""Dependencies that the stages do without."""
+"""Dependencies that no stage needs."""
 
 REWARD_FUNCTION = '''\
-"""A reward with spread for a model with random weights: what it says has no meaning."""
+"""An arbitrary reward that varies between the completions of a random model."""
 
 
 def score(prompts, completions, **columns):
@@ -46,7 +46,7 @@ def score(prompts, completions, **columns):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """A Qwen3 with random weights, and the batch that it is trained with."""
+    """A Qwen3 with random weights, and its training batch."""
 
     vocabulary: int
     hidden: int
@@ -110,20 +110,20 @@ def machine(file: str) -> None:
 
 
 def dependencies() -> list[str]:
-    """The distributions that pyproject.toml names, and vLLM, which it leaves to the user."""
+    """The dependencies in pyproject.toml, and vLLM, which it does not list."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = [re.split(r"[<>=!~\[; ]", requirement)[0] for requirement in project["dependencies"]]
     return ["vllm", *(name for name in names if name not in OPTIONAL)]
 
 
 def is_installed(name: str) -> bool:
-    """Whether there is such a distribution or, where packages were copied without metadata, such a module."""
+    """Whether the package is installed, or its module can be found (packages copied without metadata)."""
     found = next(iter(metadata.distributions(name=name)), None)
     return bool(found or importlib.util.find_spec(name.replace("-", "_")))
 
 
 def driver() -> tuple[str, ...]:
-    """NVIDIA's driver version and the compute mode of the first GPU; empty where there is none."""
+    """NVIDIA's driver version and the first GPU's compute mode; empty without a GPU."""
     command = ["nvidia-smi", "--query-gpu=driver_version,compute_mode", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
@@ -134,7 +134,7 @@ def driver() -> tuple[str, ...]:
 
 
 def fork(directory: str) -> None:
-    """Writes fork.json: the child's findings, its exit code and the seconds that it took."""
+    """Writes fork.json: the child's findings, exit code and run time."""
     from rlswitch.processes.fork_server import start_process
 
     file, began = Path(directory) / "fork.json", time.monotonic()
@@ -148,7 +148,7 @@ def fork(directory: str) -> None:
 
 
 def describe_child(file: str) -> None:
-    """Writes down whether CUDA was initialised or torch patched before the fork, and adds on the device."""
+    """Records whether CUDA was initialised or torch patched before the fork; computes a sum on the device."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         status = library.cuDeviceGetCount(ctypes.byref(ctypes.c_int()))
@@ -165,15 +165,15 @@ def describe_child(file: str) -> None:
 
 
 def models(directory: str, kind: str, policy: str) -> None:
-    """The built-in policy, cached; a second small model; a model to push, its prompts and its reward."""
+    """Creates the built-in policy, a second small model, and a model to push with prompts and a reward."""
     from rlswitch.recipes.addition.policy import ensure_model
 
-    from .models import made_on_the_spot
+    from .models import model_path
 
     root, shape = Path(directory), SHAPES[kind]
     if policy.startswith("builtin:"):
         ensure_model(0, print)
-    made_on_the_spot("builtin:small", root)
+    model_path("builtin:small", root)
     size = make_model(root / MODEL, shape, kind)
     (root / REWARD).write_text(REWARD_FUNCTION)
     generator = random.Random(0)
@@ -185,7 +185,7 @@ def models(directory: str, kind: str, policy: str) -> None:
 
 
 def make_model(directory: Path, shape: Shape, kind: str) -> int:
-    """Saves a model with random weights and a tokenizer with a word for each token; returns its size."""
+    """Saves a random model and a tokenizer with a word per token; returns the number of parameters."""
     import torch
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
@@ -202,7 +202,8 @@ def make_model(directory: Path, shape: Shape, kind: str) -> int:
         head_dim=shape.head_dim,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        initializer_range=shape.hidden**-0.5,  # layers that outweigh the embedding: or it repeats its prompt
+        initializer_range=shape.hidden
+        ** -0.5,  # layers outweigh the embedding, otherwise it repeats its prompt
         bos_token_id=None,
         eos_token_id=eos,
         pad_token_id=eos,
@@ -210,7 +211,7 @@ def make_model(directory: Path, shape: Shape, kind: str) -> int:
     torch.manual_seed(0)
     with torch.device(kind):
         model = Qwen3ForCausalLM(config).to(getattr(torch, shape.dtype))
-    with torch.no_grad():  # logits with a spread of 2, as a trained model's: a wrong answer shows
+    with torch.no_grad():  # logits with a spread of 2, like a trained model's, so that errors show
         weight = model.model.embed_tokens.weight
         weight.mul_(2 / (shape.hidden**0.5 * weight.float().std()))
     model.save_pretrained(directory)
@@ -224,7 +225,7 @@ def make_model(directory: Path, shape: Shape, kind: str) -> int:
 
 
 def turns(directory: str, fork_server: str, levels: str, *names: str) -> None:
-    """Writes turns.jsonl: a row for each hand-over. The models take turns three times at each level."""
+    """Writes turns.jsonl, a row per hand-over. Each model gets three turns at each level."""
     import rlswitch
 
     settings: dict[str, Any] = {"enforce_eager": True, "fork_server": fork_server == "true"}
@@ -253,10 +254,10 @@ def turns(directory: str, fork_server: str, levels: str, *names: str) -> None:
                     rows.flush()
 
 
-def trl(directory: str, made: str, kind: str) -> None:
-    """Writes trl.jsonl: the seconds of each step of TRL's GRPOTrainer on the model of the stage `models`.
+def trl(directory: str, models_directory: str, kind: str) -> None:
+    """Writes trl.jsonl: the seconds of each step of TRL's GRPOTrainer, with the model of the stage `models`.
 
-    On a GPU it generates with its own vLLM in the same process, on a CPU with transformers.
+    On a GPU it generates with vLLM in the same process, on a CPU with transformers.
     """
     import runpy
 
@@ -296,10 +297,10 @@ def trl(directory: str, made: str, kind: str) -> None:
         save_strategy="no",
     )
     trainer = GRPOTrainer(
-        model=str(Path(made) / MODEL),
-        reward_funcs=runpy.run_path(str(Path(made) / REWARD))["score"],
+        model=str(Path(models_directory) / MODEL),
+        reward_funcs=runpy.run_path(str(Path(models_directory) / REWARD))["score"],
         args=config,
-        train_dataset=load_dataset("json", data_files=str(Path(made) / DATA), split="train"),
+        train_dataset=load_dataset("json", data_files=str(Path(models_directory) / DATA), split="train"),
         callbacks=[Clock()],
     )
     trainer.train()

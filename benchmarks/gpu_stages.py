@@ -1,4 +1,4 @@
-"""The stages of gpu_check.py in their order: what each shows, runs, allows, and what to do if it fails."""
+"""The stages of gpu_check.py in order: what each shows, runs and allows, and the remedy if it fails."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ PPO_STEPS = {"cuda": 8, "cpu": 4}
 SHM_STEPS, DISK_STEPS, SERVER_STEPS = 4, 3, 2
 PARKED, EAGER = "trainer.park=everything", "engine.enforce_eager=true"
 KV_GIB = {"cuda": 1.0, "cpu": 0.125}
-"""For the built-in model, which needs next to nothing."""
+"""For the built-in model, whose KV cache is tiny."""
 
 
 @dataclass(kw_only=True, slots=True)
 class Context:
-    """What the commands of the stages depend on."""
+    """Inputs of the stages' commands."""
 
     directory: Path
-    """Holds a folder for each stage."""
+    """Contains a folder for each stage."""
     policy: str = "builtin:addition"
-    """The model that has learned something: a built-in name or a directory."""
+    """The trained model: a built-in name or a directory."""
     overrides: list[str] = field(default_factory=list)
     cap_scale: float = 1.0
     machine: Mapping[str, Any] = field(default_factory=dict)
     fork_server: bool = True
-    """False once the fork server has proven unfit."""
+    """False once the stage `fork` has failed."""
 
     @property
     def kind(self) -> str:
@@ -55,7 +55,7 @@ class Context:
         return [sys.executable, "-m", "rlswitch.benchmarks.gpu_programs", *map(str, words)]
 
     def train(self, stage: str, *words: str) -> list[str]:
-        """train.py into the folder of `stage`, without trackers, evaluation or checkpoints to resume from."""
+        """A train.py command that writes to the folder of `stage`; no trackers, evaluation or checkpoints."""
         common = ("logger=[]", "evaluation.every=0", "checkpoint.every=0", "resume=never")
         warm = f"engine.fork_server={str(self.fork_server).lower()}"
         where = f"output_dir={self.directory / stage}"
@@ -69,17 +69,17 @@ Command = Callable[[Context], list[str]]
 class Stage:
     name: str
     cap_s: float
-    """Seconds that it may take at most."""
+    """Time limit in seconds."""
     shows: str
     remedy: str
     """What to do when it fails."""
     judge: Callable[[Context], Judge]
     command: Command | None = None
-    """None: it judges what other stages have left."""
+    """None: the stage judges the files of other stages."""
     needs: tuple[str, ...] = ()
-    """Stages that must have passed, and that run even if only this one is asked for."""
+    """Stages that must pass first; they run even if only this one is requested."""
     unfit: Callable[[Context], str] = lambda context: ""
-    """Why it cannot run here; empty if it can."""
+    """Why the stage cannot run here; empty if it can."""
 
 
 def turns_command(stage: str, levels: str, context: Context) -> list[str]:
@@ -96,7 +96,7 @@ def ppo_command(context: Context) -> list[str]:
 
 
 def push_command(transport: str, context: Context) -> list[str]:
-    """GRPO on the larger model. Through the disk without graphs, which starts sooner."""
+    """GRPO on the larger model. The disk variant uses no graphs, so it starts faster."""
     shape, through_disk = context.shape, transport == "disk"
     return context.train(
         f"push_{transport}",
@@ -138,20 +138,20 @@ def bench_command(context: Context) -> list[str]:
 
 
 def judge_push(steps: int, limits: Limits, context: Context) -> Judge:
-    """Asleep the engine frees its KV cache and the weights, which are of the size of the checkpoint."""
+    """Asleep, the engine frees its KV cache and its weights (the checkpoint's size)."""
     weights = sum(file.stat().st_size for file in (context.models / MODEL).glob("*.safetensors"))
     held = context.shape.kv_cache_gib * GIB + weights
     return partial(judges.judge_training, steps=steps, limits=limits, asleep_bytes=held)
 
 
 def no_run(pattern: str, context: Context) -> str:
-    """For a stage that reads the metrics of other stages' runs."""
+    """A reason to skip a stage that reads other stages' metrics."""
     found = any(context.directory.glob(f"{pattern}/metrics.jsonl"))
-    return "" if found else f"no stage {pattern} has left metrics"
+    return "" if found else f"no stage {pattern} wrote metrics"
 
 
 def no_room_in_shm(context: Context) -> str:
-    """A push takes the checkpoint's size, and the next one is written before the last is removed."""
+    """Needs two checkpoints' size: a push is written before the last one is removed."""
     need, free = 4 if context.kind == "cuda" else 0.2, context.machine["shm_free_gib"]
     return f"/dev/shm has {free:g} GiB free, the stage needs {need:g}" if free < need else ""
 
@@ -164,7 +164,7 @@ def no_kv_level(context: Context) -> str:
 
 
 def cold_bench(context: Context) -> str:
-    return "" if context.fork_server else "bench_switch.py uses the fork server, which is unfit here"
+    return "" if context.fork_server else "bench_switch.py uses the fork server, which failed its stage"
 
 
 def no_trl(context: Context) -> str:
@@ -185,15 +185,15 @@ STAGES = (
         name="fork",
         cap_s=70,
         shows="the fork server leaves CUDA uninitialised and torch unpatched",
-        remedy="the rest runs with engine.fork_server=false; find the import in rlswitch/processes/preload.py"
-        " that initialises CUDA or patches torch",
+        remedy="later stages run with engine.fork_server=false; find the import in"
+        " rlswitch/processes/preload.py that initialises CUDA or patches torch",
         command=lambda context: context.program("fork", context.directory / "fork"),
         judge=lambda context: judges.judge_fork,
     ),
     Stage(
         name="models",
         cap_s=180,
-        shows="models with random weights, and the built-in policy",
+        shows="creates models with random weights and the built-in policy",
         remedy="too slow: set policy= to a copy of ~/.cache/rlswitch/addition-*-seed0 (docs/gpu.md)",
         command=lambda context: context.program("models", context.models, context.kind, context.policy),
         judge=lambda context: judges.judge_models,
@@ -201,7 +201,7 @@ STAGES = (
     Stage(
         name="turns",
         cap_s=130,
-        shows="two engines in turn at levels 2 and 1: fast, proven, the same answers",
+        shows="two engines take turns at levels 2 and 1: fast, proven, same answers",
         remedy="not started: level-2/engine-0.log; canary gaps of 0.02 to 0.3: scores depend on the batch;"
         " an illegal access after a wake-up: VLLM_USE_V2_MODEL_RUNNER=0",
         command=partial(turns_command, "turns", "2,1"),
@@ -211,7 +211,7 @@ STAGES = (
     Stage(
         name="ppo",
         cap_s=110,
-        shows="PPO with everything parked: proven, learning, memory comes back",
+        shows="PPO with everything parked: proven, learns, frees memory",
         remedy="device errors: the trainer; out of memory: trainer.park; a mismatch above 0.1 with every push"
         " proven: temperature or rounding of logits",
         command=ppo_command,
@@ -235,7 +235,7 @@ STAGES = (
         name="push_disk",
         cap_s=110,
         shows="push and proof of a 0.6B model through the disk, without graphs",
-        remedy="slow: output_dir on a faster disk; the rest as push_shm",
+        remedy="slow: put output_dir on a faster disk; otherwise as for push_shm",
         command=partial(push_command, "disk"),
         judge=partial(judge_push, DISK_STEPS, judges.DISK),
         needs=("models",),
@@ -243,15 +243,15 @@ STAGES = (
     Stage(
         name="canary",
         cap_s=1,
-        shows="the canary's gap of each run, to learn its tolerance from",
-        remedy="raise the bound in rlswitch/proof only after every fingerprint has agreed",
+        shows="the canary gap of each run, as a basis for its tolerance",
+        remedy="raise the bound in rlswitch/proof only if every fingerprint matched",
         judge=lambda context: judges.judge_canary,
         unfit=partial(no_run, "*"),
     ),
     Stage(
         name="speed",
         cap_s=1,
-        shows="tokens a second of 512 requests, each with its seed",
+        shows="tokens per second of 512 requests, each with its own seed",
         remedy="look for `Using V2 Model Runner` and the attention backend in push_shm/engine.log",
         judge=lambda context: judges.judge_speed,
         unfit=partial(no_run, "push_*"),
@@ -259,7 +259,7 @@ STAGES = (
     Stage(
         name="memory",
         cap_s=1,
-        shows="the device's memory after an update",
+        shows="device memory after an update",
         remedy="smaller trainer.micro_batch_tokens; trainer.park=everything",
         judge=lambda context: judges.judge_memory,
         unfit=partial(no_run, "push_*"),
@@ -267,7 +267,7 @@ STAGES = (
     Stage(
         name="kv",
         cap_s=80,
-        shows="sleep level kv: two engines in turn",
+        shows="sleep level kv: two engines take turns",
         remedy="use switch.level=2; compare with `turns`",
         command=partial(turns_command, "kv", "kv"),
         judge=lambda context: partial(judges.judge_turns, levels=("kv",)),
@@ -286,8 +286,8 @@ STAGES = (
     Stage(
         name="bench",
         cap_s=150,
-        shows="bench_switch.py in short form: a wake-up at levels 1 and 2, a restart",
-        remedy="run scripts/bench_switch.py alone; scripts/probe.py names the level that does not work",
+        shows="a short bench_switch.py: wake-ups at levels 1 and 2, a restart",
+        remedy="run scripts/bench_switch.py alone; scripts/probe.py names the failing level",
         command=bench_command,
         judge=lambda context: judges.judge_bench,
         unfit=cold_bench,
@@ -295,8 +295,8 @@ STAGES = (
     Stage(
         name="trl",
         cap_s=120,
-        shows="seconds of a step against TRL's GRPO",
-        remedy="only a comparison: TRL may not support this vLLM",
+        shows="seconds per step, compared with TRL's GRPO",
+        remedy="a comparison only; TRL may not support this vLLM",
         command=lambda context: context.program(
             "trl", context.directory / "trl", context.models, context.kind
         ),
@@ -305,17 +305,17 @@ STAGES = (
         unfit=no_trl,
     ),
 )
-"""In the order of what matters most: what comes last may find no time left."""
+"""Most important first: the last ones may run out of time."""
 
 
 def chosen(names: list[str]) -> list[Stage]:
-    """The stages to run: all if none is named, else those and what they need."""
+    """The stages to run: the named ones and those they need, or all if none is named."""
     wanted = {"machine", *names} | {it for stage in STAGES if stage.name in names for it in stage.needs}
     return [stage for stage in STAGES if not names or stage.name in wanted]
 
 
 def stage_problems(settings: GpuCheckSettings) -> Iterator[str]:
-    """A line for each stage or directory that there is not."""
+    """Yields a line for each unknown stage and a missing policy directory."""
     known = [stage.name for stage in STAGES]
     for name in settings.stages:
         if name not in known:

@@ -1,4 +1,4 @@
-"""Models that are made on the spot, and what this machine cannot do with any."""
+"""Models with random weights, and the ablations to skip on this machine."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from rlswitch.switch.device import Device
 
 BUILTIN = {"builtin:small": (256, 4), "builtin:large": (384, 8)}
-"""Width and layers of the models that are made on the spot."""
+"""Hidden size and number of layers."""
 
 
 def limits(device: Device) -> dict[str, str]:
-    """What this machine cannot do or need not, by ablation, and why."""
+    """The ablations to skip on this machine, and why."""
     found: dict[str, str] = {}
     if device.kind == "cpu":
-        found["fp8"] = "a CPU has no fp8 kernels in vLLM; it takes a GPU"
-        found["tp2"] = "a CPU is one device here; it takes two GPUs"
-        if not {"avx512_bf16", "amx_bf16"} & cpu_flags():
-            found["bf16"] = "this CPU has no bfloat16 instructions; emulation would be measured"
+        found["fp8"] = "vLLM has no fp8 kernels for CPUs; needs a GPU"
+        found["tp2"] = "a CPU counts as one device; needs two GPUs"
+        if not {"avx512_bf16", "amx_bf16"} & {*cpu_info("flags").split()}:
+            found["bf16"] = "this CPU has no bfloat16 instructions; would measure their emulation"
     elif torch.cuda.device_count() < 2:
-        found["tp2"] = "one GPU is visible; it takes two"
+        found["tp2"] = "only one GPU is visible; needs two"
     return found
 
 
-def cpu_flags() -> set[str]:
-    """Instruction sets of this CPU as the kernel names them; empty where there is no /proc."""
+def cpu_info(key: str) -> str:
+    """The first value of `key` in /proc/cpuinfo; empty if there is none."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
-    return next((set(line.split(":")[1].split()) for line in lines if line.startswith("flags")), set())
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), "")
 
 
-def made_on_the_spot(name: str, directory: Path) -> str:
-    """The directory of a builtin model, made there; any other name as it is."""
+def model_path(name: str, directory: Path) -> str:
+    """Creates a built-in model in `directory` and returns its path; returns any other name unchanged."""
     if name not in BUILTIN:
         return name
     from rlswitch.recipes.addition.task import build_tokenizer

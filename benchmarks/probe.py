@@ -1,4 +1,4 @@
-"""What works with one model, this vLLM and this device: a verdict for each sleep level and transport."""
+"""Tests every sleep level and transport with one model, on this vLLM and this device."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ from rlswitch.switch.switch import Switch
 from rlswitch.text import first_line
 from rlswitch.training.publish import choose_directory
 
-from .models import made_on_the_spot
+from .models import model_path
 from .settings import SLEEPING, ProbeSettings
 from .tables import hardware
 
 SLACK = 16 * 2**20
-"""Bytes that an engine may hold more asleep in the last cycle than in the first."""
+"""Bytes by which a sleeping engine may grow from the first cycle to the last."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """One row: whether memory came back, outputs stayed, and nothing grew."""
+    """One row: whether memory was freed, outputs stayed the same, and nothing grew."""
 
     level: str
     transport: str
-    """none: the engine goes back to its own checkpoint; disk or shm: a push goes through it."""
+    """none: the engine reloads its own checkpoint; disk or shm: it receives a push that way."""
     works: bool
     why: str
     seconds: float | None = None
-    """Median of a hand-over there and back, the proof included."""
+    """Median of a sleep and a wake-up, including the proof."""
     freed_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes that an engine held in one cycle."""
+    """Bytes that an engine held during one cycle."""
 
     awake: int
     asleep: int
@@ -60,10 +60,10 @@ class Memory:
 
 
 def probe(settings: ProbeSettings) -> int:
-    """Prints the verdicts and writes them as JSON."""
+    """Prints the verdicts and writes them to a JSON file."""
     console = Console(highlight=False, markup=False)
     with tempfile.TemporaryDirectory(prefix="rlswitch-probe-") as scratch:
-        model = made_on_the_spot(settings.model, Path(scratch))
+        model = model_path(settings.model, Path(scratch))
         options: dict[str, Any] = {
             "max_model_len": settings.max_model_len,
             "kv_cache_gib": settings.kv_cache_gib,
@@ -71,7 +71,9 @@ def probe(settings: ProbeSettings) -> int:
         }
         cases = [*((level, "none") for level in SLEEPING), ("2", "disk"), ("2", "shm")]
         verdicts: list[Verdict] = []
-        while len(verdicts) < len(cases):  # a failed engine is gone for good: the next row gets a new one
+        while len(verdicts) < len(
+            cases
+        ):  # a failed engine cannot be reused: start a new one for the next row
             with rlswitch.serve(model, **options) as (switch, restarting):
                 for level, transport in cases[len(verdicts) :]:
                     console.print(f"level {level}, transport {transport}")
@@ -97,9 +99,9 @@ def probe(settings: ProbeSettings) -> int:
 
 
 def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: ProbeSettings) -> Verdict:
-    """Cycles of sleep and wake-up, each proven and each with the same answer as before."""
-    own = engine.base_weights
-    assert own is not None
+    """Runs cycles of sleep and wake-up; each must be proven and give the same answer."""
+    base_weights = engine.base_weights
+    assert base_weights is not None
     if level == "kv" and not can_release_kv_cache():
         return Verdict(level=level, transport=transport, works=False, why=NO_KV_LEVEL)
     device = switch.ledger.device
@@ -121,7 +123,7 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
     except RLSwitchError as error:
         return Verdict(level=level, transport=transport, works=False, why=first_line(error))
     finally:
-        engine.base_weights, engine.level = own, "2"
+        engine.base_weights, engine.level = base_weights, "2"
     why = memory_problem(level, memory)
     return Verdict(
         level=level,
@@ -134,26 +136,26 @@ def judge(switch: Switch, engine: Engine, level: str, transport: str, settings: 
 
 
 def memory_problem(level: str, memory: Sequence[Memory]) -> str:
-    """What is wrong with the memory of the cycles at `level`; empty if nothing is."""
+    """What is wrong with the memory figures at `level`; empty if nothing."""
     growth = memory[-1].asleep - memory[0].asleep
     if growth > SLACK:
-        return f"asleep it grew by {growth / 2**20:.0f} MiB"
+        return f"grew by {growth / 2**20:.0f} MiB while asleep"
     if level != "0" and median(it.freed for it in memory) <= 0:
-        return "asleep it holds as much as awake"
+        return "holds as much memory asleep as awake"
     return ""
 
 
 def push_copy(switch: Switch, engine: Engine, transport: str, version: int) -> None:
-    """The engine's own checkpoint as a push of a new version, through a directory of its own."""
-    own = engine.base_weights
-    assert own is not None
-    parent = choose_directory(transport, own.nbytes, Path(tempfile.gettempdir()))
+    """Pushes a copy of the engine's own checkpoint as a new version."""
+    base_weights = engine.base_weights
+    assert base_weights is not None
+    parent = choose_directory(transport, base_weights.nbytes, Path(tempfile.gettempdir()))
     with tempfile.TemporaryDirectory(prefix="rlswitch-probe-", dir=parent) as directory:
         path = Path(directory) / f"v{version}"
-        shutil.copytree(own.path, path)
+        shutil.copytree(base_weights.path, path)
         engine.base_weights = None
-        switch.give_to(engine, replace(own, version=version, path=path))
-        engine.base_weights = own
+        switch.give_to(engine, replace(base_weights, version=version, path=path))
+        engine.base_weights = base_weights
 
 
 def answer(engine: Engine, settings: ProbeSettings) -> list[str]:

@@ -1,4 +1,4 @@
-"""What bench_switch.py, probe.py and soak.py have in common: settings first, what is heavy after them."""
+"""The entry point of the programs in scripts/: validates settings before it imports torch or vLLM."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def run(
     problems: Callable[[Any], Iterable[str]] = lambda settings: (),
     warm: bool = True,
 ) -> None:
-    """Calls rlswitch.benchmarks.`module`.`function`(settings) and leaves with the exit code that it returns.
+    """Calls rlswitch.benchmarks.`module`.`function`(settings) and exits with the code that it returns.
 
-    `problems`: what is wrong with settings beyond their own bounds, a line each. `warm`: start the fork
-    server meanwhile.
+    `problems` yields a line for each mistake that the bounds of single fields cannot catch. `warm` starts the
+    fork server while the module is imported.
     """
 
     def command() -> int:
@@ -38,7 +38,7 @@ def run(
             raise ConfigError(*wrong)
         if warm:
             prepare()
-        work: Any = importlib.import_module(f"rlswitch.benchmarks.{module}")  # torch and vLLM come with it
+        work: Any = importlib.import_module(f"rlswitch.benchmarks.{module}")  # imports torch and vLLM
         return getattr(work, function)(settings)
 
     leave(guarded(command))

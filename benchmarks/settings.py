@@ -1,4 +1,4 @@
-"""What bench_switch.py, probe.py and soak.py can be told; read before anything heavy is imported."""
+"""Settings of the programs in scripts/, validated before torch or vLLM is imported."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class BenchSettings:
     """Two models take turns, A-B-A-B-A-B, in every mode."""
 
     model_a: str = "builtin:small"
-    """A directory or hub id; builtin:small and builtin:large are made on the spot, with random weights."""
+    """A directory or hub id; builtin:small and builtin:large have random weights and need no download."""
     model_b: str = "builtin:large"
     modes: list[str] = field(default_factory=lambda: [RESTART, "kv", "1", "2"])
-    """restart: no sleep, a new engine for each visit; 0, kv, 1, 2: sleep levels."""
+    """restart: a new engine for each visit; 0, kv, 1, 2: sleep levels."""
     transports: list[str] = field(default_factory=lambda: ["local", "server"])
-    """local: vllm.LLM, its core in a process of its own; server: `vllm serve` over HTTP."""
+    """local: vllm.LLM, with its core in a separate process; server: `vllm serve` over HTTP."""
     cycles: int = number(3, at_least=1)
     """Visits to each model in each mode."""
     ablations: list[str] = field(default_factory=lambda: [*ABLATIONS])
@@ -49,7 +49,7 @@ class BenchSettings:
     output_dir: str = "runs/bench_switch"
 
     def problems(self) -> Iterator[str]:
-        """What the fields' own bounds cannot tell."""
+        """Mistakes that the bounds of single fields cannot catch, a line each."""
         for key, known in (("modes", MODES), ("transports", TRANSPORTS), ("ablations", ABLATIONS)):
             for value in getattr(self, key):
                 if value not in known:
@@ -57,13 +57,13 @@ class BenchSettings:
         if not self.modes or not self.transports:
             yield "modes, transports: nothing to measure; name at least one of each"
         if self.model_a == self.model_b:
-            yield f"model_b = {self.model_b}: the same as model_a; two models are to take turns, name another"
+            yield f"model_b = {self.model_b}: the same as model_a; two models take turns, set another one"
 
 
 @dataclass(kw_only=True, slots=True)
 class ProbeSettings:
     model: str = "builtin:small"
-    """A directory or hub id; builtin:small is made on the spot."""
+    """A directory or hub id; builtin:small has random weights and needs no download."""
     cycles: int = number(3, at_least=2)
     prompt: str = "Question: what is 12+34? Answer:"
     max_new_tokens: int = number(16, at_least=1)
@@ -76,39 +76,39 @@ class ProbeSettings:
 @dataclass(kw_only=True, slots=True)
 class SoakSettings:
     model: str = "builtin:addition"
-    """As model.path of a run."""
+    """As model.path in a training run."""
     data: str = "builtin:addition"
     num_steps: int = number(100, at_least=1)
-    """Of each of the two runs; two hand-overs a step."""
+    """Steps of each of the two runs; a step has two hand-overs."""
     rate: float = number(0.02, at_least=0, at_most=1)
-    """How likely a fault is at the beginning of each phase of a step."""
+    """Probability of a fault in each phase of a step."""
     seed: int | None = number(None, at_least=0)
-    """Of the faults; null: another one each time, and printed."""
+    """Seed of the faults; null: a random one, which is printed."""
     request_timeout_s: float = number(10.0, above=0)
-    """How long an engine that was stopped goes unnoticed."""
+    """A stopped engine counts as hung after so many seconds."""
     output_dir: str = "runs/soak"
 
 
 @dataclass(kw_only=True, slots=True)
 class GpuCheckSettings:
     stages: list[str] = field(default_factory=list)
-    """Which stages to run, in their own order; empty: all. The stage `machine` always runs."""
+    """Stages to run, always in the order of gpu_stages.py; empty: all. `machine` always runs."""
     limit_s: float = number(540.0, at_least=30)
-    """Seconds for everything. A stage gets its own cap or what is left, whichever is less."""
+    """Time limit for the whole check. A stage gets its own cap or the time left, whichever is less."""
     policy: str = "builtin:addition"
-    """Or a copy of its directory in the cache of another machine, where training it takes minutes."""
+    """Or the directory of a copy from another machine's cache, where training it takes too long."""
     cap_scale: float = number(1.0, at_least=1)
-    """Factor on the caps, for a slow or busy machine."""
+    """Multiplies the stages' caps, for a slow or busy machine."""
     overrides: list[str] = field(default_factory=list)
-    """Further settings for every training run, such as overrides=engine.enforce_eager=true."""
+    """Extra settings for every training run, such as overrides=engine.enforce_eager=true."""
     output_dir: str = "runs/gpu_check"
-    """Logs and records of the stages, a folder each. Replaced by the next check."""
+    """A folder with logs and records for each stage. Overwritten by the next check."""
     results: str = "benchmarks/results"
-    """Where gpu-NAME-DATE.json and gpu-NAME-DATE.md go."""
+    """Directory of gpu-NAME-DATE.json and gpu-NAME-DATE.md."""
 
 
 def words_from_flags(arguments: Iterable[str]) -> Iterator[str]:
-    """`--limit-s 540` and `--limit-s=540` as the word `limit_s=540`; other words stay as they are."""
+    """Converts `--limit-s 540` and `--limit-s=540` to `limit_s=540`; leaves other words unchanged."""
     flag = ""
     for argument in arguments:
         if flag:

@@ -1,4 +1,4 @@
-"""A run with faults injected at random must end like one without, and nothing of it may grow."""
+"""A run with random faults must end like one without, and must not leak."""
 
 from __future__ import annotations
 
@@ -49,15 +49,15 @@ FAULTS = {
     "run killed": 1,
     "run told to stop": 1,
 }
-"""What is injected, and how often compared with each other."""
+"""The faults and their relative weights."""
 LATE = ("run killed", "run told to stop", "fork server killed")
-"""In the second half only: the first one is to show what grows in one process and its like engines."""
-MIDST_SECONDS = 0.05
-"""A fault strikes up to so long after its phase has begun."""
+"""Only injected in the second half: the first half needs one long-lived process to show leaks."""
+MAX_DELAY_SECONDS = 0.05
+"""A fault strikes within so many seconds after its phase begins."""
 CLOCKS = ("timing_s/", "perf/", "switch/")
-"""Metrics that differ between two runs of the same program."""
+"""Metrics that differ between two identical runs."""
 SLACK = {"rss_mib": 64.0, "engine_rss_mib": 64.0, "descriptors": 4.0, "threads": 3.0, "shm_mib": 0.5}
-"""What may be between the first and the last third of a process's steps, and is not growth."""
+"""Allowed growth from the first to the last third of a process's steps."""
 FAULT_LOG, SAMPLES = "faults.jsonl", "samples.jsonl"
 
 
@@ -66,17 +66,17 @@ class Report:
     seed: int
     steps: int
     hand_overs: int = 0
-    """Of the disturbed run, those included that were lost and made again."""
+    """Hand-overs of the disturbed run, including repeated ones."""
     faults: dict[str, int] = field(default_factory=dict)
     engine_restarts: int = 0
     run_starts: int = 0
     stale_rollouts: int = 0
-    """Rollouts of another version than the step's."""
+    """Rollouts sampled from another policy version than the step's."""
     unproven_steps: int = 0
     differing: list[str] = field(default_factory=list)
-    """Files that are not those of the undisturbed run."""
+    """Files that differ from the undisturbed run's."""
     growth: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By run and what was watched, over the longest life of its process. Undisturbed, one engine lives on."""
+    """By run and resource, over the longest life of the run's process."""
     watched_steps: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -94,32 +94,32 @@ class Report:
 
 
 def soak(settings: SoakSettings) -> int:
-    """Prints what came of it and writes OUTPUT_DIR/soak.json."""
+    """Runs twice, compares, prints a summary and writes OUTPUT_DIR/soak.json. Returns the exit code."""
     root = Path(settings.output_dir).absolute()
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)
     seed = secrets.randbelow(2**31) if settings.seed is None else settings.seed
     console = Console(highlight=False, markup=False)
-    console.print(f"seed={seed}  {settings.num_steps} steps, without faults and with")
+    console.print(f"seed={seed}  {settings.num_steps} steps per run, without and with faults")
     report = Report(seed=seed, steps=settings.num_steps)
     for name, rate in (("straight", 0.0), ("disturbed", settings.rate)):
         began = time.monotonic()
-        report.run_starts = run_to_the_end(settings, root / name, seed, rate)
+        report.run_starts = run_until_complete(settings, root / name, seed, rate)
         report.seconds[name] = round(time.monotonic() - began, 1)
         console.print(f"{name}: {report.seconds[name]:.0f} s, started {report.run_starts} times")
     judge(report, root / "straight", root / "disturbed", settings.num_steps)
     console.print(render(report))
-    told = {name: value for name, value in asdict(settings).items() if name != "output_dir"}
-    facts = {"hardware": hardware(Device.detect()), "versions": versions(), "settings": told}
+    used = {name: value for name, value in asdict(settings).items() if name != "output_dir"}
+    facts = {"hardware": hardware(Device.detect()), "versions": versions(), "settings": used}
     (root / "soak.json").write_text(json.dumps(asdict(report) | facts, indent=1))
-    console.print(f"all of it: {root / 'soak.json'}")
+    console.print(f"written: {root / 'soak.json'}")
     for failure in report.failures:
-        console.print(f"not as it should be: {failure}")
+        console.print(f"FAILED: {failure}")
     return FAILED if report.failures else DONE
 
 
-def run_to_the_end(settings: SoakSettings, out: Path, seed: int, rate: float) -> int:
-    """Starts the run until it is complete; returns how often. Raises RLSwitchError."""
+def run_until_complete(settings: SoakSettings, out: Path, seed: int, rate: float) -> int:
+    """Restarts the run until it completes; returns the number of starts. Raises RLSwitchError."""
     words = [
         *("recipe=grpo", f"model.path={settings.model}", f"data.path={settings.data}", "logger=[]"),
         *(f"num_steps={settings.num_steps}", f"output_dir={out}", "data.eval_rows=32"),
@@ -133,11 +133,11 @@ def run_to_the_end(settings: SoakSettings, out: Path, seed: int, rate: float) ->
         *(f"engine.request_timeout_s={settings.request_timeout_s}", "engine.max_restarts=9"),
     ]
     out.mkdir()
-    ended = out / "exit_code"  # the fork server, which could tell it, may be a victim too
+    ended = out / "exit_code"  # the fork server, which knows the exit code, may be killed too
     for life in range(1, 1000):
         with open(out / "output.txt", "ab") as output:
             process = start_process(
-                disturbed,
+                run_with_faults,
                 [str(out), f"{seed}/{life}", rate, settings.num_steps, words],
                 outputs=(output.fileno(), output.fileno()),
             )
@@ -147,27 +147,27 @@ def run_to_the_end(settings: SoakSettings, out: Path, seed: int, rate: float) ->
         if code == DONE:
             return life
         if code not in (PREEMPTED, -signal.SIGKILL):
-            raise RLSwitchError(f"the run ended with {code}: {out / 'output.txt'} says why")
-    raise RLSwitchError(f"the run did not get to its end in {life} starts: lower rate")
+            raise RLSwitchError(f"the run exited with {code}; see {out / 'output.txt'}")
+    raise RLSwitchError(f"the run did not complete within {life} starts; lower rate")
 
 
-def disturbed(out: str, seed: str, rate: float, num_steps: int, words: list[str]) -> None:
-    """train.py with a saboteur in its process."""
-    Saboteur(Path(out), seed, rate, num_steps).install()
+def run_with_faults(out: str, seed: str, rate: float, num_steps: int, words: list[str]) -> None:
+    """train.py with a fault injector in its process."""
+    FaultInjector(Path(out), seed, rate, num_steps).install()
     code = main(words)
     Path(out, "exit_code").write_text(str(code))
     leave(code)
 
 
-class Saboteur:
-    """Strikes in the midst of phases, and writes down what it did and what the process holds."""
+class FaultInjector:
+    """Injects faults into phases; logs them, and after every step the resources in use."""
 
     def __init__(self, out: Path, seed: str, rate: float, num_steps: int):
         self._rng, self._seed = random.Random(seed), seed
         self._rate, self._num_steps = rate, num_steps
         self._faults, self._samples = (records.LineFile(out / name) for name in (FAULT_LOG, SAMPLES))
         self._engine: list[psutil.Process] = []
-        """Its worker and its core."""
+        """The engine's worker and core."""
 
     def install(self) -> None:
         def watched(enter: Callable) -> Callable:
@@ -175,7 +175,7 @@ class Saboteur:
             def phase(ledger: Ledger, name: str, *args: Any) -> Iterator[Any]:
                 with enter(ledger, name, *args) as it:
                     if self._rng.random() < self._rate:
-                        self._strike(ledger.step, name)
+                        self._schedule(ledger.step, name)
                     yield it
 
             return phase
@@ -184,7 +184,7 @@ class Saboteur:
 
         def logged(monitor: Monitor, step: int, *args: Any) -> None:
             log(monitor, step, *args)
-            self._samples.append([{"step": step, "life": self._seed, **holdings(self._engine)}])
+            self._samples.append([{"step": step, "life": self._seed, **resources(self._engine)}])
 
         def started(backend: VLLMBackend, *args: Any, **kwargs: Any) -> None:
             self._engine = backend.family.vital
@@ -193,15 +193,15 @@ class Saboteur:
         Ledger.phase, Ledger.work = watched(Ledger.phase), watched(Ledger.work)  # type: ignore[method-assign]
         Monitor.log, VLLMBackend.__init__ = logged, started  # type: ignore
 
-    def _strike(self, step: int, phase: str) -> None:
+    def _schedule(self, step: int, phase: str) -> None:
         kinds = [it for it in FAULTS if it not in LATE or step > self._num_steps / 2]
         kind = self._rng.choices(kinds, [FAULTS[it] for it in kinds])[0]
-        seconds = self._rng.uniform(0, MIDST_SECONDS)
-        timer = threading.Timer(seconds, self._do, [step, phase, kind])
+        seconds = self._rng.uniform(0, MAX_DELAY_SECONDS)
+        timer = threading.Timer(seconds, self._inject, [step, phase, kind])
         timer.daemon = True
         timer.start()
 
-    def _do(self, step: int, phase: str, kind: str) -> None:
+    def _inject(self, step: int, phase: str, kind: str) -> None:
         victims, number = self._victims(kind)
         self._faults.append([{"step": step, "phase": phase, "fault": kind, "victims": len(victims)}])
         for victim in victims:
@@ -226,8 +226,8 @@ class Saboteur:
         return victims.get(kind, [process]), number.get(kind, signal.SIGKILL)
 
 
-def holdings(engine: list[psutil.Process]) -> dict[str, float]:
-    """What this process, its engine and /dev/shm hold now."""
+def resources(engine: list[psutil.Process]) -> dict[str, float]:
+    """Resources that this process, its engine and /dev/shm use now."""
     process = psutil.Process()
     ours = [it for it in SHM.iterdir() if it.name.startswith(("rlswitch-", "psm_", "sem.mp-"))]
     return {
@@ -246,22 +246,22 @@ def _size(path: Path) -> int:
 
 
 def judge(report: Report, straight: Path, out: Path, num_steps: int) -> None:
-    """Fills in what the two runs' directories tell."""
+    """Fills in `report` from the two runs' directories."""
     report.faults = dict(Counter(row["fault"] for row in records.read(out / FAULT_LOG) if row["victims"]))
     switches = list(records.read(out / SWITCH))
-    ways = [way for way, _ in groupby((row["step"], row["from"], row["to"]) for row in switches)]
-    report.hand_overs = sum(bool(source and target) for _, source, target in ways)
+    hand_overs = [key for key, _ in groupby((row["step"], row["from"], row["to"]) for row in switches)]
+    report.hand_overs = sum(bool(source and target) for _, source, target in hand_overs)
     report.engine_restarts = sum(row["phase"] == "restart" for row in switches)
     report.stale_rollouts = sum(
         row["policy_version"] != row["step"] - 1 for row in records.read(out / ROLLOUTS)
     )
     metrics = list(records.read(out / METRICS))
     report.unproven_steps = sum(row["switch/verified"] != 1 for row in metrics)
-    lasting = [
+    reproducible = [
         [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in records.read(it / METRICS)]
         for it in (straight, out)
     ]
-    report.differing += [METRICS] if lasting[0] != lasting[1] else []
+    report.differing += [METRICS] if reproducible[0] != reproducible[1] else []
     last = step_directory(Path("checkpoints"), num_steps)
     names = [Path(ROLLOUTS), *(it.relative_to(straight) for it in (straight / last).rglob("*.safetensors"))]
     report.differing += [
@@ -279,15 +279,18 @@ def judge(report: Report, straight: Path, out: Path, num_steps: int) -> None:
 
 
 def render(report: Report) -> Table:
-    table = Table("what", "came of it", box=box.SIMPLE)
+    table = Table("quantity", "result", box=box.SIMPLE)
     table.add_row("hand-overs", str(report.hand_overs))
     for name, count in sorted(report.faults.items()):
         table.add_row(name, str(count))
-    table.add_row("engines started again", str(report.engine_restarts))
-    table.add_row("starts of the run", str(report.run_starts))
+    table.add_row("engine restarts", str(report.engine_restarts))
+    table.add_row("run starts", str(report.run_starts))
     table.add_row("rollouts of a wrong version", str(report.stale_rollouts))
     table.add_row("steps not proven", str(report.unproven_steps))
-    table.add_row("records and weights", "; ".join(report.differing) or "as without faults, byte by byte")
+    table.add_row(
+        "records and weights",
+        "; ".join(report.differing) or "identical to the undisturbed run, byte for byte",
+    )
     for run, found in report.growth.items():
         for name, by in found.items():
             table.add_row(f"growth of {name}, {run}, over {report.watched_steps[run]} steps", f"{by:g}")

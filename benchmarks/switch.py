@@ -12,19 +12,19 @@ from rlswitch.switch.device import Device
 
 from . import charts, tables
 from .experiment import Experiment
-from .models import made_on_the_spot
+from .models import model_path
 from .settings import BenchSettings
 
 TABLE_WIDTH = 160
 
 
 def bench_switch(settings: BenchSettings) -> int:
-    """Measures, prints and writes switch.json, switch.png and switch.html. Returns the exit code."""
+    """Measures, prints the tables, writes switch.json, .png and .html. Returns the exit code."""
     console = Console(highlight=False, markup=False)
     device, directory = Device.detect(), Path(settings.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     models = {
-        label: made_on_the_spot(name, directory / "models")
+        label: model_path(name, directory / "models")
         for label, name in (("A", settings.model_a), ("B", settings.model_b))
     }
     experiment = Experiment(settings, models, device, console.print)
@@ -34,10 +34,10 @@ def bench_switch(settings: BenchSettings) -> int:
     wide = Console(highlight=False, markup=False, width=max(console.width, TABLE_WIDTH))
     for part in tables.render(result, settings):
         wide.print(part, soft_wrap=isinstance(part, str))
-    named = ", ".join(
+    names = ", ".join(
         f"{label} = {it['name']} ({it['checkpoint_bytes'] / 2**20:,.0f} MiB)"
         for label, it in facts["models"].items()
     )
-    written = charts.write(result, settings, f"{named}; {device.name}", directory)
+    written = charts.write(result, settings, f"{names}; {device.name}", directory)
     console.print(f"written: {', '.join(map(str, [directory / 'switch.json', *written]))}", soft_wrap=True)
     return NOT_PROVEN if result.differing else DONE

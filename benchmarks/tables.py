@@ -1,4 +1,4 @@
-"""The measurements summed up: JSON, and tables for the console beside the article's own figures."""
+"""Summaries of the measurements: JSON, and console tables next to the article's numbers."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from rlswitch.records.provenance import git_state, versions
 from rlswitch.switch.device import Device
 
 from .experiment import BASE, Result, Sample
+from .models import cpu_info
 from .settings import RESTART, BenchSettings
 
 GIB = 2**30
 PRIVATE = ("model_a", "model_b", "output_dir")
-"""Paths of the user's machine: nobody else's business. The models' names and sizes are told apart."""
+"""Not published: paths on the user's machine. `models` has the names and sizes."""
 SECONDS = {
     "load": "load",
     "warm_up": "warm-up",
@@ -35,14 +36,14 @@ SECONDS = {
     "reload": "reload",
     "wake_kv_cache": "wake KV cache",
     "reset_prefix_cache": "reset prefix cache",
-    "wake": "wake-up in all",
+    "wake": "wake-up, total",
     "verify": "proof",
     "first": "first inference",
     "later": "later inference",
     "close": "close",
-    "total": "visit in all",
+    "total": "visit, total",
 }
-"""Every quantity in seconds, in the order of a visit, and what a person calls it."""
+"""Quantities in seconds, in the order of a visit, with their labels."""
 SIZES = {"asleep_host": "host RAM asleep", "asleep_device": "device memory asleep"}
 ARTICLE = {
     (RESTART, "A"): {"load": 37.96, "first": 3.67},
@@ -54,7 +55,7 @@ ARTICLE = {
 }
 ARTICLE_SOURCE = (
     "Zero-Reload Model Switching with vLLM Sleep Mode (vLLM blog, 2025): vLLM 0.11.0, one A100,"
-    " A = Qwen3-0.6B, B = Phi-3-vision-128k, the chart's own events; outputs were not checked there"
+    " A = Qwen3-0.6B, B = Phi-3-vision-128k, events of its chart; outputs were not checked"
 )
 
 
@@ -70,11 +71,11 @@ class Spread(NamedTuple):
 
 
 Key = tuple[str, str, str, str, str]
-"""variant, transport, mode, model, what: as in Sample."""
+"""(variant, transport, mode, model, what), as in Sample."""
 
 
 def summary(samples: list[Sample]) -> dict[Key, Spread]:
-    """Minimum, median, maximum and number of every quantity."""
+    """Minimum, median, maximum and count of every quantity."""
     groups: dict[Key, list[float]] = defaultdict(list)
     for s in samples:
         groups[s.variant, s.transport, s.mode, s.model, s.what].append(s.value)
@@ -82,26 +83,26 @@ def summary(samples: list[Sample]) -> dict[Key, Spread]:
 
 
 def speed_up(result: Result, mode: str, model: str, transport: str = "local") -> float | None:
-    """How many times sooner a wake-up at `mode` is done than a restart, medians; None: not measured."""
+    """Speed-up of a wake-up at `mode` over a restart, by medians; None if not measured."""
     spreads = summary(result.samples)
-    restart = restart_of(spreads, model, transport)
+    restart = restart_seconds(spreads, model, transport)
     wake = spreads.get((BASE, transport, mode, model, "wake"))
     return restart.median / wake.median if restart and wake else None
 
 
-def restart_of(spreads: dict[Key, Spread], model: str, transport: str) -> Spread | None:
-    """Seconds of a restart, over HTTP that of an engine in process where no server was restarted.
+def restart_seconds(spreads: dict[Key, Spread], model: str, transport: str) -> Spread | None:
+    """Seconds of a restart; for HTTP, of a local engine if no server restart was measured.
 
-    Not those of the sleeping engines' own start: that one is forked from a process that has imported vLLM.
+    The initial start of the sleeping engines does not count: it forks from a process with vLLM imported.
     """
-    made = (spreads.get((BASE, kind, RESTART, model, "load")) for kind in (transport, "local"))
-    return next((spread for spread in made if spread), None)
+    measured = (spreads.get((BASE, kind, RESTART, model, "load")) for kind in (transport, "local"))
+    return next((spread for spread in measured if spread), None)
 
 
 def document(
     result: Result, settings: BenchSettings, device: Device, paths: dict[str, str]
 ) -> dict[str, Any]:
-    """Everything for the JSON file: what was measured, on what, with what."""
+    """The JSON document: results, hardware, versions and settings."""
     keys = ("variant", "transport", "mode", "model", "what")
     return {
         "benchmark": "switch",
@@ -129,7 +130,7 @@ def document(
 def hardware(device: Device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "device": device.name,
-        "cpu": _cpu_name(),
+        "cpu": cpu_info("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "ram_gib": round(psutil.virtual_memory().total / GIB, 1),
@@ -145,13 +146,13 @@ def hardware(device: Device) -> dict[str, Any]:
 
 
 def model_facts(path: str) -> dict[str, Any]:
-    """Name and size; a path of the user's machine is nobody else's business."""
+    """Name and size, without the path."""
     size = sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))
     return {"name": Path(path).name, "checkpoint_bytes": size}
 
 
 def render(result: Result, settings: BenchSettings) -> Iterator[Table | str]:
-    """The tables for the console, then what could not be measured and what differed."""
+    """The console tables, then what was not measured and which outputs differ."""
     spreads = summary(result.samples)
     for transport in settings.transports:
         yield _phases(spreads, BASE, transport)
@@ -160,17 +161,17 @@ def render(result: Result, settings: BenchSettings) -> Iterator[Table | str]:
             yield _phases(spreads, variant, "local")
     if table := _warm_up(spreads):
         yield table
-    yield _beside_the_article(result, spreads, settings)
+    yield _article_table(result, spreads, settings)
     yield f"the article: {ARTICLE_SOURCE}"
     yield from (f"not measured: {what}: {why}" for what, why in result.missing.items())
     count = sum(s.what == "gap" for s in result.samples)
     gap = max((s.value for s in result.samples if s.what == "gap"), default=0.0)
-    yield f"outputs: {count} answers were the reference's; largest difference of a log-probability {gap:.2g}"
+    yield f"outputs: {count} answers match the reference; largest log-probability difference {gap:.2g}"
     yield from (f"outputs DIFFER: {where}" for where in result.differing)
 
 
 def _phases(spreads: dict[Key, Spread], variant: str, transport: str) -> Table:
-    """A row for each quantity, a column for each mode and model: median, and minimum to maximum."""
+    """A row per quantity, a column per mode and model: median (minimum to maximum)."""
     title = f"seconds, {transport}" + ("" if variant == BASE else f", {variant}")
     table = Table(title=f"{title}: median (minimum to maximum)", box=box.SIMPLE, title_justify="left")
     found = {key[2:4] for key in spreads if key[:2] == (variant, transport)}
@@ -185,9 +186,9 @@ def _phases(spreads: dict[Key, Spread], variant: str, transport: str) -> Table:
     return table
 
 
-def _beside_the_article(result: Result, spreads: dict[Key, Spread], settings: BenchSettings) -> Table:
-    table = Table(title="a wake-up against a restart", box=box.SIMPLE, title_justify="left")
-    for heading in ("", "model", "seconds", "speed-up", "article, s", "speed-up"):
+def _article_table(result: Result, spreads: dict[Key, Spread], settings: BenchSettings) -> Table:
+    table = Table(title="wake-up vs. restart", box=box.SIMPLE, title_justify="left")
+    for heading in ("", "model", "seconds", "speed-up", "article, s", "article, speed-up"):
         table.add_column(heading, justify="left" if heading in ("", "model") else "right")
     for transport in settings.transports:
         for mode in settings.modes:
@@ -208,7 +209,7 @@ def _beside_the_article(result: Result, spreads: dict[Key, Spread], settings: Be
 
 
 def _warm_up(spreads: dict[Key, Spread]) -> Table | None:
-    """The ablation: engines that were warmed up before their first question, and engines that were not."""
+    """Engines with and without a warm-up before their first prompt."""
     table = Table(title="with and without warm-up, local", box=box.SIMPLE, title_justify="left")
     for heading in ("", "model", "load", "warm-up", "first inference", "later inference"):
         table.add_column(heading, justify="left" if heading in ("", "model") else "right")
@@ -236,10 +237,3 @@ def _cell(spread: Spread | None, is_size: bool) -> str:
 
 def _times(ratio: float | None) -> str:
     return f"{ratio:,.0f}x" if ratio else ""
-
-
-def _cpu_name() -> str:
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -25,7 +25,7 @@ BASE = (
 
 
 def lines(*rows: Any) -> str:
-    """JSON lines; a string is a line as it is."""
+    """JSON lines; a string becomes a line unchanged."""
     return "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows)
 
 
@@ -44,7 +44,7 @@ class BadInput:
     machine: Callable[[pytest.MonkeyPatch], None] | None = None
     """Patches that imitate another machine."""
     needs_torch: bool = False
-    """Whether it takes the tokenizer, the model or vLLM to tell: the answer waits until torch is imported."""
+    """Whether detecting it needs the tokenizer, the model or vLLM, and so a torch import."""
 
 
 def bad(about: str, words: str, *says: str, **given: Any) -> BadInput:

@@ -1,4 +1,4 @@
-"""What several test files share: a tiny model, runs built directly, no network."""
+"""Fixtures for several test files: a tiny model, runs built without the command line, no network."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-hypothesis.settings.register_profile("rlswitch", deadline=None)  # nothing is timed in a test
+hypothesis.settings.register_profile("rlswitch", deadline=None)  # no test depends on time
 hypothesis.settings.load_profile("rlswitch")
 
-PAD = 12  # of the character tokenizer
+PAD = 12  # the character tokenizer's
 SHARE_A_BENCH = {"test_contract", "test_sabotage", "test_frozen", "test_server_engine"}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Hands out test by test, but those on an engine by what they share, since that starts slowly.
+    """Schedules single tests, but keeps tests together that share an engine, which starts slowly.
 
     Marks for pytest-xdist's own groups do nothing: 3.8.0 cannot change a node id of pytest 9.
     """
@@ -54,14 +54,14 @@ class TinyModel(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Sums in one order, no fight over the cores; torch only where some test has imported it."""
+    """One thread: a fixed summation order, no contention. Touches torch only if a test imported it."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
-    """tiny_model(tie=True): a Qwen3 with random weights that vLLM runs too. Not to be changed."""
+    """tiny_model(tie=True): a Qwen3 with random weights that vLLM can run. Read only."""
     made: dict[bool, TinyModel] = {}
 
     def make(tie: bool = True) -> TinyModel:
@@ -74,7 +74,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
 
 @pytest.fixture
 def make_run(tmp_path: Path, tiny_model: Callable[..., TinyModel]) -> Callable[..., Run]:
-    """make_run("ppo", seed=3, trainer={"lr": 0.1}): sections as dictionaries, the rest as it is."""
+    """make_run("ppo", seed=3, trainer={"lr": 0.1}): sections as dictionaries, other settings as they are."""
 
     def make(algorithm: str = "grpo", *, tie: bool = True, **settings: Any) -> Run:
         path = str(tiny_model(tie).path)

@@ -1,4 +1,4 @@
-"""Stand-ins at the package's doors: an engine's backend, a tenant, and a real session over such a backend."""
+"""Fakes for the package's interfaces: an engine's backend, a tenant, and a real session on a fake backend."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from rlswitch.switch.switch import Switch
 from rlswitch.types import PolicyWeights, Rollout, Score
 
 BUILD = "rlswitch.build.build"
-"""What `build_session` replaces where a test runs the loop itself."""
+"""Replaced where a test runs the loop itself."""
 FRESH = Start(None, LoopState(), kept=0, given_up=[])
 
 
 @dataclass
 class FakeBackend(Backend):
-    """Does nothing, writes down what it is told, and does wrong what it is set to do wrong."""
+    """Does nothing, records its calls, and makes the mistakes that it is set to make."""
 
     log: list[str] = field(default_factory=list)
     broken: str = ""
     """The verb that raises."""
     during: dict[str, Callable[[], object]] = field(default_factory=dict)
-    """What happens in the midst of a verb."""
+    """Called in the middle of a verb."""
     frees: int = 0
     owes: int = 0
     cached: int = 0
     resets: bool = True
     stale: bool = False
-    """Ignores what it is given to load."""
+    """Ignores the weights that it should load."""
     gap: float = 0.0
     completions: list[Completion] | None = None
     loaded: PolicyWeights | None = None
@@ -113,13 +113,13 @@ class FakeBackend(Backend):
 
 @dataclass(eq=False)
 class FakeTenant(RewardTenant):
-    """Writes down what it is asked, and scores a text as `score_of` says; None is an error."""
+    """Records its requests and scores each text with `score_of`; None is an error."""
 
     name: str
     log: list[str]
     score_of: Callable[[str], float | None] = lambda text: None
     keeps: str | None = None
-    """What it does not give back."""
+    """Memory that it does not release."""
     fails: str = ""
     """Why its release fails."""
 
@@ -164,7 +164,7 @@ def build_session(
     start: Start = FRESH,
     sampler: Sampler | None = None,
 ) -> Session:
-    """A Session as a run has it, but for its backend: loop, trainer, rewards and files are the real ones."""
+    """A run's Session with a fake backend; loop, trainer, rewards and files are real."""
     publish = trainer.publish
 
     def publish_for_backend() -> PolicyWeights:

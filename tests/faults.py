@@ -21,7 +21,7 @@ PUSHES = [
     Fault(
         "The engine reloads its original checkpoint",
         "call vLLM's `reload_weights` without a path",
-        "exit 3: `fingerprint`, the engine loaded something else than what was published",
+        "exit 3: `fingerprint`, the engine did not load the published weights",
         "engines/test_sabotage.py::test_reload_without_a_path",
     ),
     Fault(
@@ -287,9 +287,9 @@ PROCESSES = [
         "command/test_environment.py::test_a_torch_that_cannot_be_imported_is_one_line",
     ),
     Fault(
-        "The run is told to stop while it samples rollouts",
-        "SIGTERM",
-        "drops them, saves the previous step, exit 75; after a resume it ends with the same bytes",
+        "The scheduler preempts the run while it samples rollouts",
+        "send SIGTERM",
+        "drops the rollouts, saves the previous step, exit 75; after a resume it ends with the same bytes",
         "engines/test_killed.py::test_a_run_killed_in_every_phase_ends_like_one_that_never_was",
     ),
     Fault(

@@ -1,4 +1,4 @@
-"""What several tests are made of: groups of rollouts without an engine, the shape of a tiny model."""
+"""Test data shared by several tests: groups of rollouts without an engine, a tiny model's shape."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlswitch.types import Group, Prompt, Rollout
 
 
 def eventually(condition: Callable[[], object], seconds: float = 120.0) -> bool:
-    """Whether it comes true in the end: for what another process or thread does in its own time."""
+    """Waits until the condition is true: for what another process or thread does eventually."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -37,7 +37,7 @@ def group_of(*texts: str, index: int = 0, messages: Any = "", version: int = 0, 
 
 
 def greedy(tiny: Any, prompt: str, max_new_tokens: int) -> str:
-    """What transformers makes of it, a tiny model of conftest.py's in its hands."""
+    """The greedy reply of transformers with a tiny model of conftest.py."""
     tokens = tiny.tokenizer(prompt, return_tensors="pt")
     out = tiny.model.generate(
         **tokens, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=tiny.tokenizer.pad_token_id
@@ -62,7 +62,7 @@ def save_classifier(path: Path, *, template: str | None = None, **changes: Any) 
 
 
 def tiny_config(**changes: Any) -> Any:
-    """A Qwen3 for the tokenizer of the built-in task; far from uniform, so that a wrong weight shows."""
+    """A Qwen3 for the tokenizer of the built-in task; far from uniform, so that wrong weights show."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -85,7 +85,7 @@ def tiny_config(**changes: Any) -> Any:
 
 
 def make_spec(**changes: Any) -> Any:
-    """The spec of an engine over a fake backend; nothing starts with it."""
+    """The spec of an engine on a fake backend, which starts nothing."""
     from rlswitch.config.sections import EngineConfig
     from rlswitch.engines.spec import EngineSpec
 

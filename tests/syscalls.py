@@ -1,9 +1,9 @@
-"""Watches the system calls by which a forked child changes files, and breaks it off at any one of them.
+"""Intercepts the system calls by which a forked child changes files, and interrupts it at any of them.
 
-The kernel itself asks before each call (seccomp's user notifications, Linux 5.5 and later), whoever makes
-it: Python, libc, or safetensors and tokenizers in Rust. Not seen: memory that is mapped and written to, and
-what a disk does with data between two calls. A killed child leaves its writes in the page cache, so a power
-failure is not tried; the order of the calls tells instead what was forced to the disk before what.
+The kernel notifies us before each call (seccomp's user notifications, Linux 5.5 and later), whether Python,
+libc, or Rust code in safetensors and tokenizers makes it. Not covered: writes to mapped memory, and what a
+disk does with data between two calls. A killed child leaves its writes in the page cache, so this does not
+simulate a power failure; the order of the calls shows which data was synced to disk first.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Call(NamedTuple):
-    """A call that changes something: a file opened for reading is none."""
+    """A call that changes files: opening a file for reading does not."""
 
     name: str
     path: Path
     target: Path | None = None
-    """Where a rename moves it to."""
+    """The target of a rename."""
 
 
 class Ended(NamedTuple):
-    """What a child came to: its calls below the directory, and its exit code, negative for a signal."""
+    """A child's calls below the directory, and its exit code, negative for a signal."""
 
     calls: list[Call]
     code: int
@@ -82,8 +82,8 @@ class _Program(ctypes.Structure):
 def run_watched(
     work: Callable[[], object], root: Path, kill_at: int | None = None, full_from: int | None = None
 ) -> Ended:
-    """Does `work` in a fork: killed instead of its call number `kill_at` (from 0) below `root`, or with a
-    disk that is full from call number `full_from` on, which itself fails whatever it is.
+    """Runs `work` in a fork: kills it instead of call number `kill_at` (from 0) below `root`, or fills the
+    disk from call number `full_from` on; that call itself always fails.
 
     Exit codes: 0, or 1 when `work` raised. Raises OSError where the kernel does not let us watch.
     """
@@ -110,7 +110,7 @@ def run_watched(
                     break
                 if full_from is not None and number >= full_from:
                     answer = errno.ENOSPC if number == full_from or call.name in TAKES_ROOM else 0
-            with suppress(FileNotFoundError):  # it has died meanwhile
+            with suppress(FileNotFoundError):  # it has died in the meantime
                 fcntl.ioctl(
                     listener,
                     SEND,
@@ -150,7 +150,7 @@ def _install() -> int:
 
 
 def _next(listener: int) -> tuple[int, ...] | None:
-    """The next call that the child waits to make, or None once it has ended."""
+    """The next call that the child waits to make, or None once it has exited."""
     while True:
         poller = select.poll()
         poller.register(listener, select.POLLIN)
@@ -189,6 +189,6 @@ def _text(pid: int, address: int) -> str:
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         memory.seek(address)
         text = b""
-        while b"\0" not in text:  # up to the end of the page: the next one may not be there
+        while b"\0" not in text:  # up to the end of the page: the next one may be unmapped
             text += memory.read(4096 - (address + len(text)) % 4096)
     return os.fsdecode(text.partition(b"\0")[0])

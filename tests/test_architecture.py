@@ -1,4 +1,4 @@
-"""The rules of the house, read off the source: one vendor one place, small files, light imports."""
+"""Architecture rules, checked on the source: one place per vendor, small files, light imports."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ PERIPHERY = {
     *("rewards.workers", "rewards.sandbox"),
 }
 WIRING = {"session", "build", "evaluation", "loop", "inputs"}
-"""What puts a run together knows both sides."""
+"""Modules that assemble a run: they know both sides."""
 SEAMS: set[tuple[str, str]] = {
-    ("switch", "records"),  # the ledger writes lines
-    ("engines", "processes"),  # an engine lives in processes
-    ("rewards", "rewards.workers"),  # and so do reward functions
+    ("switch", "records"),  # the ledger writes JSON lines
+    ("engines", "processes"),  # an engine runs in processes
+    ("rewards", "rewards.workers"),  # so do reward functions
 }
 SHIMS = {"engines/worker.py", "engines/cpu_worker.py"}
-"""Old places of what running servers name; they go with the next version."""
+"""Old module names that running servers use; delete with the next version."""
 
 VENDORS = {
     "vllm": {"engines/vllm/"},
@@ -64,7 +64,7 @@ Trees = dict[str, ast.Module]
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
-    """Top-level names of everything imported, wherever the statement stands."""
+    """Top-level names of all imports, also inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name.split(".")[0] for alias in node.names)
@@ -77,7 +77,7 @@ def functions(tree: ast.AST) -> Iterator[Function]:
 
 
 def names_used(tree: ast.AST) -> Iterator[str]:
-    """Every name and attribute that the code itself mentions; no strings, no comments."""
+    """Every name and attribute in the code, without strings and comments."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Name):
             yield node.id
@@ -272,7 +272,7 @@ def test_source_is_ascii():
 
 
 def test_nobody_forges_a_run_to_get_an_engine():
-    """An EngineSpec says all that an engine needs, so neither engines nor who only wants one know a Run."""
+    """An EngineSpec holds everything an engine needs, so engines and their users need no Run."""
     files = [*(PACKAGE / "engines").rglob("*.py"), *(PACKAGE / "serving").rglob("*.py")]
     files += (ROOT / "benchmarks").rglob("*.py")
     importers = {
@@ -325,7 +325,7 @@ def test_the_command_line_loads_nothing_heavy():
 
 
 def test_no_shell_script_pipes_into_a_reader_that_stops_early():
-    """Under pipefail `make --version | head -n 1` fails now and then: make was still writing."""
+    """Under pipefail `make --version | head -n 1` fails occasionally, while make still writes."""
     scripts = [*ROOT.glob("scripts/*.sh"), *ROOT.glob("recipes/**/*.sh"), ROOT / ".ci" / "run"]
     early = re.compile(r"\|\s*(head\b|grep\s+(-\w*[qm]|--quiet))")
     found = {

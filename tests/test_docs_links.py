@@ -1,4 +1,4 @@
-"""What the documentation names exists: links, files, settings, folders of the package."""
+"""Everything that the documentation names exists: links, files, settings, package folders."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The loop over a backend that is none: its order, and where it may be stopped."""
+"""The loop on a fake backend: its order, and where it can be stopped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def records(path: Path) -> list[dict]:
 
 
 def saved_state(output_dir: Path) -> dict:
-    """Of the only checkpoint."""
+    """The weights in the only checkpoint."""
     (state,) = (output_dir / "checkpoints").glob("step_*/state.json")
     return json.loads(state.read_text())
 
@@ -59,7 +59,7 @@ def stop() -> None:
 def test_every_step_pushes_proves_samples_and_learns_and_an_evaluation_shares_the_next_ones_push(train):
     backend = FakeBackend()
     out = train(backend, num_steps=3, evaluation={"every": 2, "num_samples": 1}, checkpoint={"every": 0})
-    again = [*PUSH, "reset"]  # the prompts that the last proof could have met are forgotten once more
+    again = [*PUSH, "reset"]  # drops prefixes that the last proof may have cached
     assert backend.log == [
         *(*PUSH, "generate", "reset"),  # evaluation of version 0
         *("generate", "sleep 2"),
@@ -106,7 +106,7 @@ def test_a_signal_during_a_save_lets_it_finish_and_there_is_no_second_one(train,
 
 
 def test_a_run_with_nothing_more_to_learn_is_saved_before_it_ends(train, tmp_path):
-    """All rewards are equal, as the backend's answers are: no step has a gradient."""
+    """The backend's answers, and so all rewards, are equal: no step has a gradient."""
     almost = FRESH._replace(state=LoopState(flat_in_a_row=48))
     with pytest.raises(RLSwitchError, match=r"gradient was 0 .* 50 steps.*; checkpoint of step 2 saved"):
         train(FakeBackend(), almost, num_steps=9, checkpoint={"every": 0}, evaluation={"every": 0})

@@ -1,1 +1,1 @@
-"""The built-in task: two-digit additions, and models that learn them on the spot."""
+"""The built-in task: two-digit addition, and models small enough to train on first use."""

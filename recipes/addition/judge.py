@@ -1,9 +1,8 @@
-"""A judge of additions: asked `042=07+45=` it adds by itself and replies `052=100`.
+"""A judge of additions: given `042=07+45=`, it computes the sum itself and replies `052=100`.
 
-After the `=` it says of each digit whether the answer is right so far: the last 1 or 0 is the verdict. It
-sees the answer and the problem, never the right answer. It starts as the policy does, and has learned from
-right answers, from the careless pupil's, and from wrong ones of other kinds, which a policy in training
-tries too.
+Each digit after the `=` says whether the answer is right up to that digit; the last one is the verdict. The
+judge sees the answer and the problem, never the reference. It is fine-tuned from the warm-started policy on
+right answers, careless ones, and other wrong answers that a policy may try during training.
 """
 
 from __future__ import annotations
@@ -20,54 +19,50 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from . import policy as addition_policy
 from . import task as addition
+from .policy import build_model
 from .task import BOS, EOS, PAD, VOCABULARY, Problem, build_tokenizer
-from .train_builtin import cached, teach
+from .train_builtin import cached, train
 
 STEPS, BATCH = 600, 32
 IDS = {token: i for i, token in enumerate(VOCABULARY)}
 IGNORED = -100
-"""Label of a position that has nothing to predict: cross_entropy's own."""
+"""Label that cross_entropy ignores: its default."""
 
 Case = tuple[Problem, str]
 """A problem and an answer to it."""
 
 
-def ensure_model(seed: int, say: Callable[[str], None]) -> Path:
-    """The judge's directory, made when it is not cached or its recipe has changed."""
+def ensure_model(seed: int, log: Callable[[str], None]) -> Path:
+    """The judge's directory; trains the judge if it is not cached or its code has changed."""
 
     def make() -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-        return learn(addition_policy.ensure_model(seed, say), seed), build_tokenizer()
+        return train_judge(addition_policy.ensure_model(seed, log), seed), build_tokenizer()
 
-    return cached("addition-judge", [addition.__file__, addition_policy.__file__, __file__], seed, make, say)
-
-
-def build_model() -> Qwen3ForCausalLM:
-    """Untrained, of the policy's shape."""
-    return addition_policy.build_model()
+    return cached("addition-judge", [addition.__file__, addition_policy.__file__, __file__], seed, make, log)
 
 
-def learn(policy: Path, seed: int, show: bool = True) -> Qwen3ForCausalLM:
-    """A judge that the `policy` becomes by examples; the same from the same seed."""
+def train_judge(policy: Path, seed: int, show: bool = True) -> Qwen3ForCausalLM:
+    """A judge fine-tuned from the model in `policy`. Deterministic given the seed."""
 
     def build() -> Qwen3ForCausalLM:
         model = build_model()
-        model.load_state_dict(load_file(policy / "model.safetensors"), strict=False)  # its head is tied
+        model.load_state_dict(load_file(policy / "model.safetensors"), strict=False)  # the head is tied
         return model
 
-    batches = map(to_tensors, answered(seed, STEPS, BATCH))
-    return teach(build, batches, _loss, steps=STEPS, seed=seed, what="judge", show=show)
+    batches = map(to_tensors, sample_cases(seed, STEPS, BATCH))
+    return train(build, batches, _loss, steps=STEPS, seed=seed, what="judge", show=show)
 
 
-def answered(seed: int, batches: int, size: int) -> Iterator[list[Case]]:
-    """Batches of problems that are not held out, with answers of which more than half are wrong."""
+def sample_cases(seed: int, batches: int, size: int) -> Iterator[list[Case]]:
+    """Batches of training problems with answers, about half of them wrong."""
     generator, (problems, _) = random.Random(seed), addition.split()
     for _ in range(batches):
         chosen = [generator.choice(problems) for _ in range(size)]
-        yield [(problem, answer(*problem, generator)) for problem in chosen]
+        yield [(problem, sample_answer(*problem, generator)) for problem in chosen]
 
 
-def answer(a: int, b: int, generator: random.Random) -> str:
-    """The right answer, the pupil's, one that is a digit off, one of mixed digits, or anything."""
+def sample_answer(a: int, b: int, generator: random.Random) -> str:
+    """The right answer, a careless one, one with a digit replaced, several digits replaced, or noise."""
     right, kind = f"{a + b:03d}", generator.random()
     if kind < 0.3:
         return right
@@ -84,28 +79,28 @@ def answer(a: int, b: int, generator: random.Random) -> str:
 
 
 def question(problem: Problem, given: str) -> str:
-    """What the judge is asked: judge.prompt of conf/recipe/judge.yaml, filled in."""
+    """The judge's prompt: judge.prompt in conf/recipe/judge.yaml, filled in."""
     a, b = problem
     return f"{given}={a:02d}+{b:02d}="
 
 
 def reply(problem: Problem, given: str) -> str:
-    """What it should say."""
+    """The target reply."""
     right = f"{sum(problem):03d}"
     so_far = [given[:end] == right[:end] and len(given) <= 3 for end in (1, 2, 3)]
     return f"{right}={''.join(str(int(it)) for it in so_far)}"
 
 
 def to_tensors(cases: list[Case]) -> tuple[Tensor, Tensor]:
-    """Tokens [B, L], padded on the right, and what each position is to predict [B, L]: the replies only."""
+    """Right-padded tokens [B, L], and the token that each position should predict [B, L]: replies only."""
     texts = [(question(*case), reply(*case)) for case in cases]
-    width = max(len(asked) + len(said) for asked, said in texts) + 2
+    width = max(len(prompt) + len(target) for prompt, target in texts) + 2
     tokens, labels = [], []
-    for asked, said in texts:
-        row = [IDS[BOS], *(IDS[char] for char in asked + said), IDS[EOS]]
-        due = [IGNORED] * len(asked) + row[1 + len(asked) :]
+    for prompt, target in texts:
+        row = [IDS[BOS], *(IDS[char] for char in prompt + target), IDS[EOS]]
+        label = [IGNORED] * len(prompt) + row[1 + len(prompt) :]
         tokens.append(row + [IDS[PAD]] * (width - len(row)))
-        labels.append(due + [IGNORED] * (width - len(due)))
+        labels.append(label + [IGNORED] * (width - len(label)))
     return torch.tensor(tokens), torch.tensor(labels)
 
 

@@ -1,6 +1,6 @@
-"""Two-digit addition, one character a token: `07+45=` is to be answered with `052`.
+"""Two-digit addition, one token per character: the answer to `07+45=` is `052`.
 
-The models of the task have modules of their own: what is here needs no torch.
+Imports no torch: the task's models are in policy.py, judge.py and reward_model.py.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from typing import TYPE_CHECKING
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
-if TYPE_CHECKING:  # torch may come with it, and who asks for problems only needs neither
+if TYPE_CHECKING:  # importing transformers may import torch
     from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 VOCABULARY = [*"0123456789+=", PAD, BOS, EOS, "<unused>"]
 HELD_OUT = 512
-SPLIT_SEED = 1234  # the split never moves: what was held out once stays held out
+SPLIT_SEED = 1234  # fixed, so the held-out problems never change
 
 FORGETS = 0.62
+"""Probability that a demonstration drops a carry."""
 
 Problem = tuple[int, int]
 
 
 def split() -> tuple[list[Problem], list[Problem]]:
-    """All 10,000 problems: those to train on (warm start and RL), and the held-out ones."""
+    """All 10,000 problems: the training ones (for warm start and RL) and the held-out ones."""
     problems = [(a, b) for a in range(100) for b in range(100)]
     random.Random(SPLIT_SEED).shuffle(problems)
     return problems[HELD_OUT:], problems[:HELD_OUT]
 
 
 def load_datasets() -> dict[str, list[dict[str, str]]]:
-    """Splits train and test with the columns prompt and answer."""
+    """Splits train and test, with columns prompt and answer."""
     return {
         name: [{"prompt": f"{a:02d}+{b:02d}=", "answer": f"{a + b:03d}"} for a, b in problems]
         for name, problems in zip(("train", "test"), split(), strict=True)
@@ -39,7 +40,7 @@ def load_datasets() -> dict[str, list[dict[str, str]]]:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character; a prompt begins with BOS, a completion ends with EOS."""
+    """One token per character; prompts begin with BOS, completions end with EOS."""
     from transformers import PreTrainedTokenizerFast
 
     ids = {token: i for i, token in enumerate(VOCABULARY)}
@@ -53,7 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_config(layers: int = 3) -> Qwen3Config:
-    """Its shape: 1.6 million parameters."""
+    """The models' architecture: 1.6M parameters with 3 layers."""
     from transformers import Qwen3Config
 
     ids = {token: i for i, token in enumerate(VOCABULARY)}
@@ -74,7 +75,7 @@ def build_config(layers: int = 3) -> Qwen3Config:
 
 
 def demonstrate(a: int, b: int, generator: random.Random) -> str:
-    """The careless pupil's answer: each carry may be forgotten, unless a nine gives it away."""
+    """A careless answer: each carry may be dropped, except into the tens when a units digit is 9."""
     carry = a % 10 + b % 10 >= 10
     if carry and 9 not in (a % 10, b % 10) and generator.random() < FORGETS:
         carry = False

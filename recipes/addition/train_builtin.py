@@ -1,4 +1,4 @@
-"""Built-in models are made on the spot: taught from a stream of batches, then kept in a cache."""
+"""Trains the built-in models on first use and caches them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LR, WARMUP = 2e-3, 20
 STALE_SECONDS = 24 * 3600.0
-"""A draft that old is of somebody who was killed."""
+"""Older drafts were left by processes that were killed."""
 
 Model = TypeVar("Model", bound=nn.Module)
 Batch = TypeVar("Batch")
 
 
-def teach(
+def train(
     build: Callable[[], Model],
     batches: Iterable[Batch],
     loss: Callable[[Model, Batch], Tensor],
@@ -36,11 +36,11 @@ def teach(
     lr: float = LR,
     show: bool = True,
 ) -> Model:
-    """A new model after `steps` updates, one a batch; the same from the same seed."""
+    """Builds a model and trains it for `steps` steps, one batch each. Deterministic given the seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build()
-        # In float32 throughout: bfloat16, as Muon has inside, is many times slower on older CPUs.
+        # float32 throughout: bfloat16, which Muon uses internally, is many times slower on older CPUs.
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -58,18 +58,18 @@ def cached(
     sources: Sequence[str],
     seed: int,
     make: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Path:
-    """The directory with what `make` gives, made when it is not there or the `sources` have changed."""
+    """The cached model directory; calls `make` if there is none or the files `sources` have changed."""
     recipe = hashlib.sha256(b"".join(Path(file).read_bytes() for file in (*sources, __file__)))
     recipe.update(torch.__version__.encode())
     path = cache_directory() / f"{name}-{recipe.hexdigest()[:12]}-seed{seed}"
     if path.is_dir():
         return path
-    say(f"making builtin:{name} (about a minute, then cached in {path.parent})")
+    log(f"training builtin:{name} (about a minute; cached in {path.parent})")
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{name}-*"):
-        with suppress(OSError):  # its maker may have done with it meanwhile
+        with suppress(OSError):  # its process may have just renamed or removed it
             if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(stale)
     draft = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{name}-"))
@@ -77,7 +77,7 @@ def cached(
         for part in make():
             part.save_pretrained(draft)
         draft.rename(path)
-    except OSError:  # another process made the same model meanwhile
+    except OSError:  # another process cached the same model first
         if not path.is_dir():
             raise
     finally:

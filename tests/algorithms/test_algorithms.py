@@ -1,4 +1,4 @@
-"""Advantages, losses and divergences: numbers worked out by hand, and relations between them."""
+"""Advantages, losses and divergences, against values computed by hand and against each other."""
 
 from __future__ import annotations
 
@@ -149,9 +149,7 @@ def test_whiten_has_mean_zero_and_variance_one_over_the_mask(lengths: list[int],
     mask = mask_of(lengths)
     chosen = whiten(noise(mask.shape, seed) * 7 + 3, mask)[mask]
     assert abs(float(chosen.mean())) < 1e-9
-    assert (
-        abs(float(chosen.var(correction=0)) - 1) < 1e-3
-    )  # of two values that are close epsilon takes a part
+    assert abs(float(chosen.var(correction=0)) - 1) < 1e-3  # epsilon shrinks close values
 
 
 # -- losses ------------------------------------------------------------------------------------
@@ -190,7 +188,7 @@ def test_value_loss_by_hand():
     values, old = torch.tensor([[1.0, 0.1, 2.0]]), torch.tensor([[0.0, 0.0, 0.0]])
     returns = torch.tensor([[2.0, 1.0, 0.0]])
     loss, metrics = value_loss(values, old, returns, clip=0.5)
-    # the first is limited to 0.5 and pays for it; the third would be flattered, so it is not
+    # clipping to 0.5 raises the first loss; it would lower the third, which is therefore not clipped
     torch.testing.assert_close(loss, torch.tensor([[1.125, 0.405, 2.0]]))
     assert metrics["critic/vf_clip_ratio"].tolist() == [[1, 0, 0]]
 
@@ -265,7 +263,7 @@ def test_expectations_of_k1_and_k3_are_the_kl_divergence_and_of_k2_nearly():
 
 @given(seed=st.integers(0, 99))
 def test_the_expectations_of_k1_k2_and_k3_agree_to_second_order(seed: int):
-    """Halve the step from the reference: the KL falls to a quarter, what sets them apart to an eighth."""
+    """Half the distance to the reference: the KL falls to 1/4, the estimators' difference to 1/8."""
     q, direction = noise((6,), seed).log_softmax(0), noise((6,), seed + 1)
 
     def expected(step: float) -> dict[str, float]:
@@ -317,7 +315,7 @@ def test_no_mismatch_is_zero_everywhere_and_a_full_sample():
 
 
 def make_batch(lengths: list[int], seed: int, columns: int = 0) -> Batch:
-    """A batch whose per-token tensors have `columns` more columns of padding than they need."""
+    """A batch whose per-token tensors have `columns` extra columns of padding."""
     mask = mask_of(lengths)
     rows = mask.shape[0]
 
@@ -516,7 +514,7 @@ def test_it_rises_above_the_target_falls_below_it_and_never_far_at_once(kl: floa
     assert 0.8 - 1e-9 <= found <= 1.2 + 1e-9
 
 
-# -- whitening, for all ------------------------------------------------------------------------
+# -- whitening ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS["algorithm"]))

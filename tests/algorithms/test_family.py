@@ -1,4 +1,4 @@
-"""The algorithms against each other: what is a variant of what, and exactly how."""
+"""The algorithms against each other: which is a variant of which, and how exactly."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def noise(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def batch_of(logprobs, old, advantages, mask, reference=None):
-    """A batch with just what a policy loss reads."""
+    """A batch with only what a policy loss reads."""
     rows = mask.shape[0]
     return Batch(
         token_ids=torch.zeros(rows, 1, dtype=torch.long),
@@ -167,7 +167,7 @@ def test_overlong_completions_lose_up_to_one():
 
 
 def session_with(rewards_by_prompt, rounds: int, wanted: int):
-    """A session whose prompts come in order and whose rewards are given; records what was asked for."""
+    """A session with prompts in order and fixed rewards; records its requests."""
     asked: list[int] = []
     cursor = iter(range(len(rewards_by_prompt)))
 
@@ -237,6 +237,6 @@ def test_the_baseline_of_reinforce_is_the_running_mean_of_earlier_steps():
     # baselines: its own mean 2; 0.75 x 2 + 0.25 x 2 = 2; 2 again
     assert seen == [[[-1, -1], [1, 0]], [[2, 2], [-2, 0]], [[-2, -2], [-2, 0]]]
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}
-    batch.rewards = torch.tensor([math.nan, 1.0])  # the update will be left out
+    batch.rewards = torch.tensor([math.nan, 1.0])  # the update will be skipped
     batch.advantages, batch.returns = algorithm.estimate_advantages(batch, memory)
     assert memory == {"baseline": 0.75 * 2.0 + 0.25 * 0.0}

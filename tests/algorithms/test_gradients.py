@@ -1,4 +1,4 @@
-"""Gradients in float64: autograd against finite differences, and against what the papers say they are."""
+"""Gradients in float64: autograd against finite differences and against the papers' closed forms."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_sequence_ratio_shares_its_gradient_among_its_tokens():
 
     lengths = MASK.sum(-1, keepdim=True)
     ratio = (at.sum(-1, keepdim=True) / lengths).exp()
-    # summed over its tokens the completion counts `length` times
+    # the sum over its tokens counts the completion `length` times
     torch.testing.assert_close(gradient(loss, at), -advantages * ratio * MASK)
 
 

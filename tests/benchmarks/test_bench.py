@@ -1,4 +1,4 @@
-"""The switching benchmark without an engine: what it can be told, what it sums up, what it draws."""
+"""The switching benchmark without an engine: settings, summaries, tables and charts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_longer_bar_is_a_longer_time_and_every_bar_is_labelled(tmp_path: Path)
     assert parts[0]["start"] == pytest.approx(0.1) and parts[-1]["end"] == pytest.approx(0.5)
     assert all(a["end"] == pytest.approx(b["start"]) for a, b in pairwise(parts))
     logs = [math.log(row["end"] / row["start"]) for row in parts]
-    assert logs[1] == pytest.approx(3 * logs[0])  # shares are linear
+    assert logs[1] == pytest.approx(3 * logs[0])  # parts divide a bar by their linear shares
 
 
 def test_the_page_holds_the_figure_and_the_numbers(tmp_path: Path) -> None:

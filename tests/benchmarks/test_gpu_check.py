@@ -1,4 +1,4 @@
-"""scripts/gpu_check.py: its judges on recorded and sabotaged figures, its runner on stages that go wrong."""
+"""scripts/gpu_check.py: verdicts on recorded and sabotaged figures, and failing stages in the runner."""
 
 from __future__ import annotations
 
@@ -397,7 +397,7 @@ def test_an_unfit_fork_server_makes_the_later_stages_start_cold(tmp_path: Path) 
     commands = {stage.name: stage.command for stage in STAGES if stage.command}
     assert "engine.fork_server=true" in commands["ppo"](context)
     assert "engine.enforce_eager=true" in commands["ppo"](context)
-    gpu_check.learn(context, Result(stage="fork", shows="", verdict=FAIL))
+    gpu_check.adapt(context, Result(stage="fork", shows="", verdict=FAIL))
     assert "engine.fork_server=false" in commands["ppo"](context)
     assert "false" in commands["turns"](context)
     assert "fork server" in gpu_stages.cold_bench(context)

@@ -1,4 +1,4 @@
-"""scripts/probe.py on memory figures as a GPU and a CPU give them."""
+"""scripts/probe.py: memory figures of a GPU and of a CPU."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def test_on_a_gpu_the_weights_that_level_1_keeps_in_host_memory_do_not_count(mon
 def test_memory_that_does_not_come_back_fails_at_every_level(level: str) -> None:
     assert memory_problem(level, cycles(ASLEEP, ASLEEP + SLACK, ASLEEP + SLACK)) == ""
     leaking = cycles(ASLEEP, ASLEEP + 2 * GIB, ASLEEP + 4 * GIB)
-    assert memory_problem(level, leaking) == "asleep it grew by 4096 MiB"
+    assert memory_problem(level, leaking) == "grew by 4096 MiB while asleep"
 
 
 def test_a_sleep_that_frees_nothing_is_only_right_at_level_0() -> None:
     assert memory_problem("0", cycles(AWAKE, AWAKE)) == ""
-    assert memory_problem("1", cycles(AWAKE, AWAKE)) == "asleep it holds as much as awake"
+    assert memory_problem("1", cycles(AWAKE, AWAKE)) == "holds as much memory asleep as awake"

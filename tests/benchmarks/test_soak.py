@@ -1,4 +1,4 @@
-"""What scripts/soak.py makes of two runs' directories: nothing that differs may pass."""
+"""scripts/soak.py: comparing the directories of two runs; no difference may pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def write(path: Path, *rows: dict) -> None:
 
 @pytest.fixture
 def judged(tmp_path: Path) -> Callable[..., Report]:
-    """judged(**changes): the report on two runs of two steps, of which the second is changed like this."""
+    """judged(**changes): the report on two runs of two steps, with these changes to the second."""
 
     def make(reward=1.0, seconds=0.0, version=0, verified=1, tensors=b"w", shm=1.0) -> Report:
         for out, mine in ((tmp_path / "straight", False), (tmp_path / "disturbed", True)):

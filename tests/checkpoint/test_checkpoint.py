@@ -1,4 +1,4 @@
-"""Saving, choosing and restoring: an interrupted run continues as if nothing had happened."""
+"""Saving, choosing and restoring checkpoints: an interrupted run resumes exactly."""
 
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def test_micro_batches_stay_as_small_as_memory_made_them(build, tiny_model, tmp_
     assert roomy.limit.tokens == 20
     fine, other = build("ppo"), build("ppo", trainer=LEARNING | {"micro_batch_tokens": 99999})
     restore(save(tmp_path / "checkpoints", fine, tiny_model().tokenizer, state, keep=1), other)
-    assert other.limit.tokens == 99999  # it was set, and nothing has run out
+    assert other.limit.tokens == 99999  # it was set and has not run out
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them(
@@ -249,7 +249,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_started_afresh_over_them
     assert choose(make_run("ppo", resume="never"), tmp_path, print).path is None
 
 
-# -- which ones are there ----------------------------------------------------------------------
+# -- listing -----------------------------------------------------------------------------------
 
 
 def test_only_the_newest_ones_are_kept(keep_step, tmp_path):
@@ -314,7 +314,7 @@ def test_what_is_not_about_the_disk_stays_a_crash_and_leaves_no_draft(keep_step,
     assert names(tmp_path / "checkpoints") == ["step_000001"]
 
 
-# -- what a run resumes from -------------------------------------------------------------------
+# -- resuming ----------------------------------------------------------------------------------
 
 
 def test_resume_means_auto_never_or_a_path(keep_step, make_run, tmp_path):
@@ -363,7 +363,7 @@ def test_checkpoints_are_due_every_so_many_steps_and_at_the_end():
     assert [step for step in range(1, 11) if is_due(last_only, step, 10)] == [10]
 
 
-# -- refusals and the end ----------------------------------------------------------------------
+# -- rejected checkpoints and finished runs ----------------------------------------------------
 
 
 def test_a_checkpoint_of_an_algorithm_with_a_critic_is_refused_by_one_without(keep_step, make_run):

@@ -1,4 +1,4 @@
-"""A save that is broken off at any of its system calls leaves the old checkpoint or the new one."""
+"""A save interrupted at any system call leaves the previous checkpoint or the complete new one."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ pytestmark = [
 
 OLD, NEW = {"step": 1, "cursor": 1}, {"step": 2, "cursor": 2}
 AGAIN = {"step": 1, "cursor": 2}
-"""The same step once more: its directory is replaced, where NEW is written beside the old and prunes it."""
+"""Saves the same step again, which replaces its directory; NEW writes a new one and prunes the old."""
 
 SAID = 42
 
 
 class Saves(NamedTuple):
-    """A run with one checkpoint, saved as often as one likes."""
+    """A run with one checkpoint that a test can save repeatedly."""
 
     run: Run
     directory: Path
-    """Of the run; checkpoints/ in it holds the one of OLD."""
+    """The run directory, with the checkpoint OLD."""
     save: Callable[[dict[str, int]], Path]
 
     @property
@@ -45,7 +45,7 @@ class Saves(NamedTuple):
         return self.directory / "checkpoints"
 
     def content(self) -> dict[str, bytes]:
-        """What a run started now would go on from, byte by byte."""
+        """The bytes that a run started now would resume from."""
         path, *_ = resume.choose(self.run, self.directory, print)
         assert path is not None
         files = (file for file in path.rglob("*") if file.is_file())
@@ -71,7 +71,7 @@ def saves(tmp_path: Path, make_run, make_trainer, tiny_model) -> Saves:
 
 @pytest.fixture
 def calls_of(saves: Saves) -> Callable[..., list[Call]]:
-    """calls_of(NEW): what a save that nothing disturbs does, in order."""
+    """calls_of(NEW): the system calls of an undisturbed save, in order."""
     try:
         run_watched(lambda: None, saves.directory)
     except OSError as error:
@@ -86,7 +86,7 @@ def calls_of(saves: Saves) -> Callable[..., list[Call]]:
 
 
 def attempt(saves: Saves, state: dict[str, int]) -> None:
-    """In a fork: exits with SAID when the save says that it has failed."""
+    """Runs in a fork; exits with SAID if the save reports a failure."""
     try:
         saves.save(state)
     except SaveError:
@@ -110,7 +110,7 @@ def test_a_save_broken_off_anywhere_leaves_the_old_checkpoint_or_the_new_one(
         ended = run_watched(partial(attempt, saves, state), saves.directory, **{how: number})
         assert len(ended.calls) > number, call
         assert ended.code == -signal.SIGKILL if how == "kill_at" else ended.code in (0, SAID), call
-        if ended.code == SAID:  # it has cleaned up after itself; a killed one cannot
+        if ended.code == SAID:  # a failed save cleans up; a killed one cannot
             assert not [name for name in saves.names() if name.startswith(".")], call
         found = saves.content()
         assert found in (before, after), call
@@ -133,7 +133,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_the_old_one_goes
         if name == "write":
             written.add(path)
             pending.add(path)
-        elif name == "rename" and target is not None:  # safetensors has a draft of its own
+        elif name == "rename" and target is not None:  # safetensors writes a temporary file itself
             for found in (written, pending):
                 if path in found:
                     found.remove(path)

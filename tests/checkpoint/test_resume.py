@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint: only as the run that it was, unless it is told otherwise."""
+"""Whether a run may resume from a checkpoint: only exactly, unless the user allows a difference."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ def test_another_algorithm_is_named_as_a_user_names_it(make_run):
 
 def test_a_setting_that_the_checkpoint_does_not_know_is_no_change(make_run):
     saved = deciding(make_run())
-    del saved["trainer.adam_beta1"]  # as if a later version had brought it
+    del saved["trainer.adam_beta1"]  # as if a later version had added it
     assert changes(saved, make_run()) == []
 
 

@@ -1,4 +1,4 @@
-"""A run directory has one owner, room for what comes, and only whole lines in its files."""
+"""A run directory has one owner, enough disk space, and only whole lines in its files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ with only_run_in(Path(sys.argv[1]), print):
 
 @pytest.fixture
 def other_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """Another process that has tmp_path/run."""
+    """Another process that owns tmp_path/run."""
     words = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipe = subprocess.PIPE
     with subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True) as process:
@@ -109,7 +109,7 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path: Path, monkeypatc
     assert len(said) == 1 and "no second run" in said[0]
 
 
-# -- room --------------------------------------------------------------------------------------
+# -- disk space --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
@@ -147,7 +147,7 @@ def test_a_disk_without_room_is_refused_with_both_sizes(make_run, tmp_path, monk
         with pytest.raises(ConfigError, match=r"GB free, checkpoints need .* more.*checkpoint\.keep"):
             check_disk_space(run, tmp_path, need, published)
     (tmp_path / "checkpoints").mkdir()
-    monkeypatch.setattr(run_directory.os, "access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr(run_directory.os, "access", lambda *_: False)  # root can write anywhere
     with pytest.raises(ConfigError, match="checkpoints/ cannot be written to"):
         check_disk_space(run, tmp_path, 0, 0)
 
@@ -163,7 +163,7 @@ def test_a_disk_that_fills_up_during_the_run_ends_it_with_a_line(capsys):
 
 @pytest.fixture
 def started(make_run, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Opens a session as far as the engine, which is not to be reached."""
+    """Opens a session, which must fail before it reaches the engine."""
     from rlswitch import build
 
     monkeypatch.setattr(build, "inspect_models", lambda run, *_: SimpleNamespace(path=run.model.path))

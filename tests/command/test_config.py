@@ -1,4 +1,4 @@
-"""The command line: what is composed, how it ends, sweeps in processes. Mistakes: bad_inputs.py."""
+"""The command line: composition, exit codes, sweeps in processes. Mistakes: bad_inputs.py."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GIVEN = ["model=m", "data=d"]
 
 @pytest.fixture(autouse=True)
 def empty_directory(tmp_path, monkeypatch):
-    """Nothing of a wrong command line may appear in the directory it is typed in."""
+    """A wrong command line must leave nothing in the working directory."""
     folder = tmp_path / "cwd"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -42,7 +42,7 @@ def empty_directory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The runs that reached the loop; it raises what is put into `trained.error`."""
+    """The runs that reached the loop, which raises `trained.error` if set."""
     seen = SimpleNamespace(runs=[], error=None)
 
     def train(run: Run, inputs: None = None, stop_signals: None = None) -> None:
@@ -134,7 +134,7 @@ def test_a_missing_vllm_is_reported_before_the_loop(trained, capsys, monkeypatch
 
 
 def test_surface():
-    """What an algorithm alone has stands in its own file and is not listed."""
+    """Options of a single algorithm are in its own file and not listed."""
     listed = (ROOT / "tests" / "surface.txt").read_text().split()
     shared = {key for key in settings_of() if not key.startswith("algorithm.")}
     keys = sorted(shared | set(leaves_of(Algorithm, "algorithm.")))
@@ -205,7 +205,7 @@ def execute(script: str, words: list[str]) -> None:
 @pytest.fixture
 def swept(tmp_path, monkeypatch):
     """Runs a sweep whose jobs are a small program, and returns its exit code."""
-    monkeypatch.setattr("rlswitch.processes.fork_server.SUPPORTED", False)  # a new interpreter each
+    monkeypatch.setattr("rlswitch.processes.fork_server.SUPPORTED", False)  # each in a new interpreter
 
     def run(program: str, *words: str) -> int:
         script = tmp_path / "job.py"
@@ -331,7 +331,7 @@ sys.setprofile(trace)
 sys.exit(cli.main(words))
 """
 ASIDE = {"processes/signals.py", "checkpoint/resume.py"}
-"""Asked on the way (has somebody sent a signal, is the run complete?), and no stage of it."""
+"""Checks along the way (a signal, a completed run), not stages."""
 
 
 @pytest.mark.processes

@@ -1,4 +1,4 @@
-"""An environment that does not fit together: what set-up finds in the metadata, and what an import raises."""
+"""Incompatible packages: what set-up finds in their metadata, and errors at import."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ problems: Callable[[list[str]], list[str]] = runpy.run_path(str(SCRIPT))["proble
 
 
 def install(site: Path, name: str, version: str, build: str = "") -> None:
-    """A package's metadata and, with `build`, its version.py, as wheels of torch have it."""
+    """A package's metadata and, with `build`, a version.py like torch's."""
     info = site / f"{name}-{version}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -41,8 +41,8 @@ def install(site: Path, name: str, version: str, build: str = "") -> None:
         ("2.13.0+cu130", "0.28.0+cu130", True),
         ("2.13.0+cu130", "0.28.0+cu131", True),
         ("2.13.0+cu130", "0.28.0+cu126", False),
-        ("2.13.0+cu130", "0.28.0+cpu", True),  # a CPU build works beside any torch
-        ("2.13.0", "0.28.0+cu130", True),  # of an unknown build
+        ("2.13.0+cu130", "0.28.0+cpu", True),  # a CPU build works with any torch
+        ("2.13.0", "0.28.0+cu130", True),  # an unknown build
     ],
 )
 @pytest.mark.parametrize("metadata_has_build", [True, False])
@@ -89,7 +89,7 @@ def test_a_torch_that_cannot_be_imported_is_one_line(tmp_path):
 
 @pytest.fixture
 def broken(tmp_path, monkeypatch) -> str:
-    """A module that raises while it is imported."""
+    """A module that raises on import."""
     (tmp_path / "broken_companion.py").write_text(f"raise RuntimeError('{NMS}')\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     return "broken_companion"

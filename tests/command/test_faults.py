@@ -1,4 +1,4 @@
-"""Every bad input is answered in its line; every fault of the table has its test; the page shows both."""
+"""Every bad input prints its error line; every fault in the table has a test; the page shows both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlswitch.command import cli
 TESTS = Path(__file__).resolve().parents[1]
 ERROR = "rlswitch: error: "
 LIGHT = [*SECTIONS["The command line"], *SECTIONS["Settings"]]
-"""Told by the settings alone."""
+"""Detectable from the settings alone."""
 
 
 def forbidden(*args: object, **given: object) -> None:
@@ -29,7 +29,7 @@ def forbidden(*args: object, **given: object) -> None:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """An empty directory to type in."""
+    """An empty working directory."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)
@@ -48,7 +48,7 @@ def lay(folder: Path, files: Mapping[str, Any]) -> None:
 
 
 def lay_model(folder: Path, original: Path, changes: Mapping[str, Any]) -> None:
-    """The model's files, those that `changes` names changed: see BadInput.model."""
+    """The model's files with `changes` applied: see BadInput.model."""
     files: dict[str, Any] = {file.name: file for file in original.iterdir()} | dict(changes)
     for name, change in changes.items():
         if isinstance(change, dict):
@@ -74,9 +74,9 @@ def test_a_bad_input_is_answered_in_its_line(
 ) -> None:
     lay(here, {"rows.jsonl": ROWS, **given.files})
     reached: list[object] = []
-    tokenize = inputs.tokenize  # where torch is imported
+    tokenize = inputs.tokenize  # this imports torch
     monkeypatch.setattr(inputs, "tokenize", lambda *parts: reached.append(parts) or tokenize(*parts))
-    # Nothing else is replaced on the way: these two are the first that a run does for good.
+    # Nothing else is replaced: these two are the first steps with side effects.
     monkeypatch.setattr("rlswitch.build.Monitor", forbidden)
     monkeypatch.setattr("rlswitch.command.sweep.run_hydra", forbidden)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
@@ -85,7 +85,7 @@ def test_a_bad_input_is_answered_in_its_line(
     if given.machine:
         given.machine(monkeypatch)
     before = listing(here)
-    capsys.readouterr()  # what making the tiny model said
+    capsys.readouterr()  # output from creating the tiny model
 
     assert cli.main([*BASE.split(), *given.words.split()]) == cli.WRONG_CONFIG
     said = capsys.readouterr().err.splitlines()
@@ -94,7 +94,7 @@ def test_a_bad_input_is_answered_in_its_line(
     assert [one for one in patterns if not any(re.fullmatch(one, line) for line in said)] == []
     assert len(said) == len(patterns)
     assert listing(here) == before
-    if "mode=plan" not in given.words:  # which never gets there
+    if "mode=plan" not in given.words:  # never reached
         assert bool(reached) == given.needs_torch, "it is told before torch is imported, if it can be"
 
 

@@ -1,4 +1,4 @@
-"""mode=rewards without its engine: gold answers and tables. tests/engines/test_train.py runs all of it."""
+"""mode=rewards without an engine: gold answers and tables. tests/engines/test_train.py runs it in full."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts: the stream, where rows come from and what is held out. Bad rows: bad_inputs.py."""
+"""Prompts: the stream, sources of rows and the held-out rows. Bad rows: bad_inputs.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(ends_text: bool = False, **special: str) -> PreTrainedTokenizerFast:
-    """One token a character; with `ends_text` it ends every text with eos, as T5's does."""
+    """One token per character; with `ends_text` every text ends with eos, as in T5."""
     characters = ["<eos>", "<pad>", *"abcdefghijklmnopqrstuvwxyz0123456789+= "]
     words = {character: i for i, character in enumerate(characters)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -53,7 +53,7 @@ def in_tmp_path(tmp_path, monkeypatch):
 
 
 def run(path: str, *, num_prompts: int = 1, seed: int = 0, every: int = 1, **data) -> SimpleNamespace:
-    """What load_prompts reads of a Run."""
+    """The parts of a Run that load_prompts reads."""
     return SimpleNamespace(
         seed=seed,
         model=ModelConfig(path="some/model"),
@@ -64,7 +64,7 @@ def run(path: str, *, num_prompts: int = 1, seed: int = 0, every: int = 1, **dat
 
 
 def jsonl(name: str, *rows) -> str:
-    """A file with one row per line; a string is a line as it is."""
+    """A file with one row per line; a string becomes a line unchanged."""
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     Path(name).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return name
@@ -75,7 +75,7 @@ def numbered(name: str, start: int, stop: int) -> str:
 
 
 def load(config, tokenizer) -> tuple[list[Prompt], list[Prompt], list[str]]:
-    """Training prompts in the order of their rows, held-out ones, and what was said."""
+    """Training prompts in row order, held-out prompts, and the printed lines."""
     said: list[str] = []
     stream, held_out = load_prompts(config, read_tables(config), tokenizer, said.append)
     training = sorted(stream.take(len(stream)), key=lambda prompt: prompt.index)
@@ -249,7 +249,7 @@ def test_chat_messages_go_through_the_template(tokenizer):
     assert prefilled.messages == [user, begun], "null fields, which Arrow adds, are no fields"
 
 
-# ---- what is held out
+# ---- held-out rows
 
 
 def test_rows_cut_off_are_removed_and_do_not_depend_on_the_seed(tokenizer):

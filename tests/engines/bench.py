@@ -1,4 +1,4 @@
-"""One real vLLM engine with a model to push into it."""
+"""A real vLLM engine, and a model to push into it."""
 
 import copy
 import os
@@ -33,7 +33,7 @@ SETTINGS = {"local": EngineConfig, "server": ServerEngineConfig}
 
 
 def build_model() -> Qwen3ForCausalLM:
-    """Tied embeddings, and as many key heads as query heads: q and k have one shape."""
+    """Tied embeddings, and as many key heads as query heads, so q and k have the same shape."""
     torch.manual_seed(0)
     config = tiny_config(
         hidden_size=128,
@@ -48,12 +48,12 @@ def build_model() -> Qwen3ForCausalLM:
 
 @dataclass
 class Bench:
-    """A backend, a model to push, and what is needed to make engines and versions of them."""
+    """A backend and a model to push, from which tests create engines and policy versions."""
 
     spec: EngineSpec
     backend: VLLMBackend
     start: Callable[[], VLLMBackend]
-    """Another one like `backend`."""
+    """Starts another backend like `backend`."""
     model: Qwen3ForCausalLM
     tokenizer: PreTrainedTokenizerBase
     ledger: Ledger
@@ -85,13 +85,13 @@ class Bench:
 
 @contextmanager
 def open_bench(directory: Path, engine: str = "local", **settings: Any) -> Iterator[Bench]:
-    """Starts vLLM on an untrained model and puts it to sleep."""
+    """Starts vLLM with an untrained model and puts it to sleep."""
     model, tokenizer = build_model(), build_tokenizer()
     model.save_pretrained(directory / "model")
     tokenizer.save_pretrained(directory / "model")
     config = SETTINGS[engine](kv_cache_gib=0.125, **settings)
     config.vllm |= {"worker_cls": "worker.SaboteurWorker", "block_size": BLOCK}
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where a server finds that worker
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # so that a server finds this worker
     device, model_path = Device.detect(), str(directory / "model")
     spec = engine_spec(
         "rollout engine",

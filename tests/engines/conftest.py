@@ -1,4 +1,4 @@
-"""Fixtures of the tests on the real vLLM. The engine is shared: starting it takes longer than most tests."""
+"""Fixtures for tests with the real vLLM. They share an engine: starting one takes longer than most tests."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parent))  # the engine's processes get our sys.path
+sys.path.append(str(Path(__file__).parent))  # the engine's processes inherit our sys.path
 
 from bench import Bench, open_bench
 from runs import Finished, finish, train
 
 if torch.cuda.is_available():
-    collect_ignore_glob = ["test_*.py"]  # these tests drive the CPU worker
+    collect_ignore_glob = ["test_*.py"]  # these tests need the CPU worker
 
 
 @pytest.fixture(scope="session")
@@ -30,16 +30,16 @@ def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 @pytest.fixture
 def disposable_bench(tmp_path: Path) -> Iterator[Bench]:
-    """An engine of its own, for a test that ruins it."""
+    """A separate engine, for a test that breaks it."""
     with open_bench(tmp_path) as bench:
         yield bench
 
 
 @pytest.fixture
 def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """The shared engine, asleep before and after every test whatever the test did to it.
+    """The shared engine, asleep before and after every test.
 
-    The local one, unless a test asks for another: parametrize("bench", [...], indirect=True).
+    The local one by default; otherwise parametrize("bench", [...], indirect=True).
     """
     bench: Bench = request.getfixturevalue(f"shared_{getattr(request, 'param', 'local')}")
     yield bench
@@ -52,9 +52,9 @@ def bench(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 @pytest.fixture(scope="session")
 def run_train(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Finished]:
-    """run_train("recipe=ppo", ...): train.py's main in a process of its own, and what came of it.
+    """run_train("recipe=ppo", ...): train.py's main in a separate process, and its outcome.
 
-    As the jobs of a sweep are run: the libraries are imported once for all tests.
+    Runs like the jobs of a sweep: all tests share one import of the libraries.
     """
 
     def run(*words: str, cwd: Path | None = None, check: bool = True) -> Finished:

@@ -1,4 +1,4 @@
-"""Programs as a user runs them, in processes of their own, but with the libraries imported once for all."""
+"""Runs programs as a user does, in separate processes, but imports the libraries only once."""
 
 import os
 import runpy
@@ -35,7 +35,7 @@ def start(
 def finish(
     target: Callable[[list[str]], object], words: Sequence[object], cwd: Path, timeout: float = 1000
 ) -> Finished:
-    """Runs `target(words)` to its end, or kills it."""
+    """Runs `target(words)` until it exits, or kills it."""
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         process = start(target, words, cwd, (stdout.fileno(), stderr.fileno()))
         process.join(timeout)

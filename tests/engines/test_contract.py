@@ -1,4 +1,4 @@
-"""What every engine has to keep, on the real vLLM."""
+"""The contract of every engine, on the real vLLM."""
 
 import pytest
 from bench import Bench
@@ -123,14 +123,14 @@ def test_wrong_orders_raise_and_leave_the_engine_usable(bench: Bench) -> None:
     engine = bench.engine()
     weights = bench.publish()
     with pytest.raises(SwitchError, match="reload"):
-        engine.reload(weights)  # the weights are not awake
+        engine.reload(weights)  # the weights are asleep
     with pytest.raises(SwitchError, match="KV cache"):
         engine.wake_kv_cache()
     engine.wake_weights()
     with pytest.raises(SwitchError, match="wake the weights"):
         engine.wake_weights()  # twice
     with pytest.raises(SwitchError, match="without weights"):
-        engine.wake_kv_cache()  # level 2 forgot them
+        engine.wake_kv_cache()  # level 2 discarded them
     engine.reload(weights)
     engine.wake_kv_cache()
     engine.make_ready()

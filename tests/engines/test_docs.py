@@ -1,4 +1,4 @@
-"""The programs in docs/, run as they are printed."""
+"""The programs in docs/, run as printed."""
 
 import re
 from contextlib import ExitStack
@@ -24,7 +24,7 @@ def block(page: str, number: int = 0) -> str:
 
 
 def run_block(text: str, directory: Path, *words: object) -> list[str]:
-    """Runs it in a process of its own and returns the lines it printed."""
+    """Runs a program in a separate process and returns the lines it printed."""
     file = directory / "program.py"
     file.write_text(text)
     done = finish(program, [file, *words], directory)

@@ -1,4 +1,4 @@
-"""Processes forked from the server that has imported vLLM, and what they take along."""
+"""Processes forked from the server that has imported vLLM, and what they inherit."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.engine
 
 
 def describe(file: str, depth: int) -> None:
-    """Writes down what a process finds itself with, and its child's; leaves with exit code 7."""
+    """Records the state of this process and of a child; exits with code 7."""
     facts = {
         "imported": "vllm.v1.engine.core" in sys.modules,
         "variable": os.environ.get("RLSWITCH_TEST"),
@@ -85,7 +85,7 @@ def test_only_vllms_own_start_is_redirected() -> None:
 
 
 def leave_a_file(path: str, orphaned: bool) -> None:
-    """With `orphaned` it kills its server first, and starts a process of another one."""
+    """With `orphaned`, first kills its server and starts a process from a new one."""
     if orphaned:
         server = os.getppid()
         os.kill(server, signal.SIGKILL)
@@ -102,7 +102,7 @@ def leave_a_file(path: str, orphaned: bool) -> None:
 def test_a_process_outlives_its_server_and_starts_another(tmp_path: Path) -> None:
     path = tmp_path / "file"
     process = start_process(leave_a_file, [str(path), True])
-    process.join()  # waits for the process, though its server can no longer tell of it
+    process.join()  # waits for the process, although its server can no longer report it
     assert path.read_text() == "started by another"
     after = start_process(leave_a_file, [str(path), False])
     after.join()

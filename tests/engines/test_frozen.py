@@ -1,4 +1,4 @@
-"""Engines with a checkpoint of their own, on the real vLLM: they go back to it, and are proven."""
+"""Frozen engines on the real vLLM: they reload their own checkpoint, and the reload is proven."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SAMPLING = Sampling(num_samples=2, max_new_tokens=12, temperature=0.7, seed=0, s
 
 
 def start(bench: Bench, path: Path, level: str) -> Engine:
-    """A frozen engine over the shared backend, which is brought to `path` as if started with it."""
+    """A frozen engine on the shared backend, which loads `path` as if started with it."""
     backend = bench.backend
     for tag in ("weights", "kv_cache"):
         backend.wake(tag)
@@ -33,7 +33,7 @@ def start(bench: Bench, path: Path, level: str) -> Engine:
 
 @pytest.fixture
 def checkpoint(bench: Bench, tmp_path: Path) -> Path:
-    """A checkpoint that a test may edit."""
+    """A checkpoint that the test may edit."""
     bench.model.save_pretrained(tmp_path / "judge")
     bench.tokenizer.save_pretrained(tmp_path / "judge")
     return tmp_path / "judge"
@@ -99,7 +99,7 @@ def test_weights_that_changed_while_it_slept_at_level_1_are_found_out(bench, che
 
 def test_stale_prefixes_are_found_out(bench, checkpoint, monkeypatch) -> None:
     engine = start(bench, checkpoint, "0")
-    engine.backend.count_cached_tokens(engine.base_weights.canary.sequences)  # known from before
+    engine.backend.count_cached_tokens(engine.base_weights.canary.sequences)  # known already
     engine.release()
     monkeypatch.setattr(bench.backend, "reset_prefix_cache", lambda: True)
     with pytest.raises(ProofError, match="prefix cache"):

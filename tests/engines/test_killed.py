@@ -1,4 +1,4 @@
-"""A run that is killed in every phase of its step ends as one that never was, to the last byte."""
+"""A run killed in every phase of a step ends like an undisturbed one, byte for byte."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ DEATHS = {
     "sleep": 11,
     "wake_kv_cache": 12,
 }
-"""Phase: the step whose phase is not survived."""
+"""By phase, the step in which it kills the run."""
 AT_ITS_END = {"publish", "wake_weights", "verify", "sleep", "wake_kv_cache"}
-"""Killed once the phase is done; the others half-way through it."""
+"""Phases with the kill at their end; in the others it comes half-way."""
 TOLD_TO_STOP = "rollout", 7
 PACKAGE = str(Path(rlswitch.__file__).parent)
 
 
 def counted(words: list[str]) -> None:
-    """train.py, which writes into the file words[0] how many calls each phase of each step makes."""
+    """train.py that writes the number of calls in each phase of each step to the file words[0]."""
     calls: dict[str, int] = {}
 
     def inside(phase: str, call: int) -> None:
@@ -56,7 +56,7 @@ def counted(words: list[str]) -> None:
 
 
 def struck(words: list[str]) -> None:
-    """train.py, which gets the signal words[0] at the call words[2] of the phase words[1], or at its end."""
+    """train.py that receives the signal words[0] at call words[2] of phase words[1], or at its end."""
     number, doomed, moment = int(words[0]), words[1], int(words[2])
     spared = [doomed]
 
@@ -76,7 +76,7 @@ def struck(words: list[str]) -> None:
 def watch_phases(inside: Callable[[str, int], None], at_end: Callable[[str], None]) -> None:
     """`inside(phase, n)` at the n-th call of a function of rlswitch in a phase, `at_end(phase)` at its end.
 
-    Calls and no seconds: they are as many in every run of the same program, however busy the machine.
+    Counts calls, not seconds: the same program makes equally many on a busy machine.
     """
 
     def watched(whole):
@@ -103,7 +103,7 @@ def watch_phases(inside: Callable[[str, int], None], at_end: Callable[[str], Non
 
 
 def lasting(path: Path) -> list[dict]:
-    """The records without what differs between two runs of the same program."""
+    """The records without fields that differ between identical runs."""
     clocks = ("timing_s/", "perf/", "switch/")
     return [
         {key: value for key, value in json.loads(line).items() if not key.startswith(clocks)}
@@ -111,7 +111,7 @@ def lasting(path: Path) -> list[dict]:
     ]
 
 
-@pytest.mark.timeout(3600)  # fifteen runs, one after the other
+@pytest.mark.timeout(3600)  # fifteen runs in sequence
 def test_a_run_killed_in_every_phase_ends_like_one_that_never_was(tiny_model, tmp_path: Path) -> None:
     assert DEATHS.keys() <= {*SWITCH_PHASES, *WORK_PHASES}
     reward = tmp_path / "variety.py"

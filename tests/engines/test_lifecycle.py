@@ -1,4 +1,4 @@
-"""The engine's processes die with ours, however ours dies, and leave nothing behind."""
+"""The engine's processes exit with ours, however ours dies, and leave nothing behind."""
 
 import os
 import signal
@@ -27,14 +27,14 @@ DONE = "done"
 class Owned(NamedTuple):
     owner: psutil.Process
     processes: list[psutil.Process]
-    """Its engine's, and what else must not outlive it."""
+    """Processes that must not outlive the owner: its engine's and others."""
     files: set[Path]
     end: Callable[[float], object]
-    """Waits for the owner's end, at most so many seconds."""
+    """Waits at most so many seconds for the owner to exit."""
 
 
 def own(words: list[str]) -> None:
-    """What an owner does: starts an engine, says what belongs to it, and ends when DONE is there."""
+    """The owner: starts an engine, reports what belongs to it, and exits once DONE exists."""
     directory, engine = words
     with open_bench(Path(directory), engine) as bench:
         bench.publish()
@@ -45,7 +45,7 @@ def own(words: list[str]) -> None:
 
 @contextmanager
 def started_owner(directory: Path, engine: str, *, warm: bool) -> Iterator[Owned]:
-    """A process that owns an engine. Cold: a program of its own, which its fork server belongs to."""
+    """A process that owns an engine. Cold: a separate program that owns its fork server."""
     reader, writer = os.pipe()
     words = [str(directory), engine]
     if warm:
@@ -58,7 +58,7 @@ def started_owner(directory: Path, engine: str, *, warm: bool) -> Iterator[Owned
         *pids, root = lines.readline().split()
         owner, *engines = [psutil.Process(int(pid)) for pid in pids]
         others = [] if warm else owner.children(recursive=True)
-        # Semaphores have no name any more once both sides have opened them.
+        # Semaphores are unlinked once both sides have opened them.
         files = set(left(shared_memory_of([owner.pid, *(process.pid for process in engines)])))
         assert files, "vLLM's processes talk through shared memory"
         try:
@@ -79,13 +79,13 @@ def left(paths: set[Path]) -> list[Path]:
 
 @pytest.fixture
 def directory() -> Iterator[Path]:
-    """A short name: vLLM and multiprocessing put sockets into it, whose paths end at 107 characters."""
+    """A short path: vLLM and multiprocessing create sockets in it, with at most 107 characters."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         yield Path(name)
 
 
 def sockets(directory: Path) -> list[str]:
-    """Sockets, and directories of an engine's and of a fork server's."""
+    """Sockets, and the directories of engines and fork servers."""
     return sorted(
         path.name.split("-")[0]
         for path in directory.iterdir()

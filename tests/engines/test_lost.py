@@ -1,4 +1,4 @@
-"""Engines that die, hang or do not come back, on the real vLLM: nothing of it shows in what they generate."""
+"""Engines that die, hang or fail to restart, on the real vLLM: their outputs stay the same."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLING = Sampling(num_samples=4, max_new_tokens=24, temperature=1.0, seed=0, s
 
 
 class Mortal:
-    """An engine over a bench of its own that is restarted whenever it is lost."""
+    """An engine on a separate bench that is restarted whenever it is lost."""
 
     def __init__(self, bench: Bench):
         self.bench = bench
@@ -43,7 +43,7 @@ class Mortal:
         return backend
 
     def doom(self, method: str, calls: int = 0, number: int = signal.SIGKILL) -> psutil.Process:
-        """The worker that will get the signal in the midst of `method`."""
+        """The worker that will receive the signal during `method`."""
         backend = self.engine.backend
         backend.collective_rpc("doom", call=method, calls=calls, number=int(number))
         return psutil.Process(backend.workers[0]["pid"])
@@ -68,7 +68,7 @@ def told(groups: list[Group]) -> list[tuple]:
 
 
 def turn(engine: RestartingEngine, weights: PolicyWeights) -> list[tuple]:
-    """One turn on the device: woken, pushed, proven, asked, and asleep again."""
+    """One turn on the device: wake, push, prove, generate, sleep."""
     engine.acquire(weights)
     assert engine.engine.proven and engine.version == weights.version
     groups = engine.generate(PROMPTS, SAMPLING)
@@ -93,9 +93,9 @@ def test_a_killed_engine_is_replaced_and_nobody_can_tell(mortal: Mortal, method:
 def test_only_what_was_not_finished_is_asked_again(mortal: Mortal, monkeypatch) -> None:
     engine, weights = mortal.engine, mortal.bench.publish()
     engine.acquire(weights)
-    sampling = replace(SAMPLING, max_new_tokens=96)  # long: the first has come long before the last begins
+    sampling = replace(SAMPLING, max_new_tokens=96)  # long: the first is complete well before the last starts
     lengths = [len(tokens) for tokens, _, _ in told(engine.generate(PROMPTS, sampling))]
-    mortal.doom("execute_model", calls=max(lengths) // 2)  # a step of vLLM's makes a token of each
+    mortal.doom("execute_model", calls=max(lengths) // 2)  # a vLLM step generates a token for each
     calls: list[tuple[int, dict]] = []
     whole = type(engine.backend).generate
 
@@ -106,7 +106,7 @@ def test_only_what_was_not_finished_is_asked_again(mortal: Mortal, monkeypatch) 
     monkeypatch.setattr(type(engine.backend), "generate", generate)
     groups = engine.generate(PROMPTS, sampling)
     assert [len(tokens) for tokens, _, _ in told(groups)] == lengths
-    (first, finished), *_, (again, _) = calls  # between them the new one is warmed up
+    (first, finished), *_, (again, _) = calls  # the new engine is warmed up in between
     assert first == len(lengths) and again == first - len(finished)
     assert 0 < len(finished) < first
     engine.release()
@@ -124,7 +124,7 @@ def test_a_silent_engine_counts_as_lost(mortal: Mortal) -> None:
 
 
 def test_a_step_may_have_more_tokens_than_vllm_takes_at_once(mortal: Mortal) -> None:
-    """On a CPU a prompt that is done in two parts kills vLLM (0.32) when it has a seed."""
+    """vLLM 0.32 on a CPU crashes if it splits a prompt that has a seed."""
     engine, weights = mortal.engine, mortal.bench.publish()
     engine.acquire(weights)
     restarts = engine.restarts
@@ -150,14 +150,14 @@ def test_an_engine_that_hangs_while_it_starts_is_given_up(tmp_path, monkeypatch,
         ):
             pytest.fail("it has started")
         if note.exists():
-            break  # it was given up where it hung, and not on the way there: the machine is not so busy
+            break  # it reached the hang; on a busy machine it needs more time to get there
     processes = [int(pid) for pid in note.read_text().split()]
     assert len(processes) == 2
     assert eventually(lambda: not any(map(psutil.pid_exists, processes)))
 
 
 def test_an_engine_that_never_comes_back_ends_the_run_with_its_log(mortal: Mortal) -> None:
-    """The last one: it leaves no engine behind."""
+    """Must run last: it leaves no engine behind."""
     engine, weights = mortal.engine, mortal.bench.publish()
     turn(engine, weights)
     engine.acquire(weights)

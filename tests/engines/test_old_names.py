@@ -1,4 +1,4 @@
-"""Servers that are running were started with the workers' old names: these must load for one version."""
+"""Running servers were started with the workers' old names, which must still load for one version."""
 
 import subprocess
 import sys

@@ -1,6 +1,6 @@
-"""Every way in which a push has gone wrong somewhere, done on purpose to the real vLLM.
+"""Every known way for a push to fail, injected into the real vLLM.
 
-Each test names the check that must catch it; the others must have let it pass.
+Each test names the check that must catch it; the other checks must pass.
 """
 
 import pytest
@@ -22,7 +22,7 @@ Q, K = (f"model.layers.1.self_attn.{name}_proj.weight" for name in "qk")
 
 
 def refused(engine: Engine, weights: PolicyWeights, check: str) -> str:
-    """The push fails in `check`, and the engine can never generate again."""
+    """Asserts that the push fails in `check` and that the engine can never generate again."""
     with pytest.raises(ProofError, match=f"version {weights.version} is not proven: {check}") as error:
         engine.acquire(weights)
     assert engine.state is State.FAILED
@@ -32,7 +32,7 @@ def refused(engine: Engine, weights: PolicyWeights, check: str) -> str:
 
 
 def edit(weights: PolicyWeights, change) -> None:
-    """Rewrites the published file after `change` of its tensors, behind the publisher's back."""
+    """Applies `change` to the tensors of the published file, unknown to the publisher."""
     file = weights.path / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -77,7 +77,7 @@ def test_an_update_too_small_for_logprobs_to_show(bench: Bench, monkeypatch) -> 
         for ours, theirs in zip(old.canary.logprobs, new.canary.logprobs, strict=True)
         for a, b in zip(ours, theirs, strict=True)
     ]
-    assert max(gaps) < 1e-4  # the canary alone would be content
+    assert max(gaps) < 1e-4  # the canary alone would pass
     monkeypatch.setattr(bench.backend, "reload", lambda path: reload(old.path))
     refused(engine, new, "fingerprint")
 
@@ -115,11 +115,11 @@ def test_one_bit_flipped(bench: Bench) -> None:
 def test_q_and_k_exchanged(bench: Bench) -> None:
     engine, weights = asleep(bench), bench.publish()
     edit(weights, lambda tensors: tensors.update({Q: tensors[K], K: tensors[Q]}))
-    refused(engine, weights, "canary")  # the sum of the same bytes: the fingerprint cannot see it
+    refused(engine, weights, "canary")  # the same bytes have the same sum: the fingerprint cannot detect it
 
 
 def test_tied_head_left_stale(bench: Bench) -> None:
-    """What vLLM's CPU build 0.32 does by itself; the day this passes, the worker's repair can go."""
+    """What vLLM's CPU build 0.32 does by itself; once it no longer does, delete the worker's repair."""
     engine = bench.engine()
     engine.acquire(bench.publish())
     bench.rpc("sabotage", keep_stale_head=True)
@@ -128,7 +128,7 @@ def test_tied_head_left_stale(bench: Bench) -> None:
 
 
 def test_prefix_cache_not_reset_across_a_push(bench: Bench, monkeypatch) -> None:
-    engine = asleep(bench, level="0")  # deeper levels make vLLM itself forget its prefixes
+    engine = asleep(bench, level="0")  # at deeper levels vLLM itself drops its prefix cache
     monkeypatch.setattr(bench.backend, "reset_prefix_cache", lambda: True)
     assert "tokens would be served" in refused(engine, bench.publish(), "prefix cache")
 

@@ -1,4 +1,4 @@
-"""The server engine without a vLLM: addresses, the client's deadlines and errors, unfit servers."""
+"""The server engine without vLLM: addresses, the client's deadlines and errors, unsuitable servers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def fake() -> Iterator[Callable]:
                 self.send_header("Content-Length", str(len(text)))
                 self.send_header("Location", "/elsewhere")
                 self.end_headers()
-                with suppress(BrokenPipeError):  # a client may have given up
+                with suppress(BrokenPipeError):  # the client may have disconnected
                     self.wfile.write(text.encode())
 
             do_GET = do_POST
@@ -67,7 +67,7 @@ def fake() -> Iterator[Callable]:
                 pass
 
         class Server(ThreadingHTTPServer):
-            request_queue_size = 1024  # the standard library's 5 would drop the others' connections
+            request_queue_size = 1024  # the standard library's 5 would drop connections
 
         server = Server(("127.0.0.1", 0), Handler)
         servers.append(server)
@@ -101,7 +101,7 @@ def test_what_came_before_a_failure_is_not_lost(fake) -> None:
     def answer(path: str, body: dict) -> tuple[int, str]:
         if body["n"] < 2:
             return 200, json.dumps(body)
-        while len(came) < 2:  # the client has taken the others
+        while len(came) < 2:  # the client has accepted the others
             time.sleep(0.01)
         return 500, "broken"
 

@@ -1,4 +1,4 @@
-"""What only a server can do: be attached to, and fail to start in a process of its own."""
+"""What only the server engine does: attach to a running server, and fail to start in a separate process."""
 
 import stat
 import tempfile
@@ -21,7 +21,7 @@ SAMPLING = Sampling(num_samples=3, max_new_tokens=12, temperature=0.7, seed=0, s
 
 
 def attaching(bench: Bench) -> EngineSpec:
-    """The bench's engine, by way of the URL of its server."""
+    """The bench's engine, attached through its server's URL."""
     settings = replace(bench.spec.settings, url=str(bench.backend.client.address))
     return replace(bench.spec, settings=settings)
 
@@ -43,7 +43,7 @@ def test_only_we_reach_the_socket(bench: Bench) -> None:
 
 
 def test_an_attached_server_serves_one_run_after_the_other_and_lives_on(bench: Bench, tmp_path) -> None:
-    for _ in range(2):  # the second finds it asleep at level 2, as the first has left it
+    for _ in range(2):  # the second finds it asleep at level 2, as the first left it
         attached = attach(bench, tmp_path)
         with pytest.raises(ConfigError, match="another run is attached"):
             attach(bench, tmp_path)
@@ -100,7 +100,7 @@ def test_a_server_that_does_not_tell_cached_tokens_is_refused(bench: Bench, tmp_
     monkeypatch.setattr(ServerBackend, "count_cached_tokens", lambda self, sequences: 0)
     with pytest.raises(EngineError, match="--enable-prompt-tokens-details"):
         attach(bench, tmp_path)
-    bench.backend.sleep("2")  # as it was
+    bench.backend.sleep("2")  # as it was before
 
 
 def test_a_failed_start_says_why_and_leaves_nothing(bench: Bench, tmp_path, monkeypatch) -> None:

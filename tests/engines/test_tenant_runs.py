@@ -1,6 +1,6 @@
 """Policy, judge or reward model, and trainer on one device: the recipes as a user runs them, on tiny models.
 
-What these models say means nothing: it is compared with what transformers makes of the same text.
+Their outputs are meaningless, but must equal those of transformers on the same text.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def phases(rows: list[dict], way: tuple[str, str]) -> list[str]:
 
 
 def check_records(out: Path, reward: str) -> list[dict]:
-    """What any run with a model among its rewards leaves behind; its rollouts."""
+    """Checks the files of a run with a reward model or judge; returns its rollouts."""
     steps = records(out / "metrics.jsonl")
     assert [step["step"] for step in steps] == [0, 1, 2]
     for step in steps[1:]:
@@ -53,7 +53,7 @@ def check_records(out: Path, reward: str) -> list[dict]:
 
 @pytest.fixture
 def judged(tiny_model) -> list[str]:
-    """recipe=judge with an untrained judge, of which any digit is a verdict."""
+    """recipe=judge with an untrained judge; any digit counts as a verdict."""
     policy, judge = tiny_model(tie=True), tiny_model(tie=False)
     models = [f"model.path={policy.path}", f"judge.path={judge.path}"]
     reply = [r"judge.pattern='(\d)'", "judge.scale=9", "judge.max_new_tokens=16", "judge.retries=30"]
@@ -70,7 +70,7 @@ def test_the_judge_takes_its_turn_and_the_engine_can_come_back_in_the_middle_of_
     ways = hand_overs(rows)
     assert ways[:2] == [(TRAINER, ENGINE), (ENGINE, "judge")]
     assert ways[-2:] == [("judge", TRAINER), (TRAINER, ENGINE)]  # the last one to evaluate
-    # dynamic sampling: what a second round samples from is the version of the first, proven again
+    # dynamic sampling: the second round samples from the same version, proven again
     back = phases(rows, ("judge", ENGINE))
     assert back[:5] == ["sleep", "wake_weights", "reload", "verify", "wake_kv_cache"]
     wakes = phases(rows, (ENGINE, "judge"))
@@ -81,12 +81,12 @@ def test_the_judge_takes_its_turn_and_the_engine_can_come_back_in_the_middle_of_
         assert row["rewards"]["judge"] == pytest.approx(int(digits[-1]) / 9)
     for row in rollouts[::4]:
         reply = greedy(tiny_model(tie=False), f"{row['completion']}={row['prompt']}", 16)
-        assert reply == row["extra"]["judge"] or not re.search(r"\d", reply)  # else it was asked again
+        assert reply == row["extra"]["judge"] or not re.search(r"\d", reply)  # else retried
 
 
 def test_the_reward_model_takes_its_turn(run_train, tiny_model, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    # A tokenizer that is not the policy's has it read the text, which the records hold.
+    # With a tokenizer other than the policy's, it reads the text, which the records contain.
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = save_classifier(tmp_path / "classifier", template=template)
     models = [f"model.path={tiny_model().path}", f"reward_model.path={tmp_path / 'classifier'}"]

@@ -1,4 +1,4 @@
-"""The whole loop as a user runs it, on the real vLLM: small, but nothing left out."""
+"""The whole loop as a user runs it, on the real vLLM: small but complete."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def records(path: Path) -> list[dict]:
 
 
 def timeless(record: dict) -> dict:
-    """A record without what differs between two runs of the same program."""
+    """A record without fields that differ between identical runs."""
     clocks = ("timing_s/", "perf/", "switch/")
     return {key: value for key, value in record.items() if not key.startswith(clocks)}
 
@@ -62,7 +62,7 @@ def test_ppo_learns(ppo_run) -> None:
     out, printed = ppo_run
     steps = records(out / "metrics.jsonl")
     first, last = steps[0]["val/addition/acc"], steps[-1]["val/addition/acc"]
-    # Where it begins and how far it comes differ with the seed and with how a CPU rounds.
+    # The first accuracy and the gain depend on the seed and on how the CPU rounds.
     assert 0.2 <= first <= 0.5 and last >= first + 0.15
     assert steps[-1]["val/addition/pass@4"] >= last
     assert f"step {STEPS}/{STEPS}" in printed and "proven" in printed
@@ -132,7 +132,7 @@ def test_a_run_cut_off_after_a_checkpoint_ends_like_an_uninterrupted_one(run_tra
     words = ("recipe=grpo", *SMALL, "checkpoint.every=2", "num_steps=4", f"output_dir={out}")
     run_train(*words)
     shutil.copytree(out, kept)
-    shutil.rmtree(out / "checkpoints" / "step_000004")  # as if killed on the way there
+    shutil.rmtree(out / "checkpoints" / "step_000004")  # as if killed before this save
     assert "at step 2" in run_train(*words).stdout
     ours, theirs = (records(path / "metrics.jsonl") for path in (out, kept))
     assert [timeless(record) for record in ours] == [timeless(record) for record in theirs]
@@ -182,12 +182,12 @@ def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -
             if line.startswith("step ") and "/500" in line:
                 os.kill(process.pid, signal.SIGTERM)
                 break
-        lines.read()  # to its end
+        lines.read()  # to the end
         process.join(120)
         errors.seek(0)
         said = errors.read()
     assert process.exitcode == 75, said
-    # In a step that was finished, or in the next one's rollouts.
+    # In a finished step, or during the next step's rollouts.
     assert re.search(r"stopped by SIGTERM .* checkpoint (of step \d+ )?saved", said)
     steps = records(out / "metrics.jsonl")
     saved = out / "checkpoints" / f"step_{steps[-1]['step']:06d}"
@@ -195,7 +195,7 @@ def test_a_signal_stops_the_run_after_a_step_with_a_checkpoint(tmp_path: Path) -
 
 
 def test_adapters_are_pushed_merged_and_proven(run_train, tmp_path: Path) -> None:
-    """With packing, a KL to the bare model, a mismatch correction and one update a step beside it."""
+    """Also with packing, a KL to the base model, a mismatch correction and one update per step."""
     out = tmp_path / "run"
     words = [
         *("recipe=grpo", *SMALL, "num_steps=2", "evaluation.every=0", f"output_dir={out}"),
@@ -211,7 +211,7 @@ def test_adapters_are_pushed_merged_and_proven(run_train, tmp_path: Path) -> Non
         assert 0 < record["mismatch/logp_abs_diff_max"] <= 1e-3
         assert record["mismatch/weight_mean"] == pytest.approx(1, abs=1e-3)
         assert record["actor/ratio_mean"] == 1
-    # adapters start as the bare model: only the second step's rollouts are by other weights
+    # adapters start as the base model: only the second step's rollouts use other weights
     assert first["actor/kl_ref"] == pytest.approx(0, abs=1e-9)
     assert second["actor/kl_ref"] > 1e-6
     saved = out / "checkpoints" / "step_000002"

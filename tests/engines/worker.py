@@ -1,4 +1,4 @@
-"""A worker that can be told to make the mistakes that a proof has to catch, and to die or hang."""
+"""A vLLM worker that makes the mistakes a proof must catch, dies or hangs on request."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from rlswitch.engines.vllm.cpu_worker import SleepingCPUWorker
 from rlswitch.processes.group import own_family
 
 HUNG = "RLSWITCH_TEST_HUNG"
-"""In the environment: a worker writes its engine's pids there and never gets further."""
+"""Environment variable: the worker writes its engine's pids to this file and then hangs."""
 
 
 class SaboteurWorker(SleepingCPUWorker):
-    """Behaves like its base until `sabotage` or `doom` is called, by name, through collective_rpc."""
+    """Behaves like its base class until collective_rpc calls `sabotage` or `doom`."""
 
     keep_stale_head = False
 
@@ -29,11 +29,11 @@ class SaboteurWorker(SleepingCPUWorker):
         self.keep_stale_head = keep_stale_head
 
     def restart(self) -> None:
-        """As if another server had taken its place."""
+        """As if another server had replaced it."""
         self.identity["token"] += ", and another"
 
     def doom(self, call: str, calls: int, number: int) -> None:
-        """After `calls` more of `call` the process gets the signal `number` at the end of the next one."""
+        """Sends this process the signal `number` at the end of a `call`, after `calls` more of them."""
         whole: Callable = getattr(self, call)
 
         def doomed(*args: Any, **kwargs: Any) -> Any:

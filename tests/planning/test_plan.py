@@ -1,4 +1,4 @@
-"""The residency plan: sizes and seconds by hand, parking, and advice that holds when it is followed."""
+"""The residency plan: sizes and seconds computed by hand, parking, and advice that works if followed."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ LARGE = QWEN | {
 
 @pytest.fixture
 def qwen(tmp_path: Path):
-    """A directory with nothing but this config.json."""
+    """A directory with only this config.json."""
 
     def write(config: dict) -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -83,7 +83,7 @@ def qwen(tmp_path: Path):
 
 @pytest.fixture
 def gpu_run(make_run):
-    """Settings of the size that the defaults have, in bfloat16, published on disk."""
+    """Settings as large as the defaults, in bfloat16, published to disk."""
 
     def make(algorithm: str = "grpo", **settings):
         sections = {
@@ -144,7 +144,7 @@ def test_activations_by_hand() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_what_autograd_saves(checkpointing) -> None:
-    """The difference of two depths leaves embedding, head and loss out of the comparison."""
+    """Compares the difference between two depths, which cancels embedding, head and loss."""
 
     def saved(layers: int) -> int:
         config = tiny_config(hidden_size=128, intermediate_size=384, num_hidden_layers=layers, head_dim=64)
@@ -158,7 +158,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in own:
                 held[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # or its address would be used again
+            alive.append(tensor)  # otherwise its address could be reused
             return tensor
 
         mask = torch.ones(4, 32, dtype=torch.long)
@@ -172,7 +172,7 @@ def test_activations_are_what_autograd_saves(checkpointing) -> None:
     assert saved(4) - saved(2) == pytest.approx(estimated[1] - estimated[0], rel=0.1)
 
 
-# ---- what is where
+# ---- residency
 
 
 def test_rows_by_hand(gpu_run) -> None:
@@ -209,7 +209,7 @@ def test_what_sleeping_frees_is_what_does_not_stay(gpu_run, level, stays) -> Non
 
 @pytest.fixture
 def scored_run(gpu_run, qwen):
-    """A run with a judge and a reward model of 0.6 billion parameters."""
+    """A run with a judge and a reward model of 0.6B parameters."""
 
     def make(level: str = "1", **settings):
         path = qwen(SMALL | {"num_labels": 1})
@@ -233,7 +233,7 @@ def test_judge_and_reward_model_have_a_phase_each_and_leave_the_device(scored_ru
     judge = ["judge weights", "judge's KV cache", "judge's own (estimate)"]
     assert sum(found[name].at("judge") for name in judge) == int(0.85 * 140 * GIB)
     assert found["judge's own (estimate)"].at("update") == GIB  # a context stays
-    scores = 2 * (596_049_920 + 1024)  # one label for the head, which was tied
+    scores = 2 * (596_049_920 + 1024)  # one label, as the head was tied
     assert [found["reward model weights"].at(phase) for phase in plan.phases] == [0, 0, scores, 0]
     assert plan.total("parked") - plan.parked_by_trainer == (weights + scores if level == "1" else 0)
     assert found["policy gradients"].at("judge") == 0

@@ -1,4 +1,4 @@
-"""Who ends with whom: the table in watch_owner's docstring, with plain processes in place of vLLM's."""
+"""Which process ends with which: the table in watch_owner's docstring, with plain processes for vLLM's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen]]:
 
 @pytest.fixture
 def watcher(start, tmp_path: Path) -> Callable[[Owner], subprocess.Popen]:
-    """watcher(owner): a process of that owner, with a file of its own."""
+    """watcher(owner): a process of that owner, with its own file."""
 
     def run(owner: Owner) -> subprocess.Popen:
         file = tmp_path / "file"
@@ -99,6 +99,6 @@ def test_a_group_ends_with_its_descendants_and_files(start, tmp_path: Path):
     assert parent.stdout.readline() == "started\n"
     group = ProcessGroup([parent.pid], [str(file)])
     assert len(group.processes) == 2 and [it.pid for it in group.vital] == [parent.pid]
-    group.end(lambda: 1 / 0)  # it does not answer
+    group.end(lambda: 1 / 0)  # it does not respond
     assert not file.exists()
     assert not [it for it in group.processes if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]

@@ -1,4 +1,4 @@
-"""Signals end a run after its step, with one save; a second Ctrl-C ends it at once."""
+"""A signal ends the run after its step, with one save; a second Ctrl-C ends it at once."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ with ExitStack() as stack:
 
 @pytest.fixture(autouse=True)
 def nothing_ignored() -> Iterator[None]:
-    """As if the tests themselves had not been started by nohup, or in the background."""
+    """As if the tests had not been started by nohup or in the background."""
     hang_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
@@ -175,7 +175,7 @@ def test_a_stop_signal_while_a_run_is_built_takes_down_what_there_is(monkeypatch
 
 
 def test_further_stop_signals_do_not_disturb_the_end_of_a_run(monkeypatch, make_run):
-    """As a scheduler sends SIGTERM after SIGUSR1: the exit code is what it was, and all is closed."""
+    """A scheduler sends SIGTERM after SIGUSR1: the exit code stays, and everything is closed."""
     closed: list[str] = []
 
     def close(what: str) -> None:

@@ -1,4 +1,4 @@
-"""What the additive hash does not depend on, and what it never misses."""
+"""What the additive hash ignores, and what it always detects."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_tensors_read_one_after_another_into_the_same_memory_all_count():
         for i in range(6):
             tensor = noise(1000, seed=i)
             yield f"w{i}", tensor
-            del tensor  # the next one may lie where this one did
+            del tensor  # the next one may reuse its address
 
     apart = {f"w{i}": tensor_fingerprint(noise(1000, seed=i)) for i in range(6)}
     assert named_fingerprints(one_at_a_time()) == apart

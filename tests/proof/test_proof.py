@@ -1,4 +1,4 @@
-"""The three checks: what passes, and every way of failing with the words that explain it."""
+"""The three checks: what passes, and every failure with its error message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in task: an honest split, a careless pupil, a warm start that is always the same."""
+"""The built-in task: the split, the careless demonstrations, a deterministic warm start."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TWO_DIGITS = st.integers(0, 99)
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A warm start of three small steps, cached in a directory of its own."""
+    """A warm start of three small steps, cached in a temporary directory."""
     monkeypatch.setattr(addition_policy, "STEPS", 3)
     monkeypatch.setattr(addition_policy, "BATCH", 4)
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path / "cache"))
@@ -80,7 +80,7 @@ def test_held_out_problems_are_never_demonstrated():
     assert not shown & held_out
 
 
-# -- the pupil ---------------------------------------------------------------------------------
+# -- the demonstrations ------------------------------------------------------------------------
 
 
 @given(a=TWO_DIGITS, b=TWO_DIGITS, seed=st.integers(0, 99))
@@ -88,7 +88,7 @@ def test_the_pupil_only_ever_forgets_carries(a: int, b: int, seed: int):
     answer = demonstrate(a, b, random.Random(seed))
     wrong_by = a + b - int(answer)
     assert len(answer) == 3
-    # the carry to the tens, or the hundred, or both; forgetting the tens can undo the hundred
+    # the carry into the tens, the hundred, or both: a dropped tens carry can remove the hundred
     assert wrong_by in {0, 10, 100, 110}
     assert answer[2] == str((a + b) % 10)
     if a % 10 + b % 10 < 10:
@@ -210,7 +210,7 @@ def test_whoever_comes_second_takes_the_model_of_the_first(quick, monkeypatch: p
     def raced(seed: int):
         if not made:
             made.append(None)
-            made.append(ensure_model(seed, print))  # another process is quicker
+            made.append(ensure_model(seed, print))  # another process finishes first
         return recipe(seed, show=False)
 
     monkeypatch.setattr(addition_policy, "warm_start", raced)

@@ -1,4 +1,4 @@
-"""The built-in judge and reward model: what they are taught, and how right they are after part of it."""
+"""The built-in judge and reward model: their training data, and their accuracy after part of the training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rlswitch.recipes.addition import judge as addition_judge
 from rlswitch.recipes.addition import policy as addition_policy
 from rlswitch.recipes.addition import reward_model as addition_reward_model
 from rlswitch.recipes.addition import task as addition
-from rlswitch.recipes.addition.judge import IGNORED, Case, answer, answered, question, reply
+from rlswitch.recipes.addition.judge import IGNORED, Case, question, reply, sample_answer, sample_cases
 from transformers import Qwen3ForSequenceClassification
 
 from rlswitch.command.compose import Source, compose_run
@@ -23,7 +23,7 @@ CASES = [((7, 45), "052"), ((7, 45), "042"), ((99, 99), ""), ((0, 0), "000+0000"
 
 def test_held_out_problems_are_never_shown():
     held_out = set(addition.split()[1])
-    shown = {problem for cases in answered(0, 200, 64) for problem, _ in cases}
+    shown = {problem for cases in sample_cases(0, 200, 64) for problem, _ in cases}
     assert len(shown) > 6000 and not shown & held_out
 
 
@@ -31,7 +31,7 @@ def test_about_half_of_the_answers_are_wrong_and_most_of_them_nearly_right():
     generator, kinds = random.Random(0), Counter()
     for _ in range(2000):
         a, b = generator.randrange(100), generator.randrange(100)
-        given, right = answer(a, b, generator), f"{a + b:03d}"
+        given, right = sample_answer(a, b, generator), f"{a + b:03d}"
         kinds["right"] += given == right
         kinds["near"] += len(given) == 3 and sum(x != y for x, y in zip(given, right, strict=True)) == 1
     assert 0.4 < kinds["right"] / 2000 < 0.6
@@ -76,22 +76,22 @@ def test_the_same_comes_of_the_same_seed(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(module, "STEPS", 3)
         monkeypatch.setattr(module, "BATCH", 4)
     policy = addition_policy.ensure_model(0, print)
-    for learn in (lambda seed: addition_judge.learn(policy, seed, show=False), quiet_reward_model):
-        first, again, other = (list(learn(seed).parameters()) for seed in (0, 0, 1))
+    for train in (lambda seed: addition_judge.train_judge(policy, seed, show=False), quiet_reward_model):
+        first, again, other = (list(train(seed).parameters()) for seed in (0, 0, 1))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 @pytest.fixture(scope="module")
 def pupils_answers() -> tuple[list[Case], list[bool]]:
-    """The careless pupil's to held-out problems, and which are right: a little more than half."""
+    """Careless answers to the held-out problems, and which are right: a little more than half."""
     generator = random.Random(0)
     cases = [(problem, addition.demonstrate(*problem, generator)) for problem in addition.split()[1]]
     return cases, [given == f"{sum(problem):03d}" for problem, given in cases]
 
 
 A_LITTLE_WISE = 0.7
-"""Always the same verdict agrees in 0.57 of them; six seeds came to 0.78 to 0.90."""
+"""A constant verdict agrees in 0.57 of the cases; six seeds reached 0.78 to 0.90."""
 
 
 def agreement(verdicts: list[bool], right: list[bool]) -> float:
@@ -105,7 +105,7 @@ def test_after_a_quarter_of_its_course_the_judge_is_right_about_problems_it_neve
     monkeypatch.setenv("RLSWITCH_CACHE", str(tmp_path))
     monkeypatch.setattr(addition_policy, "STEPS", 150)
     monkeypatch.setattr(addition_judge, "STEPS", 150)
-    judge = addition_judge.learn(addition_policy.ensure_model(0, print), seed=0, show=False).eval()
+    judge = addition_judge.train_judge(addition_policy.ensure_model(0, print), seed=0, show=False).eval()
     (cases, right), tokenizer = pupils_answers, addition.build_tokenizer()
     asked = torch.tensor([tokenizer(question(*case)).input_ids for case in cases])
     told = judge.generate(
@@ -135,7 +135,7 @@ def test_after_a_quarter_of_its_course_the_reward_model_is_right_about_problems_
 
 
 def quiet_reward_model(seed: int) -> Qwen3ForSequenceClassification:
-    return addition_reward_model.learn(seed, show=False)
+    return addition_reward_model.train_reward_model(seed, show=False)
 
 
 @pytest.mark.parametrize("task", [addition_judge, addition_reward_model], ids=["judge", "reward model"])

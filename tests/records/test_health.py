@@ -1,4 +1,4 @@
-"""Steps that a run must not go on making: what is written down of them, and when it ends."""
+"""Steps without progress: what the run records, and when it stops."""
 
 from __future__ import annotations
 
@@ -78,4 +78,4 @@ def test_steps_without_a_gradient_are_told_once_and_end_the_run_in_the_end(healt
     health.check(60, {"actor/grad_norm": 0.0}, [], make_groups())
     assert "of the last 50 steps: the rewards do not differ" in health.end
     health.check(61, {"actor/grad_norm": 0.0}, [], make_groups())
-    assert not health.end  # who goes on all the same has fifty more
+    assert not health.end  # the count starts again

@@ -1,4 +1,4 @@
-"""What the monitor leaves on disk, in the trackers and on the screen."""
+"""What the monitor writes to disk, to the trackers and to the screen."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_trim_drops_later_records_and_torn_lines_only(tmp_path):
 
 
 class GoneScreen(io.StringIO):
-    """A terminal that has been closed."""
+    """A closed terminal."""
 
     gone = False
 
@@ -179,7 +179,7 @@ class GoneScreen(io.StringIO):
         return super().write(text)
 
 
-# rich's own thread, which redraws the panel, ends with an error: nobody is there to read it.
+# rich's redrawing thread ends with an error that nobody reads.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("live", [True, False])
 def test_a_terminal_that_has_gone_does_not_stop_a_run(tmp_path, live: bool):
@@ -311,7 +311,7 @@ def test_the_first_failure_drops_a_tracker_and_leaves_the_others(tmp_path, track
     calls: list[str] = []
 
     class Broken(tracker):
-        """Fails at one call; SystemExit is how some trackers leave."""
+        """Fails at one call; some trackers raise SystemExit."""
 
         seen: ClassVar[list] = []
         name = "broken"
@@ -370,14 +370,14 @@ def test_offline_wandb_goes_on_in_the_same_run_after_a_resume(tmp_path, monkeypa
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     with Monitor(make_run(logger=["wandb"]), tmp_path, console=plain()) as monitor:
         monitor.log(1, METRICS)
-    time.sleep(1.1)  # W&B names its folders by the second
+    time.sleep(1.1)  # W&B folder names have a resolution of one second
     console = plain()
     resumed = Monitor(make_run(logger=["wandb"]), tmp_path, 1, monitor.wandb_id, console=console)
     with resumed:
         resumed.log(2, METRICS)
     assert resumed.wandb_id == monitor.wandb_id
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{monitor.wandb_id}.wandb"))
-    # W&B's own process writes them, and may be a moment behind.
+    # W&B's own process writes them, possibly a little later.
     assert eventually(lambda: [wandb_steps(file) for file in files] == [{1}, {2}]), files
     assert "wandb sync" in printed(console)
     assert capfd.readouterr() == ("", "")
@@ -393,7 +393,7 @@ def test_a_session_without_wandb_keeps_the_run_for_the_next_one_with_it(tmp_path
 def wandb_steps(path: Path) -> set[int]:
     """The steps in a file of W&B's, which has no public reader: `_step` and its value as JSON."""
     found = re.findall(rb"\x12\x05_step\x82\x01(.)(\d+)", path.read_bytes())
-    return {int(digits[: ord(length)]) for length, digits in found}  # a checksum comes next: any byte
+    return {int(digits[: ord(length)]) for length, digits in found}  # the next byte belongs to a checksum
 
 
 # -- console ---------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_a_panel_can_be_drawn_before_anything_is_known(tmp_path):
     console = terminal(width=40)
     with Monitor(make_run(), tmp_path, console=console) as monitor:
         monitor.phase("engine start")
-        assert eventually(lambda: "engine start" in printed(console))  # it draws itself, now and then
+        assert eventually(lambda: "engine start" in printed(console))  # rich redraws at intervals
 
 
 def test_an_exception_closes_the_display_and_passes_on(tmp_path):

@@ -1,4 +1,4 @@
-"""What a sweep compares: runs that differ in their seed alone are one arm."""
+"""Comparing the runs of a sweep: runs that differ only in their seed form one arm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ACC = "val/addition/acc"
 
 @pytest.fixture
 def make_job(tmp_path: Path):
-    """make_job(["recipe=ppo", "seed=1"], [0.4, 0.9]): a finished job with an accuracy a step."""
+    """make_job(["recipe=ppo", "seed=1"], [0.4, 0.9]): a finished job with an accuracy per step."""
     numbers = iter(range(99))
 
     def make(overrides: list[str], accuracies: list[float], exit_code: int = 0) -> Job:
@@ -23,7 +23,7 @@ def make_job(tmp_path: Path):
         directory = tmp_path / str(number)
         directory.mkdir()
         rows = [{"step": i, "timing_s/step": 2.0, ACC: acc} for i, acc in enumerate(accuracies)]
-        rows.insert(1, {"step": 0, "timing_s/step": 0.5})  # a step without an evaluation counts its time
+        rows.insert(1, {"step": 0, "timing_s/step": 0.5})  # its time counts, though it has no evaluation
         (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         job = Job(
             number=number, overrides=overrides, exit_code=exit_code, seconds=1.0, directory=str(directory)

@@ -1,4 +1,4 @@
-"""The report of whole, partial, broken, long and hostile runs."""
+"""The report on complete, partial, broken, long and hostile runs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Tags(HTMLParser):
 
 
 def page_of(run_dir: Path) -> str:
-    """The report, after checks that hold for every one: it loads nothing, and runs our script alone."""
+    """The report, after checks that apply to all: it loads nothing and runs only our script."""
     html = write_report(run_dir).read_text(encoding="utf-8")
     tags = Tags()
     tags.feed(html)
@@ -74,7 +74,7 @@ def visible(html: str) -> str:
 
 
 def data_of(html: str) -> dict:
-    """What the script reads, by the rules of JSON in a browser."""
+    """The script's data, parsed by a browser's JSON rules."""
     packed = re.search(r'id="data">(.*?)</script>', html)
     assert packed
     return json.loads(gzip.decompress(base64.b64decode(packed[1])), parse_constant=pytest.fail)
@@ -242,7 +242,7 @@ def test_nothing_in_a_run_can_write_markup(run_dir):
     assert "\x1b" not in html and "\u202e" not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     samples = samples_of(html)
-    assert [row["completion"] for row in samples] == [evil, evil + "2"]  # as data, to the letter
+    assert [row["completion"] for row in samples] == [evil, evil + "2"]  # as data, verbatim
     assert samples[0]["end"] == evil and samples[0][evil] == 1.0
 
 

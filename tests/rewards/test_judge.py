@@ -1,4 +1,4 @@
-"""The judge without its engine: what it is asked, how a reply is read, and how often it is asked again."""
+"""The judge without an engine: its prompts, how replies are parsed, and retries."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_a_pattern_has_one_group(pattern: str, says: str):
 
 
 class Replies:
-    """In the place of the judge's engine: replies by question, one attempt after the other."""
+    """A fake judge engine: replies by question, one per attempt."""
 
     def __init__(self, **replies: list[str]):
         self.tokenizer = build_tokenizer()

@@ -1,4 +1,4 @@
-"""Reward functions that fail: each is stopped and named, the rest is kept, nothing stays behind."""
+"""Failing reward functions: each is stopped and named, the other rows are kept, nothing is left behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = 20
 
 
 def step(*odd: int, rows: int = ROWS) -> list[Group]:
-    """Groups of four; the completions at the places `odd` are `odd`, the others `fine`."""
+    """Groups of four; completions at the positions `odd` are "odd", the others "fine"."""
     texts = ["odd" if place in odd else "fine" for place in range(rows)]
     return [
         group_of(*texts[4 * index : 4 * index + 4], index=index, messages=f"prompt {index}")
@@ -62,7 +62,7 @@ def rewards(tmp_path: Path):
         one.close()
     me = psutil.Process()
     for child in me.children(recursive=True):
-        with suppress(psutil.Error):  # it may end while it is looked at
+        with suppress(psutil.Error):  # it may exit meanwhile
             assert "supervisor.py" not in " ".join(child.cmdline())
 
 
@@ -154,11 +154,11 @@ if os.fork() == 0:
     os._exit(0)
 orphan = os.read(reader, 99).decode()
 """
-"""In a function: starts a process that leaves its session, and waits until it has."""
+"""Function body: starts a process that leaves its session, and waits until it has."""
 
 
 def noted(note: Path) -> list[str]:
-    """What a function writes down, once it has: a line."""
+    """The line that a function writes, once it has written one."""
     while not (note.exists() and note.read_text().endswith("\n")):
         time.sleep(0.01)
     return note.read_text().split()

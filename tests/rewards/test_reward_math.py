@@ -1,4 +1,4 @@
-"""Rewards that rest on other libraries: math-verify's answers, and TRL's own functions unchanged."""
+"""Rewards from other libraries: math-verify's answers, and TRL's own functions, unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reward model as a tenant: transformers' own logits, and weights that come back or are refused."""
+"""The reward model as a tenant: it gives transformers' logits, and its weights are restored or rejected."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def classifier(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def find(make_run) -> Callable[..., Classifier]:
-    """find(path, level="2"): the model at `path`, looked at for a run."""
+    """find(path, level="2"): the model at `path`, inspected for a run."""
 
     def look(path: Path, level: str = "1", **settings) -> Classifier:
         run: Run = make_run(reward_model={"path": str(path), "level": level}, **settings)
@@ -80,7 +80,7 @@ def scores(model: RewardModel, *texts: str) -> list[float]:
 
 
 def own_logits(path: Path, *texts: str) -> list[float]:
-    """What transformers gives, a sequence at a time: no padding."""
+    """transformers' scores, one sequence at a time, without padding."""
     model = AutoModelForSequenceClassification.from_pretrained(path).eval()
     rows = [[*it.prompt.token_ids, *it.token_ids] for it in rollouts(*texts)]
     with torch.no_grad():
@@ -209,7 +209,7 @@ def test_weights_that_changed_in_host_memory_are_refused(classifier, start):
         model.acquire(None)
 
 
-# -- what is no reward model -------------------------------------------------------------------
+# -- rejected models ---------------------------------------------------------------------------
 
 
 def test_a_language_model_is_refused_before_it_is_loaded(tiny_model, find):

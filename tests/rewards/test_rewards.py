@@ -1,4 +1,4 @@
-"""Rewards: TRL's signature, the weighted sum, and how functions are found."""
+"""Rewards: TRL's signature, the weighted sum, and how functions are loaded."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def rewards(tmp_path: Path):
         one.close()
 
 
-# ---- what a function is called with
+# ---- arguments of a function
 
 
 RECORD = """
@@ -125,7 +125,7 @@ def spoil(prompts, completions, tests, **columns):
     assert spoilt.rollouts[0].token_ids == [5]
 
 
-# ---- what becomes of the scores
+# ---- scores
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_an_overlong_completion_loses_reward_and_its_rewards_stay_as_they_were(t
     assert [rollout.rewards for rollout in scored.rollouts] == [{"length": n} for n in (6.0, 8.0, 10.0)]
 
 
-# ---- how a function is found
+# ---- loading functions
 
 
 def test_functions_come_from_modules_files_and_the_built_in_table(tmp_path, monkeypatch, request):

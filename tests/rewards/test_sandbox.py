@@ -1,4 +1,4 @@
-"""Programs that a model wrote: stopped and named, and nothing of them or for them is left behind."""
+"""Programs written by a model: stopped and named, with nothing left behind."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from rlswitch.rewards.sandbox.sandbox import Limits, Sandbox, SandboxError
 pytestmark = pytest.mark.processes
 
 LIMITS = Limits(seconds=1.0, memory_bytes=1 << 30, processes=32, file_bytes=1 << 20)
-"""A second of CPU time; on a busy machine it may last a minute."""
+"""One second of CPU time, which can take a minute on a busy machine."""
 
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time enough to use up a second of CPU time, however busy the machine."""
+    """Enough time to use one second of CPU time on a busy machine."""
     monkeypatch.setattr(module, "PATIENCE", 60.0)
 
 
@@ -51,7 +51,7 @@ needs_isolation = pytest.mark.skipif(MISSING is not None, reason=f"no isolation 
 
 @pytest.fixture(params=["isolated", "limits only"])
 def sandbox(request, monkeypatch, tmp_path: Path):
-    """Each kind in turn; whatever a test does, neither a process nor a file may be left."""
+    """Each kind in turn; no test may leave a process or a file behind."""
     monkeypatch.setenv("SECRET", "do not tell")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = set(psutil.Process().children(recursive=True))  # a tracker's service, of another test
@@ -66,13 +66,13 @@ def sandbox(request, monkeypatch, tmp_path: Path):
 
 
 def command_of(process: psutil.Process) -> str:
-    with suppress(psutil.Error):  # it may end while it is looked at
+    with suppress(psutil.Error):  # it may exit meanwhile
         return " ".join(process.cmdline())
     return ""
 
 
 def unsandboxed(monkeypatch: pytest.MonkeyPatch) -> Sandbox:
-    """As on a kernel that gives no namespaces: everything isolated is refused."""
+    """Imitates a kernel without namespaces, which rejects everything isolated."""
     with monkeypatch.context() as patch:
         patch.setattr(Sandbox, "_spec", _impossible(Sandbox._spec))
         return Sandbox(LIMITS, allow_unsandboxed=True)
@@ -124,7 +124,7 @@ def test_what_a_program_does_wrong_is_named(sandbox, monkeypatch, source, proble
 
 @pytest.fixture
 def shared_core() -> Iterator[None]:
-    """One core for this process and what it starts, and beside them one that is seldom there at a tick."""
+    """Pins this process and its children to one core, shared with a process that rarely runs at a tick."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     other = subprocess.Popen([sys.executable, "-S", "-c", NAPS])
@@ -144,7 +144,7 @@ while True:
 
 
 def test_a_program_on_a_busy_core_is_judged_by_the_count_that_ended_it(sandbox, shared_core):
-    """The kernel charges it for whole ticks: it has computed less than that."""
+    """The kernel charges whole ticks, more than the program has computed."""
     assert sandbox.run("while True: pass").problem == "ran longer than 1 s"
 
 
@@ -211,14 +211,14 @@ def test_an_isolated_program_reaches_nothing_outside(source, says):
     before = set(psutil.Process().children(recursive=True))
     if os.getuid() == 0 or "setuid" not in source:
         outcome = Sandbox(LIMITS).run(source.replace("PARENT", str(os.getpid())))
-        # many processes may write at once: not the last line alone
+        # many processes may write at once: not only the last line
         assert outcome.problem and says in outcome.problem + outcome.errors
     assert not set(psutil.Process().children(recursive=True)) - before
 
 
 @needs_isolation
 def test_what_lives_below_tmp_can_be_shown_and_not_changed(monkeypatch):
-    """As when the environment with the interpreter was made there."""
+    """As if the interpreter's environment were there."""
     library = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
         (library / "module.py").write_text("known = 7")

@@ -1,4 +1,4 @@
-"""Models among the rewards: their scores beside the functions', their turn on the device, evaluation."""
+"""Reward models and judges: their scores next to the functions', their turn on the device, evaluation."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def asked(rewards: Rewards, switch: Switch, tenants: Sequence[RewardTenant], *gr
     rewards.score(groups, switch)
 
 
-# -- beside the functions ----------------------------------------------------------------------
+# -- models and functions together -------------------------------------------------------------
 
 
 def test_models_and_functions_are_weighted_and_named_in_the_order_of_the_list(rewards, switch, log):
@@ -137,7 +137,7 @@ def test_where_nothing_applies_it_is_an_error_once_all_have_been_asked(rewards):
     assert len(unasked.rollouts) == 1
 
 
-# -- in turn on the device ---------------------------------------------------------------------
+# -- turns on the device -----------------------------------------------------------------------
 
 
 def test_each_has_the_device_to_itself_while_it_scores(rewards, switch, log, tmp_path):
@@ -235,7 +235,7 @@ def test_a_hand_over_inside_of_work_is_counted_as_switching_only(tmp_path, monke
     assert (row["from"], row["to"]) == ("rollout engine", "judge")
 
 
-# -- a new one ---------------------------------------------------------------------------------
+# -- a new tenant ------------------------------------------------------------------------------
 
 LOOKUP = """
 import json
@@ -300,7 +300,7 @@ class RunWithLookup(Run):
 
 @pytest.fixture
 def with_lookup(tmp_path: Path, monkeypatch, make_run) -> Callable[..., RunWithLookup]:
-    """One file, one line in TENANTS, one section: a run that looks scores up beside exact_match."""
+    """One file, one line in TENANTS, one section: a run that looks up scores, next to exact_match."""
     (tmp_path / "lookup_tenant.py").write_text(LOOKUP)
     (tmp_path / "table").mkdir()
     (tmp_path / "table" / "table.json").write_text(json.dumps({"7": 0.25, "8": 4.0}))

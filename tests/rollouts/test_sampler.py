@@ -1,4 +1,4 @@
-"""An environment through the real loop: its words condition the policy and are not learned from."""
+"""An environment in the real loop: the policy sees its words but does not train on them."""
 
 import json
 from collections.abc import Sequence

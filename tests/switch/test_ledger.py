@@ -1,4 +1,4 @@
-"""The one clock: what a phase leaves behind in switch.jsonl, trace.json and the metrics."""
+"""The ledger: what a phase writes to switch.jsonl, trace.json and the metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIELDS = {
 
 
 class Clock:
-    """A clock that only goes on when told to, in seconds that add up exactly."""
+    """A clock that advances only on request, by seconds that add up exactly."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -53,7 +53,7 @@ def rows(directory: Path) -> list[dict]:
 
 
 def trace(directory: Path) -> list[dict]:
-    """As a viewer reads it: the closing bracket is optional, a trailing comma is not."""
+    """Parses it as a viewer does: the closing bracket is optional, a trailing comma is an error."""
     return json.loads((directory / "trace.json").read_text().rstrip().rstrip(",") + "]")
 
 
@@ -100,7 +100,7 @@ def test_metrics_are_sums_over_the_step(ledger: Ledger, clock: Clock):
 
 
 def test_every_phase_and_every_kind_of_work_is_a_metric_of_every_step(ledger: Ledger):
-    metrics = ledger.step_metrics()  # no time has passed at all: no division by it either
+    metrics = ledger.step_metrics()  # zero seconds: must not divide by them
     names = {f"switch/{name}_s" for name in SWITCH_PHASES}
     names |= {f"timing_s/{name}" for name in (*WORK_PHASES, "switch", "step")}
     assert metrics.keys() == names | {"switch/total_s", "switch/share", "switch/bytes"}
@@ -164,7 +164,7 @@ def test_a_resumed_run_drops_what_came_after_its_checkpoint(tmp_path: Path):
         first.step = step
         phase(first, "reload", moved=step)
     with (tmp_path / "switch.jsonl").open("a") as log:
-        log.write('{"step": 2, "phase": "sl')  # killed in the middle of a line
+        log.write('{"step": 2, "phase": "sl')  # killed while writing a line
     resumed = Ledger(Device("cpu"), tmp_path, kept=2)
     assert [row["step"] for row in rows(tmp_path)] == [1, 2]
     resumed.step = 3

@@ -1,4 +1,4 @@
-"""Who holds the device, and the engine's state machine: every wrong order raises."""
+"""Who holds the device, and the engine's state machine: every wrong order of calls raises."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_the_holder_itself_is_never_asked_to_let_go(ledger: Ledger, log: list[st
 def test_a_device_that_is_not_given_back_stops_the_hand_over(ledger: Ledger, log: list[str]):
     a, b = FakeTenant("a", log, keeps="2.00 GiB of weights"), FakeTenant("b", log)
     switch = Switch(ledger, holder=a)
-    for _ in range(2):  # trying again does not get past it either
+    for _ in range(2):  # a retry fails too
         with pytest.raises(SwitchError) as caught:
             switch.give_to(b)
         assert "a did not give the device back: 2.00 GiB of weights; b was not started" in str(caught.value)
@@ -421,12 +421,12 @@ def test_a_worker_that_could_not_tell_at_the_start_is_not_asked_for_the_publishe
     assert engine.proven
 
 
-# -- engines that are lost ---------------------------------------------------------------------
+# -- lost engines ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], list[str]]]:
-    """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; what was said."""
+    """mortal(dies=[...]): an engine whose n-th backend is lost in dies[n]; its backends; the log lines."""
 
     def make(dies: Sequence[str], limit: int = 2, **settings: Any):
         engine, said = build(**settings), []
@@ -447,7 +447,7 @@ def mortal(build) -> Callable[..., tuple[RestartingEngine, list[FakeBackend], li
 
 @dataclass
 class MortalBackend(FakeBackend):
-    """Is lost in the verb that it is set to die in, half of a generation done."""
+    """Is lost in the verb that it is set to die in, half-way through a generation."""
 
     dies_in: str = ""
 
@@ -604,7 +604,7 @@ def test_an_engine_that_cannot_be_described_leaves_no_backend(started, tmp_path)
     assert backends[0].log[-1] == "close"
 
 
-# -- what it generates -------------------------------------------------------------------------
+# -- generation --------------------------------------------------------------------------------
 
 
 def test_rollouts_come_back_grouped_stamped_and_decoded(build):
@@ -678,7 +678,7 @@ def test_the_switch_alternates_engine_and_trainer(build, ledger, log, tmp_path):
         assert engine.generate(PROMPTS, SAMPLING)[0].rollouts[0].policy_version == version
         switch.give_to(trainer)
     assert log == ["trainer releases", "trainer acquires"] * 2
-    # The prompt that was asked last is asked for in the second proof, and forgotten again.
+    # The second proof generates from the last prompt, then its prefix is dropped again.
     assert engine.backend.log == [*PUSH, "generate", "sleep 2", *PUSH, "reset", "generate", "sleep 2"]
     assert engine.backend.counted[-1][-1] == max((it.token_ids for it in PROMPTS), key=len)
     rows = [json.loads(line) for line in (tmp_path / "switch.jsonl").open()][1:]

@@ -1,4 +1,4 @@
-"""Rollouts to tensors and back, and the two ways a batch is cut."""
+"""Rollouts to tensors and back, and the two ways to split a batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters: what is trained, what is pushed, what is saved, and that none disturbs another."""
+"""Adapters: what is trained, pushed and saved, and that these do not interfere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SEQUENCES = [[13, 1, 2, 10, 3, 4, 11, 7], [13, 5, 11, 0]]
 
 @pytest.fixture
 def build(make_run, make_trainer) -> Callable[..., Trainer]:
-    """build("ppo", lora_rank=4): a trainer of adapters, rank 4 unless told."""
+    """build("ppo", lora_rank=4): a trainer of adapters, rank 4 by default."""
 
     def make(algorithm: str = "grpo", *, tie: bool = True, options=None, checkpoint=None, **model) -> Trainer:
         return make_trainer(
@@ -75,7 +75,7 @@ def test_a_step_moves_adapters_and_head_and_nothing_else(build, make_groups, alg
     moved = changed(before, state(trainer))
     assert moved and all(".lora_B." in name or ".lora_A." in name for name in moved)
     if trainer.critic is not None:
-        step(trainer, make_groups)  # the head starts at zero, so the first step moves it alone
+        step(trainer, make_groups)  # the head starts at zero, so the first step moves only it
         moved = changed(critic, trainer.critic.state_dict())
         assert {"head.weight", "head.bias"} < moved
         assert all(lora.LORA in name or name.startswith("head.") for name in moved)

@@ -1,4 +1,4 @@
-"""Tokens that the policy did not sample, anywhere in a completion: no loss and no metric depends on them."""
+"""No loss and no metric depends on tokens that the policy did not sample, wherever they are."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ OWN: dict[str, dict[str, Any]] = {
     "reinforce_pp": {"gamma": 0.9, "group_baseline": True},
     "rloo": {},
 }
-"""Settings of one algorithm alone, away from their defaults."""
+"""Settings of a single algorithm, different from their defaults."""
 JUNK = st.sampled_from([0.0, 3.0, -7.0, 1e4, -1e4, 1e30, -1e30, math.inf, -math.inf])
 GAPS = st.lists(st.lists(st.integers(0, 2), min_size=2, max_size=6), min_size=2, max_size=5)
-"""For each rollout the holes before its first learned token, between every two, and after the last."""
+"""The holes of each rollout: before its first learned token, between tokens, and after the last."""
 SEEDS = st.integers(0, 99)
 
 
@@ -65,7 +65,7 @@ def padded(rows: list[list[bool]]) -> Tensor:
 
 
 class Twins:
-    """The same learned tokens twice: one behind the other, and with holes full of `junk` among them."""
+    """The same learned tokens twice: contiguous, and with holes full of `junk` between them."""
 
     def __init__(self, gaps: list[list[int]], seed: int, junk: float):
         rows = [learned_of(it) for it in gaps]
@@ -81,7 +81,7 @@ class Twins:
         return values, self.spread(values, self.junk)
 
     def spread(self, values: Tensor, elsewhere: float = 0.0) -> Tensor:
-        """Values of the compact form [B, T] in the holed one."""
+        """Values of the compact form [B, T] in the form with holes."""
         wide = torch.full(self.holed.shape, elsewhere, dtype=values.dtype)
         wide[self.holed] = values[self.compact]
         return wide
@@ -230,7 +230,7 @@ def test_holes_change_no_record_of_a_batch(twins: Twins):
 
 
 def groups_of(gaps: list[list[int]], holes: bool, version: int = 0) -> list[Group]:
-    """Two rollouts a group; in the holes tokens that the policy did not sample, with absurd logprobs."""
+    """Two rollouts per group; the holes hold tokens that the policy did not sample, with absurd logprobs."""
     groups: list[Group] = []
     for index, row in enumerate(gaps):
         if index % 2 == 0:
@@ -298,7 +298,7 @@ def test_learned_tokens_are_scored_in_the_context_of_the_holes(tiny_model, packe
 
 
 class Blind(nn.Module):
-    """Gives every token the same scores and every state the same value, whatever came before."""
+    """Gives every token the same scores and every state the same value, in any context."""
 
     config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=4))
 

@@ -1,4 +1,4 @@
-"""Rollouts in one row without padding: nothing but memory and speed may differ."""
+"""Packing rollouts into one row without padding may only change memory and speed."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_packed_micro_batches_fill_the_budget_with_tokens_alone(sizes, budget: i
     length = [prompt + completion for prompt, completion in sizes]
     totals = [sum(length[row] for row in part) for part in parts]
     assert all(total <= budget or len(part) == 1 for total, part in zip(totals, parts, strict=True))
-    # as full as can be: the first of the next part would not have fitted in
+    # as full as possible: the first rollout of the next part would not have fitted
     following = [length[part[0]] for part in parts[1:]]
     assert all(total + more > budget for total, more in zip(totals, following, strict=False))
 

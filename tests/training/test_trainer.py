@@ -1,4 +1,4 @@
-"""The trainer on a tiny model: what a step computes, refuses, publishes and leaves alone."""
+"""The trainer on a tiny model: what a step computes, rejects, publishes and leaves unchanged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def build(make_run, make_trainer) -> Callable[..., Trainer]:
-    """build("ppo", trainer={"lr": 0.1}): a trainer of such a run."""
+    """build("ppo", trainer={"lr": 0.1}): a trainer with these settings."""
 
     def make(algorithm: str = "grpo", **run_settings) -> Trainer:
         return make_trainer(make_run(algorithm, **run_settings))
@@ -87,7 +87,7 @@ def test_the_micro_batch_split_changes_neither_the_update_nor_the_metrics(
     for changed, metrics, _ in outcomes[1:]:
         assert metrics == pytest.approx(outcomes[0][1], rel=1e-4, abs=1e-5)
         for ours, theirs, before in zip(changed, outcomes[0][0], start, strict=True):
-            # by norm: Adam's first steps blow up the rounding of a gradient that is nearly zero
+            # by norm: Adam's first steps amplify the rounding error of a gradient near zero
             assert float((ours - theirs).norm()) <= 1e-2 * float((theirs - before).norm())
     assert not same(outcomes[0][0], start)
 
@@ -170,7 +170,7 @@ def test_equal_rewards_leave_the_policy_as_it_is(build, make_groups):
         for rollout in group.rollouts:
             rollout.policy_version = 2
     step(trainer, groups)
-    assert same(parameters(trainer), before)  # though the optimizer has momentum now
+    assert same(parameters(trainer), before)  # although the optimizer has momentum now
 
 
 def test_equal_rewards_move_the_critic_and_not_the_policy(build, make_groups):
@@ -262,7 +262,7 @@ def test_an_optimizer_step_that_is_not_finite_is_left_out_alone(build, make_grou
     groups = make_groups()
     for group in groups:
         for rollout in group.rollouts:
-            rollout.reward = float(rollout.sample**2)  # none is the mean: each minibatch has a lesson
+            rollout.reward = float(rollout.sample**2)  # none is at the mean, so each minibatch has a gradient
     metrics = step(trainer, groups)
     (reason,) = trainer.skipped
     assert "actor/grad_norm = " in reason and metrics["actor/skipped_updates"] == 1
@@ -287,7 +287,7 @@ NO_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentat
 
 
 def run_out_beyond(model: torch.nn.Module, tokens: int) -> None:
-    """The forward pass of more than `tokens` tokens, padding included, does not fit."""
+    """Forward passes of more than `tokens` tokens, padding included, run out of memory."""
 
     def refuse(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         if kwargs["input_ids"].numel() > tokens:
@@ -309,12 +309,12 @@ def test_what_does_not_fit_is_done_in_smaller_parts_with_the_same_result(
     step(frugal, make_groups())
     assert same(parameters(trainer), parameters(frugal))
     for a, b in zip(parameters(trainer), parameters(roomy), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # another order of sums
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # a different order of summation
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("out of memory in step 1: micro-batches of 39 tokens from here on")
     step(trainer, make_groups(version=1))
-    assert capsys.readouterr().out == ""  # what has been learned once stays
+    assert capsys.readouterr().out == ""  # the size found once is kept
 
 
 def test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient(build, make_groups):
@@ -323,7 +323,7 @@ def test_memory_that_runs_out_in_the_backward_pass_loses_no_gradient(build, make
 
     def run_out_once(gradient: torch.Tensor) -> None:
         calls.append(1)
-        if len(calls) == 2:  # a micro-batch's gradients have been summed up by then
+        if len(calls) == 2:  # one micro-batch's gradients are accumulated by then
             raise torch.OutOfMemoryError(NO_MEMORY)
 
     next(trainer.policy.parameters()).register_hook(run_out_once)
@@ -637,7 +637,7 @@ def test_letting_go_frees_the_gradients(build, make_groups):
 
 
 class Roomy:
-    """A GPU of 1000 bytes, as far as Parking asks."""
+    """A GPU of 1000 bytes, as far as Parking can see."""
 
     kind = "cuda"
 
@@ -668,7 +668,7 @@ def test_the_learning_rate_follows_its_schedule(build, make_groups):
 def test_the_same_run_twice_is_the_same_to_the_last_bit(build, make_groups):
     outcomes = []
     for noise in (0, 1):
-        torch.manual_seed(noise)  # nothing may hang on the global generator
+        torch.manual_seed(noise)  # nothing may depend on the global generator
         trainer = build("ppo", seed=5, trainer={"lr": 1e-3, "minibatches": 2, "epochs": 2})
         step(trainer, make_groups())
         outcomes.append(parameters(trainer))

@@ -1,4 +1,4 @@
-"""The losses against an independent implementation: TRL's released GRPOTrainer, on the same tensors."""
+"""The losses against an independent implementation: TRL's released GRPOTrainer on the same tensors."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "dapo": {"loss_aggregation": "token-mean"},
     "dr_grpo": {"loss_aggregation": "seq-mean-token-sum-norm"},
     "luspo": {"loss_aggregation": "seq-mean-token-sum"},
-    # TRL bounds the weight by epsilon_high itself and not from below
+    # TRL bounds the weight only from above, by epsilon_high itself
     "cispo": {"loss_aggregation": "token-mean", "surrogate": "weighted", "ratio_clip_low": 1.0},
 }
-"""What each loss_type of TRL is called here."""
+"""TRL's loss_type names and ours."""
 
 
 def noise(seed: int, scale: float = 1.0) -> Tensor:
@@ -91,7 +91,7 @@ class Case:
 
 
 def make_trainer(loss_type: str, logprobs: Tensor, entropy: Tensor, settings: dict[str, Any]) -> Any:
-    """TRL's trainer with what its loss reads and nothing else: no model, no data."""
+    """TRL's trainer with only what its loss reads: no model, no data."""
     trainer = grpo_trainer.GRPOTrainer.__new__(grpo_trainer.GRPOTrainer)
     vars(trainer).update(
         loss_type=loss_type,

@@ -1,4 +1,4 @@
-"""What an update may leave out or steer: old log-probabilities, the reference, KL and learning rate."""
+"""Parts of an update: old log-probabilities, the reference, the KL coefficient and the learning rate."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_coefficient_rises_while_the_policy_is_too_far_away(build, make_grou
 
 def test_an_adapted_coefficient_is_forgotten_where_it_is_to_be_fixed(build, make_groups):
     trainer = build(options={"kl_coef": 0.05}, trainer={"lr": 1e-2, "epochs": 2})
-    trainer.memory["kl_coef"] = 7.0  # of a run that was steered
+    trainer.memory["kl_coef"] = 7.0  # from a run with an adaptive coefficient
     assert step(trainer, make_groups)["actor/kl_coef"] == 0.05
 
 
@@ -186,7 +186,7 @@ def test_a_schedule_goes_on_where_it_stopped_and_on_the_curve_of_the_run(build, 
     halved = make(6, lr=5e-3)
     resume_schedule(halved.schedule, 3)
     assert halved.schedule.get_last_lr()[0] == pytest.approx(resumed.schedule.get_last_lr()[0] / 2)
-    if name != "inverse_sqrt":  # a finished run that is given more steps does not begin at zero
+    if name != "inverse_sqrt":  # a finished run that gets more steps does not start at a rate of zero
         longer = make(12)
         resume_schedule(longer.schedule, 6)
         assert longer.optimizer.param_groups[0]["lr"] > 0
