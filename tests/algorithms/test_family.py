@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rlswitch.rewards.scorer import overlong_penalty
 from torch import Tensor
 
 from rlswitch.algorithms.advantages import discounted_returns, gae, group_relative, leave_one_out
@@ -24,6 +23,7 @@ from rlswitch.algorithms.reinforce import Reinforce
 from rlswitch.algorithms.reinforce_pp import ReinforcePP
 from rlswitch.command.compose import Source, compose_run
 from rlswitch.loop import collect
+from rlswitch.rewards.rewards import overlong_penalty
 from rlswitch.types import Batch, Group, Prompt
 
 
