@@ -79,6 +79,11 @@ def environment(settings: EngineConfig, device: Device, scratch: Path, sockets: 
         # Every batch has a new shape, and by default oneDNN caches primitives for 1,024 of them: a worker
         # with a small model grew by 130 MiB in 180 steps, and was no faster.
         usual["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    else:
+        # vLLM would import FlashInfer, installed or not, for a sampler that processed_logprobs never uses.
+        usual["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    if settings.tensor_parallel_size > 1:
+        usual["GLOO_SOCKET_IFNAME"] = "lo"  # found by host name otherwise, which fails without a network
     if len(f"{sockets}/{uuid.UUID(int=0)}".encode()) <= MAX_SOCKET_PATH:
         usual[RPC_PATH] = sockets  # by default vLLM leaves its sockets in /tmp
     root = str(Path(__file__).resolve().parents[3])
