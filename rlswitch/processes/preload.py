@@ -26,8 +26,8 @@ CPU_ONLY = (
     "vllm.model_executor.models.qwen3",
     "rlswitch.engines.vllm.cpu_worker",
 )
-"""On a GPU each child imports its worker and model after the fork. What they import may initialise CUDA, which a
-forked process could not use, and vLLM's CPU worker would replace torch.cuda.Stream and others in every child."""
+"""On a GPU each child imports its worker and model after the fork: their imports may initialise CUDA, which a
+forked process could not use, and vLLM's CPU worker replaces torch.cuda.Stream and others when imported."""
 
 
 def remove(directory: str, owner: int) -> None:

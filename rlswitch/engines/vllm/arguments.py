@@ -10,6 +10,7 @@ from typing import Any
 from rlswitch.config.sections import EngineConfig
 from rlswitch.engines.spec import EngineSpec
 from rlswitch.engines.vllm.address import MAX_SOCKET_PATH
+from rlswitch.processes.driver import forks_are_usable
 from rlswitch.processes.group import Owner
 from rlswitch.switch.device import Device
 
@@ -61,7 +62,7 @@ def starts_warm(settings: EngineConfig, device: Device) -> bool:
     When vLLM binds threads to CPU cores it preloads a library into its workers, which need an exec.
     """
     bound = device.kind == "cpu" and os.environ.get(THREADS_BIND, UNBOUND) != UNBOUND
-    return settings.fork_server and not bound
+    return settings.fork_server and not bound and forks_are_usable()
 
 
 def environment(settings: EngineConfig, device: Device, scratch: Path, sockets: str) -> dict[str, str]:

@@ -47,10 +47,11 @@ class LocalBackend(VLLMBackend):
     def _start_llm(self, launch: Launch) -> Any:
         """vllm.LLM; raises EngineLost and ends its processes if it does not start."""
         spec, device = launch.spec, launch.device
+        warm = starts_warm(spec.settings, device)
         os.environ.update(environment(spec.settings, device, launch.scratch, self.sockets.name))
         before = multiprocessing.active_children()
         try:
-            with redirected_output(self.log_path), serving_vllm(warm=starts_warm(spec.settings, device)):
+            with redirected_output(self.log_path), serving_vllm(warm):
                 from vllm import LLM
 
                 with reraise_interrupts(), guard([], self.deadline):  # vLLM itself waits without a limit
