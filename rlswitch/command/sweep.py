@@ -26,6 +26,7 @@ from rlswitch.command.comparison import Job, write_comparison
 from rlswitch.command.compose import Setting, Source, compose_run, quoted, read
 from rlswitch.errors import ConfigError
 from rlswitch.inputs import check_inputs
+from rlswitch.processes.driver import forks_are_usable
 from rlswitch.processes.exit import DONE, FAILED, INTERRUPTED, NOT_PROVEN, POLITE, PREEMPTED, WRONG_CONFIG
 from rlswitch.processes.fork_server import prepare, start_process
 from rlswitch.processes.signals import handling
@@ -145,8 +146,9 @@ def _run_child(target: RunJob, words: list[str]) -> tuple[int, int]:
         for child in children:
             os.kill(child, signum)
 
+    warm = forks_are_usable()
     with handling((signal.SIGINT, *POLITE), pass_on):
-        child = start_process(target, [words])
+        child = start_process(target, [words], warm=warm)
         assert child.pid is not None
         children.append(child.pid)
         for signum in received:  # one arrived while the child was starting

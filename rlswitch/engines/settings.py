@@ -22,6 +22,7 @@ FIXED = {
     **dict.fromkeys(_PROOF.split(), "is fixed, a push could not be proven otherwise; leave it out"),
     "enable_lora": "a push carries the merged weights, so the engine needs no adapters, and with them sleep"
     " level 2 loses their base; leave it out, set model.lora_rank",
+    "enable_ep_weight_filter": "ranks would skip tensors of a push, which could not be proven; leave it out",
 }
 """Arguments of vLLM that are not the user's to set, and why."""
 

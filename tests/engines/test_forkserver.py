@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from rlswitch.processes.driver import NOT_INITIALIZED, ask_fork
 from rlswitch.processes.fork_server import serving_vllm, socket_directory, start_process
 
 pytestmark = pytest.mark.engine
@@ -72,6 +73,10 @@ def test_a_signal_that_ends_a_process_is_its_exit_code() -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.join(600)
     assert process.exitcode == -signal.SIGKILL
+
+
+def test_nothing_that_the_server_imports_initialises_cuda() -> None:
+    assert ask_fork() == NOT_INITIALIZED
 
 
 def test_only_vllms_own_start_is_redirected() -> None:

