@@ -29,7 +29,7 @@ class EngineSpec:
     verify: str
     """Which pushes to prove: every, first or off."""
     tolerance: float | None
-    """Largest |difference| of a canary log-probability; None: learned on the first push."""
+    """Largest |difference| of a canary log-probability; None: the mean is judged, by what push 0 shows."""
 
 
 def engine_spec(

@@ -85,7 +85,7 @@ def engine_on(
         sequences = canary_sequences([], vocabulary=len(tokenizer), length=length)
     base_weights = read_base_weights(spec, backend, sequences, ledger.device)
     # It is compared with itself, so even in bfloat16 only the order of sums may differ: nothing to learn.
-    tolerance = Tolerance(LEARNED_FLOOR if spec.tolerance is None else spec.tolerance)
+    tolerance = Tolerance(spec.tolerance, mean=LEARNED_FLOOR)
     return Engine(spec, backend, tokenizer, ledger, tolerance, base_weights)
 
 
