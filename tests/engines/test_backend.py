@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rlswitch.recipes.addition.task import build_tokenizer
 from samples import make_spec
 
 from rlswitch.engines.backend import Completion
 from rlswitch.engines.spec import Launch
 from rlswitch.engines.vllm.backend import VLLMBackend
+from rlswitch.engines.vllm.kv_cache import kv_storages
 from rlswitch.switch.device import Device
 
 SEQUENCES = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
@@ -67,3 +69,13 @@ def test_each_sequence_is_scored_in_a_batch_of_one(backend: RecordedBackend) -> 
 def test_cached_tokens_are_counted_in_one_batch(backend: RecordedBackend) -> None:
     assert backend.count_cached_tokens(SEQUENCES) == 9
     assert backend.batches == [SEQUENCES]
+
+
+def test_the_storages_of_a_hybrid_models_cache_are_found_in_its_lists() -> None:
+    shared, state, convolution = torch.zeros(24), torch.zeros(10), torch.zeros(6)
+    caches = [shared[:12].view(3, 4), [convolution, state], shared[12:], (state[:5], state[5:])]
+    assert sorted(it.nbytes() for it in kv_storages(caches)) == [4 * 6, 4 * 10, 4 * 24]
+    for storage in kv_storages(caches):
+        storage.resize_(0)
+    assert [it.nbytes() for it in kv_storages(caches)] == [0]
+    assert kv_storages([]) == []
