@@ -24,7 +24,7 @@ from rlswitch.planning.footprint import ModelShape
 from rlswitch.planning.plan import level_of
 from rlswitch.planning.policy import policy_spec
 from rlswitch.processes.signals import StopSignals, leave_at_second_interrupt
-from rlswitch.proof.canary import canary_length, canary_sequences
+from rlswitch.proof.canary import canary_length, canary_sequences, canary_start
 from rlswitch.proof.fingerprint import checkpoint_elements
 from rlswitch.records.health import Health
 from rlswitch.records.monitor import Monitor
@@ -190,7 +190,7 @@ def start_trainer(
         models.tokenizer.pad_token_id,
         ledger,
         publisher,
-        canary_sequences(prompts, vocabulary=len(models.tokenizer), length=canary_tokens),
+        canary_sequences(prompts, len(models.tokenizer), canary_tokens, canary_start(models.tokenizer)),
         log,
     )
     if start.path:

@@ -29,7 +29,7 @@ class EngineSpec:
     verify: str
     """Which pushes to prove: every, first or off."""
     tolerance: float | None
-    """Largest |difference| of a canary log-probability; None: learned on the first push."""
+    """Largest |difference| of a canary log-probability; None: the mean is judged, with a learned limit."""
 
 
 def engine_spec(

@@ -14,7 +14,7 @@ from rlswitch.engines.revival import RestartingEngine
 from rlswitch.engines.spec import EngineSpec, Launch
 from rlswitch.engines.vllm.local import LocalBackend, check_features
 from rlswitch.engines.vllm.server import ServerBackend, check_server
-from rlswitch.proof.canary import canary_length, canary_sequences
+from rlswitch.proof.canary import canary_length, canary_sequences, canary_start
 from rlswitch.proof.checks import LEARNED_FLOOR, Tolerance
 from rlswitch.proof.fingerprint import (
     checkpoint_files,
@@ -82,10 +82,10 @@ def engine_on(
     sequences: list[list[int]] = []
     if spec.verify != "off":
         length = canary_length(spec.max_model_len, backend.block_size)
-        sequences = canary_sequences([], vocabulary=len(tokenizer), length=length)
+        sequences = canary_sequences([], len(tokenizer), length, canary_start(tokenizer))
     base_weights = read_base_weights(spec, backend, sequences, ledger.device)
     # It is compared with itself, so even in bfloat16 only the order of sums may differ: nothing to learn.
-    tolerance = Tolerance(LEARNED_FLOOR if spec.tolerance is None else spec.tolerance)
+    tolerance = Tolerance(spec.tolerance, mean=LEARNED_FLOOR)
     return Engine(spec, backend, tokenizer, ledger, tolerance, base_weights)
 
 

@@ -584,11 +584,11 @@ def started(monkeypatch, ledger, tmp_path: Path):
 def test_a_pushed_engine_learns_its_tolerance_and_a_frozen_one_has_nothing_to_learn_from(started, tmp_path):
     start, _ = started
     spec = make_spec(model_path=str(tmp_path), tolerance=None)
-    assert start(spec).engine.tolerance.limit is None
+    assert start(spec).engine.tolerance == Tolerance(None)
     frozen = start(spec, frozen=True).engine
-    assert frozen.tolerance.limit == LEARNED_FLOOR and frozen.base_weights.version == 0
+    assert frozen.tolerance == Tolerance(None, mean=LEARNED_FLOOR) and frozen.base_weights.version == 0
     assert frozen.base_weights.initial_fingerprints == [WEIGHTS[1].fingerprint]
-    assert start(make_spec(model_path=str(tmp_path)), frozen=True).engine.tolerance.limit == 1e-4
+    assert start(make_spec(model_path=str(tmp_path)), frozen=True).engine.tolerance.largest == 1e-4
 
 
 def test_a_frozen_engine_that_is_never_proven_is_not_scored(started, tmp_path):

@@ -106,7 +106,8 @@ class VLLMBackend(Backend):
         self._run([request.token_ids for request in requests], parameters, into)
 
     def score(self, sequences: Sequence[list[int]]) -> list[list[float]]:
-        return [it.prompt_logprobs for it in self._probe(sequences, prompt_logprobs=0)]
+        # One at a time: in bfloat16 a log-probability depends on the shape of its batch.
+        return [self._probe([it], prompt_logprobs=0)[0].prompt_logprobs for it in sequences]
 
     def count_cached_tokens(self, sequences: Sequence[list[int]]) -> int:
         return sum(it.cached_tokens for it in self._probe(sequences))

@@ -13,6 +13,7 @@ from torch import Tensor
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from rlswitch.engines.vllm.kv_cache import kv_storages
 from rlswitch.engines.vllm.worker import ProvenWorker
 from rlswitch.switch.device import trim_heap
 
@@ -32,9 +33,8 @@ class SleepingCPUWorker(ProvenWorker, CPUWorker):
 
     def discard(self, tags: tuple[str, ...]) -> None:
         if "kv_cache" in tags:
-            for tensor in self.model_runner.kv_caches:
-                storage = tensor.untyped_storage()
-                if size := storage.nbytes():  # 0: shared with a layer before, or asleep already
+            for storage in kv_storages(self.model_runner.kv_caches):
+                if size := storage.nbytes():  # 0: asleep already
                     self.kv_sizes.append((storage, size))
                     storage.resize_(0)  # the layers keep their views, which wake_up fills again
         if "weights" in tags:

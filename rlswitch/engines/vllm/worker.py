@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from vllm.v1.worker.gpu_worker import Worker
 
+from rlswitch.engines.vllm.kv_cache import kv_storages
 from rlswitch.processes.group import own_family, watch_owner
 from rlswitch.proof.fingerprint import named_fingerprints, tensor_fingerprint, total_fingerprint
 from rlswitch.switch.device import Device
@@ -53,9 +54,8 @@ class ProvenWorker(Worker):
         }
 
     def memory(self) -> dict[str, Any]:
-        storages = {t.untyped_storage().data_ptr(): t for t in self.model_runner.kv_caches}
         return self.identity | {
-            "kv_bytes": sum(t.untyped_storage().nbytes() for t in storages.values()),
+            "kv_bytes": sum(it.nbytes() for it in kv_storages(self.model_runner.kv_caches)),
             "weight_bytes": sum(p.numel() * p.element_size() for p in self.get_model().parameters()),
         }
 
