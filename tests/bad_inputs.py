@@ -253,6 +253,11 @@ SETTINGS = [
         "rollout.temperature=1e-12",
         "rollout.temperature = 1e-12: must be at least 0.01",
     ),
+    bad(
+        "a temperature that vLLM rejects",
+        "rollout.temperature=3",
+        "rollout.temperature = 3: must be at most 2",
+    ),
     bad("a momentum of one", "trainer.adam_beta1=1", "trainer.adam_beta1 = 1: must be less than 1"),
     bad(
         "more memory than the device has",

@@ -130,7 +130,7 @@ PUSHES = [
         "The first push would teach too high a tolerance",
         "make its gap exceed the ceiling",
         "ProofError; the tolerance is not learned",
-        "proof/test_proof.py::test_a_first_gap_above_the_ceiling_is_refused_and_teaches_nothing",
+        "proof/test_proof.py::test_a_first_mean_above_the_ceiling_is_refused_and_teaches_nothing",
     ),
     Fault(
         "Weights change while asleep",

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {str(file.relative_to(PACKAGE)): ast.parse(file.read_text()) for file in FILES}
 
 MAX_FILE, MAX_CLASS, MAX_FUNCTION, MAX_PARAMETERS = 400, 250, 50, 8
-MAX_PACKAGE, MAX_CORE, MAX_ROOT = 12_500, 8_000, 12
+MAX_PACKAGE, MAX_CORE, MAX_ROOT = 13_250, 8_000, 12
 
 RANKS = (
     "errors types seeds text | config proof processes | algorithms | run | data records | switch report |"
@@ -240,7 +240,7 @@ BREACHES = [
         },
     ),
     (core_imports_of_the_periphery, {"training/trainer.py": "from rlswitch.records.jsonl import Summary"}),
-    (core_imports_of_the_periphery, {"rewards/scorer.py": "from rlswitch.rewards.sandbox.sandbox import S"}),
+    (core_imports_of_the_periphery, {"rewards/rewards.py": "from rlswitch.rewards.sandbox.sandbox import S"}),
     (rooms_without_a_rank, {"helpers.py": ""}),
     (rooms_without_a_rank, {"plugins/one.py": ""}),
     (large_parts, {"text.py": f"class Everything:\n{LONG}"}),

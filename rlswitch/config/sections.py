@@ -147,7 +147,7 @@ class RolloutConfig:
     group_size: int = number(8, at_least=1)
     """Completions per prompt."""
     max_new_tokens: int = number(256, at_least=1)
-    temperature: float = number(1.0, at_least=0.01)  # vLLM raises smaller values to 0.01
+    temperature: float = number(1.0, at_least=0.01, at_most=2)  # vLLM raises smaller values, rejects larger
 
 
 @dataclass(kw_only=True, slots=True)

@@ -37,6 +37,14 @@ class RestartingEngine:
     def version(self) -> int | None:
         return self.engine.version
 
+    @property
+    def proven(self) -> bool:
+        return self.engine.proven
+
+    @property
+    def canary_gap(self) -> float:
+        return self.engine.canary_gap
+
     def acquire(self, weights: PolicyWeights | None) -> None:
         """As Engine.acquire. Raises EngineError only after one loss too many."""
         weights = self.engine.weights_to_serve(weights)

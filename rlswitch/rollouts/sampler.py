@@ -18,8 +18,10 @@ class Sampler(ABC):
     def sample(self, engine: RestartingEngine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Group]:
         """One group of `sampling.num_samples` rollouts for each prompt, in order, not yet scored.
 
-        The engine holds the device and a proven version; all rollouts carry that version. Seeds depend on
-        (seed, step, prompt, sample) only, so that a resumed run samples the same tokens.
+        The engine holds the device and a proven version; all rollouts carry that version. A request's seed
+        depends on (seed, step, prompt.index, sample) only, so that a resumed run samples the same tokens: for
+        a later turn give each prompt its own `epoch`, `turn * group_size + sample`, or all members of a group
+        draw the same numbers.
         """
 
 

@@ -25,6 +25,7 @@ from rlswitch.evaluation import evaluate
 from rlswitch.rewards.metrics import reward_metrics
 from rlswitch.rewards.models.tenant import RewardTenant, check_tenants, prepare_tenants
 from rlswitch.rewards.rewards import Rewards
+from rlswitch.rollouts.sampler import SingleTurn
 from rlswitch.run import Run
 from rlswitch.switch.device import Device
 from rlswitch.switch.ledger import Ledger
@@ -174,6 +175,7 @@ def session(make_run, switch, log):
             version=0, generate=generate, forget_prefixes=lambda: log.append("engine forgets")
         )
         return SimpleNamespace(
+            sampler=SingleTurn(),
             run=make_run(evaluation={"num_samples": 2}),
             engine=engine,
             rewards=rewards,
@@ -322,7 +324,7 @@ def test_a_new_tenant_is_validated_like_the_others(with_lookup, tmp_path):
         "lookup.level = 2: a table does not sleep; set lookup.level=1"
     ]
     (missing,) = tenant_problems(replace(run, lookup=LookupConfig()))
-    assert missing.startswith("lookup.path = null: reward.functions names 'lookup', but no model")
+    assert missing.startswith("lookup.path = null: reward.functions names 'lookup'; set a directory")
     (unused,) = tenant_problems(replace(run, reward=RewardConfig()))
     assert unused.startswith(
         f"lookup.path = {tmp_path / 'table'}: reward.functions = ['exact_match'] does not"

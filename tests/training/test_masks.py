@@ -126,7 +126,7 @@ def assert_equal(found: Any, expected: Any) -> None:
 def test_holes_change_no_advantage_no_return_and_no_memory(
     name: str, twins: Twins, variant: dict[str, Any], own: bool
 ):
-    algorithm = OPTIONS["algorithm"][name](**variant | (OWN[name] if own else {}))
+    algorithm = OPTIONS["algorithm"][name](**variant | (OWN.get(name, {}) if own else {}))
     memories, results = ({}, {}), []
     for batch, memory in zip(twins.batches(), memories, strict=True):
         results.append(algorithm.estimate_advantages(batch, memory))

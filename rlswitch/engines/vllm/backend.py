@@ -18,7 +18,10 @@ class VLLMBackend(Backend):
     """Turns the verbs into vLLM's calls; a subclass transports a call."""
 
     def __init__(self, launch: Launch, *, elsewhere: bool = False):
-        """Called once vLLM answers. `elsewhere`: on another machine, whose memory is invisible here."""
+        """Called once vLLM answers; warms it up through `generate`, so a subclass sets its own fields before.
+
+        `elsewhere`: on another machine, whose memory is invisible here.
+        """
         self.device = launch.device
         self.elsewhere = elsewhere
         self.stop_token_ids = stop_tokens(launch.spec.model_path, launch.tokenizer)

@@ -27,7 +27,11 @@ Log = Callable[[str], None]
 
 
 class RewardTenant(ABC):
-    """A tenant of the switch (switch.Tenant) that scores rollouts once it holds the device."""
+    """A tenant of the switch (switch.Tenant) that scores rollouts once it holds the device.
+
+    `acquire` takes device memory; `release` gives it back, also if there is none; `unreleased` says what it
+    still holds, or None. It holds the device when it is made. `ledger.device.torch` is the device.
+    """
 
     reward: ClassVar[str]
     """Its name in reward.functions, TENANTS and the metrics."""
