@@ -101,6 +101,7 @@ def test_a_longer_bar_is_a_longer_time_and_every_bar_is_labelled(tmp_path: Path)
     assert logs[1] == pytest.approx(3 * logs[0])  # parts divide a bar by their linear shares
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_figure_and_the_numbers(tmp_path: Path) -> None:
     picture, page = charts.write(measured(), BenchSettings(), "A = <x>", tmp_path)
     assert picture.read_bytes().startswith(b"\x89PNG")

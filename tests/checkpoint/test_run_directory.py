@@ -53,6 +53,7 @@ def other_run(tmp_path: Path) -> Iterator[subprocess.Popen]:
 # -- one owner ---------------------------------------------------------------------------------
 
 
+@pytest.mark.processes
 def test_a_second_run_in_a_directory_is_told_who_has_it(other_run: subprocess.Popen, tmp_path: Path):
     who = f"a run with pid {other_run.pid} on host {socket.gethostname()} is using it"
     with pytest.raises(ConfigError, match=who), only_run_in(tmp_path / "run", print):
@@ -60,6 +61,7 @@ def test_a_second_run_in_a_directory_is_told_who_has_it(other_run: subprocess.Po
     assert (tmp_path / "run" / LOCK).exists()
 
 
+@pytest.mark.processes
 def test_the_directory_of_a_killed_run_is_taken_over_without_a_word(other_run, tmp_path: Path):
     other_run.send_signal(signal.SIGKILL)
     other_run.wait()
@@ -183,6 +185,7 @@ def test_a_run_without_room_is_refused_and_leaves_no_directory(started, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 def test_a_session_holds_its_directory(started, tmp_path, other_run):
     with pytest.raises(ConfigError, match=f"a run with pid {other_run.pid}"):
         started()

@@ -17,6 +17,8 @@ from rlswitch.processes.group import VARIABLE, Owner, ProcessGroup
 WATCHER = """
 import sys, time
 from rlswitch.processes.group import watch_owner
+
+pytestmark = pytest.mark.processes
 watch_owner(sys.argv[1:])
 print("watching", flush=True)
 time.sleep(600)

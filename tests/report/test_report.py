@@ -273,6 +273,7 @@ def test_every_sample_of_a_run_is_on_the_page(run_dir):
     assert data_of(html)["samples"]["left_out"] == ""
 
 
+@pytest.mark.slow
 def test_a_long_run_fits_on_a_page_and_a_kept_prompt_keeps_all_of_its_steps(run_dir):
     steps, text = 2000, random.Random(0)
     write_lines(run_dir / "metrics.jsonl", [metrics(step) for step in range(1, steps + 1)])
@@ -325,6 +326,7 @@ def test_where_no_run_has_been_there_is_one_line_and_exit_code_2(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_command_names_what_it_wrote(run_dir):
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "report.py", run_dir], capture_output=True, text=True

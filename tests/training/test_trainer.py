@@ -359,6 +359,7 @@ def test_memory_that_runs_out_for_the_optimizer_is_tried_again_once(build, make_
     assert len(calls) > 5
 
 
+@pytest.mark.slow
 def test_a_rollout_that_does_not_fit_alone_ends_the_run_and_says_what_to_set(build, make_groups):
     trainer = build()
     run_out_beyond(trainer.policy, tokens=10)
