@@ -14,11 +14,11 @@ import pytest
 
 from rlswitch.processes.group import VARIABLE, Owner, ProcessGroup
 
+pytestmark = pytest.mark.processes
+
 WATCHER = """
 import sys, time
 from rlswitch.processes.group import watch_owner
-
-pytestmark = pytest.mark.processes
 watch_owner(sys.argv[1:])
 print("watching", flush=True)
 time.sleep(600)
